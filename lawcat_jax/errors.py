@@ -1,0 +1,29 @@
+"""Errors meant for the user, and the wrapper that prints them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from lawcat_jax.config import ConfigError
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message says what is wrong, where, and what to do."""
+
+
+def run_main(main: Callable[[list[str]], int | None]) -> None:
+    """Run an absl main; a user's error becomes ``error: ...`` on stderr and exit status 2, no traceback."""
+    from absl import app
+
+    def guarded(argv: list[str]) -> int | None:
+        try:
+            return main(argv)
+        except (UserError, ConfigError) as problem:
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            return 130
+
+    app.run(guarded)
