@@ -1,0 +1,95 @@
+"""What every kernel file needs: the target platform, interpret mode, and shapes that carry the varying mesh axes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax import lax
+
+EPS = 1e-10
+"""Added to the float32 denominator (method: epsilon of the normaliser)."""
+
+LOG2E = 1.4426950408889634
+
+_local = threading.local()
+
+
+def _platform_name(platform: str) -> str:
+    return "cuda" if platform == "gpu" else platform
+
+
+def target_platform(*arrays: Any) -> str:
+    """The platform ("cpu", "cuda", "rocm", "tpu") this call will run on, decided while tracing.
+
+    In order: :func:`lowering_for`; the abstract device of the mesh in context (so ``use_abstract_mesh`` and ``shard_map`` over a mesh
+    of another platform's topology lower ahead of time without further help); the devices of concrete arguments;
+    ``jax.default_device``; the default backend. ``jax.lax.platform_dependent`` is not used because its branches must agree on the
+    shapes of the residuals, which differ by backend.
+    """
+    override = getattr(_local, "platform", None)
+    if override is not None:
+        return override
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    platform = getattr(device, "platform", None)
+    if platform:
+        return _platform_name(platform)
+    for array in arrays:
+        if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
+            return _platform_name(next(iter(array.devices())).platform)
+    default = jax.config.jax_default_device
+    if default is not None:
+        return _platform_name(default if isinstance(default, str) else default.platform)
+    return _platform_name(jax.default_backend())
+
+
+@contextlib.contextmanager
+def lowering_for(platform: str) -> Iterator[None]:
+    """Choose kernels for ``platform`` ("cpu", "cuda" or "tpu") while tracing, whatever devices this process has."""
+    before = getattr(_local, "platform", None)
+    _local.platform = _platform_name(platform)
+    try:
+        yield
+    finally:
+        _local.platform = before
+
+
+def interpret_mode() -> bool:
+    """True inside :func:`interpret` or when ``KERNELS_PALLAS_INTERPRET=1``: Pallas kernels then run on any device, slowly."""
+    return getattr(_local, "interpret", False) or os.environ.get("KERNELS_PALLAS_INTERPRET", "") == "1"
+
+
+@contextlib.contextmanager
+def interpret(enabled: bool = True) -> Iterator[None]:
+    """Run Pallas kernels traced inside in the Pallas interpreter (for tests on a CPU)."""
+    before = getattr(_local, "interpret", False)
+    _local.interpret = enabled
+    try:
+        yield
+    finally:
+        _local.interpret = before
+
+
+def varying_axes(*arrays: Any) -> frozenset[str]:
+    """Mesh axes over which any of the arrays varies; empty outside ``shard_map`` and under ``check_vma=False``."""
+    axes: frozenset[str] = frozenset()
+    for array in arrays:
+        if array is not None:
+            axes |= getattr(jax.typeof(array), "vma", frozenset())
+    return axes
+
+
+def match_varying(x: jax.Array, *arrays: Any) -> jax.Array:
+    """``x`` marked as varying over the same mesh axes as ``arrays`` (loop carries must agree on this under ``shard_map``)."""
+    missing = tuple(sorted(varying_axes(*arrays) - varying_axes(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def out_struct(shape: tuple[int, ...], dtype: Any, *arrays: Any) -> jax.ShapeDtypeStruct:
+    """An ``out_shape`` entry for ``pallas_call`` with the varying mesh axes of the kernel's inputs."""
+    axes = varying_axes(*arrays)
+    return jax.ShapeDtypeStruct(shape, dtype, vma=axes) if axes else jax.ShapeDtypeStruct(shape, dtype)
