@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import threading
 from collections.abc import Iterator
@@ -79,7 +80,9 @@ def varying_axes(*arrays: Any) -> frozenset[str]:
     axes: frozenset[str] = frozenset()
     for array in arrays:
         if array is not None:
-            axes |= getattr(jax.typeof(array), "vma", frozenset())
+            kind = jax.typeof(array)
+            manual = getattr(kind, "manual_axis_type", None)
+            axes |= manual.varying if manual is not None else getattr(kind, "vma", frozenset())
     return axes
 
 
@@ -92,4 +95,8 @@ def match_varying(x: jax.Array, *arrays: Any) -> jax.Array:
 def out_struct(shape: tuple[int, ...], dtype: Any, *arrays: Any) -> jax.ShapeDtypeStruct:
     """An ``out_shape`` entry for ``pallas_call`` with the varying mesh axes of the kernel's inputs."""
     axes = varying_axes(*arrays)
-    return jax.ShapeDtypeStruct(shape, dtype, vma=axes) if axes else jax.ShapeDtypeStruct(shape, dtype)
+    if not axes:
+        return jax.ShapeDtypeStruct(shape, dtype)
+    if "manual_axis_type" in inspect.signature(jax.ShapeDtypeStruct.__init__).parameters:
+        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=axes))
+    return jax.ShapeDtypeStruct(shape, dtype, vma=axes)

@@ -1,0 +1,1 @@
+"""Operations on sequences sharded over a mesh axis."""

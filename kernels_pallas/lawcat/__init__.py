@@ -1,0 +1,1 @@
+"""LAWCAT attention from raw projections: convolutions, feature map, gate and gated linear attention in one operation."""

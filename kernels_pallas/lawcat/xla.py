@@ -1,0 +1,64 @@
+"""The front of LAWCAT attention in plain XLA: causal convolutions, Hedgehog feature map and log-gate (method: arXiv 2509.18467)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.conv1d.xla import causal_conv1d
+
+FEATURE_FLOOR = 1e-12
+
+
+def feature_map(u: jax.Array, phi: jax.Array) -> jax.Array:
+    """max([softmax(u phi) ; softmax(-u phi)], 1e-12): u [B, T, H, d], phi [H, d, f] -> [B, T, H, 2f] in u.dtype; softmax in float32."""
+    precision = lax.Precision.HIGHEST if u.dtype == jnp.float32 else None
+    scores = jnp.einsum(
+        "bthd,hdf->bthf", u, phi.astype(u.dtype), precision=precision, preferred_element_type=jnp.float32
+    )
+    features = jnp.concatenate([jax.nn.softmax(scores, axis=-1), jax.nn.softmax(-scores, axis=-1)], axis=-1)
+    return jnp.maximum(features, FEATURE_FLOOR).astype(u.dtype)
+
+
+def log_gate(gate_logits: jax.Array, gate_normalizer: float) -> jax.Array:
+    """logsigmoid(logits) / gate_normalizer in float32; the bound is applied by gated_linear_attention."""
+    return jax.nn.log_sigmoid(gate_logits.astype(jnp.float32)) / gate_normalizer
+
+
+def valid_tokens(lengths: jax.Array, length: int, start: jax.Array | int = 0) -> jax.Array:
+    """[B, T] bool: positions start .. start + T - 1 that lie before each sequence's length."""
+    return (start + jnp.arange(length))[None] < lengths[:, None]
+
+
+def prepare(q, k, gate_logits, conv_q, conv_k, phi, conv_state, valid, gate_normalizer: float):
+    """(phi(q), phi(k), log_g) of the shapes that gated_linear_attention takes.
+
+    q [B, T, H, d]; k [B, T, Hkv, d]; each query head has its own taps, so the k of a kv head is convolved H / Hkv times.
+    ``valid`` [B, T] bool or None: elsewhere phi(k) = 0 and log_g = 0, so that padding leaves the state alone.
+    """
+    batch, length, heads, width = q.shape
+    kv_heads = k.shape[2]
+    tail_q, tail_k = (None, None) if conv_state is None else conv_state
+    conv_q, conv_k = conv_q.swapaxes(0, 1), conv_k.swapaxes(0, 1)
+    conv_k = conv_k.reshape(conv_k.shape[0], kv_heads, heads // kv_heads, width)
+    q, _ = causal_conv1d(q, conv_q, tail_q)
+    k, _ = causal_conv1d(k[:, :, :, None], conv_k, None if tail_k is None else tail_k[:, :, :, None])
+    q, k = feature_map(q, phi), feature_map(k.reshape(batch, length, heads, width), phi)
+    log_g = log_gate(gate_logits, gate_normalizer)
+    if valid is not None:
+        mask = valid[:, :, None, None]
+        k, log_g = jnp.where(mask, k, 0), jnp.where(mask, log_g, 0.0)
+    return q, k, log_g
+
+
+def last_rows(x: jax.Array, initial: jax.Array | None, rows: int, lengths: jax.Array | None) -> jax.Array:
+    """The last ``rows`` valid rows of [initial ; x] along axis 1, zeros standing before the start of a sequence."""
+    if initial is None:
+        initial = jnp.zeros_like(x[:, :1], shape=(x.shape[0], rows, *x.shape[2:]))
+    if lengths is None:
+        kept = x[:, max(0, x.shape[1] - rows) :]
+        return jnp.concatenate([initial.astype(x.dtype)[:, kept.shape[1] :], kept], axis=1)
+    everything = jnp.concatenate([initial.astype(x.dtype), x], axis=1)
+    index = jnp.clip(lengths, 0, x.shape[1])[:, None] + jnp.arange(rows)[None]
+    return jnp.take_along_axis(everything, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
