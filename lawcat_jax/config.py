@@ -4,10 +4,9 @@ A file in ``configs/`` returns a :class:`Config` from ``get_config()``; ``ml_col
 overrides single fields (``--config.stage1.learning_rate=1e-3``). :meth:`Config.validate` collects every
 problem and raises them together, each naming the field and the remedy.
 
-Nothing here imports jax: a config can be read and checked on any machine.
+Nothing here imports jax: a config can be read and checked on any machine. There is no
+``from __future__ import annotations`` either: config_flags needs the field types, not their names.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import math
@@ -134,6 +133,11 @@ class DataConfig:
     ``text`` reads ``source``: ``tfds:<name>[:split]``, ``hf:<name>[:config][:split]``, or a local path or
     glob (.txt, .jsonl, .parquet) with the text in ``text_key``; documents are packed to ``seq_length``.
     ``passkey_fraction`` mixes that share of passkey samples into text (used to pretrain the tiny teacher).
+
+    Loss weights: answer tokens 1; the other tokens of a passkey sample ``prompt_weight`` (1 when ``answer_only``
+    is off); text tokens ``text_weight``. ``num_samples`` is the size of a passkey set, and how many sequences of
+    a remote text source are read (local text is read whole). Without ``validation_source`` the last
+    ``validation_samples`` sequences of a text are held out. ``num_workers`` threads prepare batches ahead.
     """
 
     kind: str = "passkey"
@@ -145,6 +149,7 @@ class DataConfig:
     num_samples: int = 10_000
     answer_only: bool = True
     prompt_weight: float = 0.0
+    text_weight: float = 1.0
     validation_samples: int = 100
     validation_source: str = ""
     num_workers: int = 0
@@ -385,8 +390,12 @@ def _stage_problems(stage: StageConfig, path: str) -> list[str]:
     for name in ("passkey_fraction", "min_length_fraction"):
         if not 0 <= getattr(data, name) <= 1:
             problems.append(f"{path}.data.{name}: {getattr(data, name)} is outside [0, 1]")
-    if data.num_samples < 1:
-        problems.append(f"{path}.data.num_samples: {data.num_samples} must be at least 1")
+    for name in ("num_samples", "validation_samples"):
+        if getattr(data, name) < 1:
+            problems.append(f"{path}.data.{name}: {getattr(data, name)} must be at least 1")
+    for name in ("passkey_words", "prompt_weight", "text_weight", "num_workers"):
+        if getattr(data, name) < 0:
+            problems.append(f"{path}.data.{name}: {getattr(data, name)} must not be negative")
     return problems
 
 

@@ -1,0 +1,312 @@
+"""Text sources, and their tokens as one flat random-access array that is cut into training sequences.
+
+A source is read once: its documents are tokenized in order, an eos token closes each, and the ids go to a
+cache file (2 or 4 bytes a token) that is memory-mapped from then on. So a sequence is read in O(1) at any
+position, memory stays small whatever the size of the source, and a resumed or repeated run starts at once.
+Local files are taken whole. Remote sources (``hf:``, ``tfds:``) are read in their stored order until there
+are enough tokens for ``num_samples`` sequences: raise that number to see more of a large corpus.
+
+The cache lies in ``$LAWCAT_CACHE``, else ``$XDG_CACHE_HOME/lawcat_jax``, else ``~/.cache/lawcat_jax``. Its key
+covers the tokenizer, the source and (local files) sizes and times; a changed hub dataset needs an emptied cache.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from lawcat_jax.data.tokenize import Tokenizer, encode, encode_many, fingerprint
+from lawcat_jax.errors import UserError
+
+_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_PIECE = 1 << 16  # characters given to the tokenizer at once; its transient memory is about 100 bytes a token
+_BATCH = 32  # pieces a call, encoded in parallel
+
+
+def is_remote(source: str) -> bool:
+    """Whether ``source`` is read through a dataset library rather than from plain files."""
+    return source.startswith(("hf:", "tfds:"))
+
+
+def local_files(source: str) -> list[Path]:
+    """Files of a local source (a file, a directory searched recursively, or a glob), sorted by path.
+
+    Raises:
+      UserError: when nothing matches, or a file has an unknown suffix.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
+        if not files:
+            raise UserError(f"text source {source!r}: the directory holds no {', '.join(_SUFFIXES)} file")
+        return files
+    if path.is_file():
+        files = [path]
+    else:
+        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    if not files:
+        raise UserError(f"text source {source!r}: no such file, and no file matches it as a pattern")
+    for file in files:
+        if file.suffix not in _SUFFIXES:
+            raise UserError(f"text source {str(file)!r}: unknown suffix, expected one of {', '.join(_SUFFIXES)}")
+    return files
+
+
+def documents(source: str, text_key: str = "text") -> Iterator[str]:
+    """Documents of a source in a fixed order: a .txt file is one document, a row or line of the others is one.
+
+    Raises:
+      UserError: naming the source and what is wrong (no match, empty file, missing key, unreadable, offline).
+    """
+    if source.startswith("tfds:"):
+        yield from _tfds_documents(source, text_key)
+    elif source.startswith("hf:"):
+        yield from _hf_documents(source, text_key)
+    else:
+        for file in local_files(source):
+            if file.stat().st_size == 0:
+                raise UserError(f"text source {str(file)!r}: the file is empty")
+            reader = {".txt": _txt_documents, ".jsonl": _jsonl_documents, ".parquet": _parquet_documents}[file.suffix]
+            yield from reader(file, text_key)
+
+
+def _txt_documents(file: Path, text_key: str) -> Iterator[str]:
+    try:
+        yield file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as problem:
+        raise UserError(f"text source {str(file)!r}: not UTF-8 at byte {problem.start}") from problem
+
+
+def _jsonl_documents(file: Path, text_key: str) -> Iterator[str]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as problem:
+                raise UserError(f"text source {str(file)!r}, line {number}: not JSON ({problem})") from problem
+            yield _field(row, text_key, f"{str(file)!r}, line {number}")
+
+
+def _parquet_documents(file: Path, text_key: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+    except (pyarrow.ArrowInvalid, OSError) as problem:
+        raise UserError(f"text source {str(file)!r}: not a readable parquet file ({problem})") from problem
+    with table:
+        if text_key not in table.schema_arrow.names:
+            names = ", ".join(table.schema_arrow.names)
+            raise UserError(f"text source {str(file)!r}: no column {text_key!r} (text_key); it has {names}")
+        row = 0
+        for batch in table.iter_batches(batch_size=256, columns=[text_key]):
+            for value in batch.column(0).to_pylist():
+                yield _text(value, text_key, f"{str(file)!r}, row {row}")
+                row += 1
+
+
+def _tfds_documents(source: str, text_key: str) -> Iterator[str]:
+    import tensorflow_datasets as tfds
+
+    name, split = _split_of(source.removeprefix("tfds:"))
+    try:
+        if Path(name).expanduser().is_dir():
+            rows = tfds.builder_from_directory(str(Path(name).expanduser())).as_data_source(split)
+        else:
+            rows = tfds.data_source(name, split=split)
+    except (Exception, SystemExit) as problem:  # tfds raises many types: unknown name, split, file format, no network
+        raise UserError(f"text source {source!r} cannot be opened: {_first_line(problem)}") from problem
+    for index in range(len(rows)):
+        yield _field(rows[index], text_key, f"{source!r}, row {index}")
+
+
+def _hf_documents(source: str, text_key: str) -> Iterator[str]:
+    import datasets
+
+    name, *options = source.removeprefix("hf:").split(":")
+    if not name or len(options) > 2:
+        raise UserError(f"text source {source!r}: expected hf:<name>[:config][:split]")
+    config = options[0] if len(options) == 2 else None
+    split = options[-1] if options else "train"
+    try:
+        # streamed: only the shards that are needed get downloaded
+        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+    except Exception as problem:  # hub, network and parsing errors of many types
+        raise UserError(f"text source {source!r} cannot be opened: {_first_line(problem)}") from problem
+    iterator = enumerate(rows)
+    while True:
+        try:
+            index, row = next(iterator)
+        except StopIteration:
+            return
+        except Exception as problem:
+            raise UserError(f"text source {source!r} broke off while reading: {_first_line(problem)}") from problem
+        yield _field(row, text_key, f"{source!r}, row {index}")
+
+
+def _split_of(name: str) -> tuple[str, str]:
+    name, _, split = name.partition(":")
+    return name, split or "train"
+
+
+def _first_line(problem: BaseException) -> str:
+    return (str(problem).strip() or type(problem).__name__).split("\n")[0]
+
+
+def _field(row: object, key: str, where: str) -> str:
+    if not isinstance(row, dict) or key not in row:
+        has = f"it has {', '.join(map(str, row))}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
+        raise UserError(f"text source {where}: no field {key!r} (text_key); {has}")
+    return _text(row[key], key, where)
+
+
+def _text(value: object, key: str, where: str) -> str:
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", errors="replace")
+    if not isinstance(value, str):
+        raise UserError(f"text source {where}: field {key!r} holds a {type(value).__name__}, not text")
+    return value
+
+
+def _pieces(text: str, drop_space: bool) -> list[str]:
+    """Cut a long document at single spaces between letters, where no tokenizer merges across.
+
+    ``drop_space``: the tokenizer itself puts a space before a text (SentencePiece), so the cut takes it away.
+    """
+    pieces, start = [], 0
+    while len(text) - start > _PIECE:
+        cut = text.rfind(" ", start + 1, start + _PIECE)
+        while cut > start and not (text[cut - 1].isalpha() and text[cut + 1].isalpha()):
+            cut = text.rfind(" ", start + 1, cut)
+        if cut <= start:  # no such place (a table, a script without spaces): cut anywhere
+            pieces.append(text[start : start + _PIECE])
+            start += _PIECE
+            continue
+        pieces.append(text[start:cut])
+        start = cut + drop_space
+    return [*pieces, text[start:]]
+
+
+def token_chunks(source: str, tokenizer: Tokenizer, text_key: str) -> Iterator[np.ndarray]:
+    """Token ids of a source in order, int64 arrays; an eos id (if the tokenizer has one) closes each document."""
+    drop_space = encode(tokenizer, "a b") == encode(tokenizer, "a") + encode(tokenizer, "b")
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    pending: list[tuple[str, bool]] = []
+
+    def drain() -> np.ndarray:
+        encoded = encode_many(tokenizer, [piece for piece, _ in pending])
+        ids = [ids + (eos if last else []) for ids, (_, last) in zip(encoded, pending, strict=True)]
+        pending.clear()
+        return np.concatenate([np.asarray(part, np.int64) for part in ids])
+
+    for document in documents(source, text_key):
+        pieces = _pieces(document, drop_space)
+        for number, piece in enumerate(pieces, 1):
+            pending.append((piece, number == len(pieces)))
+            if len(pending) == _BATCH:
+                yield drain()
+    if pending:
+        yield drain()
+
+
+def load_tokens(
+    source: str, tokenizer: Tokenizer, *, text_key: str = "text", max_tokens: int | None = None
+) -> np.ndarray:
+    """All tokens of a source (the first ``max_tokens`` of it), as a flat read-only array, uint16 or int32.
+
+    Tokenizes at the first call and memory-maps the cached result afterwards. Where the cache cannot be
+    written the array is held in memory.
+
+    Raises:
+      UserError: see :func:`documents`; also when the source has no tokens.
+    """
+    facts = [source, text_key, max_tokens, fingerprint(tokenizer)]
+    if not is_remote(source):
+        facts += [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in local_files(source)]
+    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
+    name = hashlib.sha256(repr(facts).encode()).hexdigest()[:32] + f".{dtype.name}"
+    cached = _cache_directory() / name
+    if cached.is_file() and cached.stat().st_size:
+        return np.memmap(cached, dtype, mode="r")
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=name + ".", suffix=".partial", dir=cached.parent)
+    except OSError:
+        chunks = list(_limited(token_chunks(source, tokenizer, text_key), max_tokens))
+        return _not_empty(np.concatenate(chunks or [np.zeros(0, np.int64)]).astype(dtype), source)
+    try:
+        with os.fdopen(handle, "wb") as out:
+            for chunk in _limited(token_chunks(source, tokenizer, text_key), max_tokens):
+                out.write(chunk.astype(dtype).tobytes())
+            written = out.tell()
+        _not_empty(range(written), source)
+        os.replace(partial, cached)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+    return np.memmap(cached, dtype, mode="r")
+
+
+def _cache_directory() -> Path:
+    if os.environ.get("LAWCAT_CACHE"):
+        return Path(os.environ["LAWCAT_CACHE"]).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "lawcat_jax" / "tokens"
+
+
+def _limited(chunks: Iterator[np.ndarray], limit: int | None) -> Iterator[np.ndarray]:
+    left = limit
+    for chunk in chunks:
+        if left is None:
+            yield chunk
+            continue
+        yield chunk[:left]
+        left -= len(chunk)
+        if left <= 0:
+            return
+
+
+def _not_empty(tokens, source: str):
+    if not len(tokens):
+        raise UserError(f"text source {source!r}: it holds no text")
+    return tokens
+
+
+class PackedText:
+    """Fixed-length sequences over a flat token array: ``len()`` of them, each int32 [seq_length + 1].
+
+    With ``bos_id`` every sequence is bos and ``seq_length`` tokens, else ``seq_length`` + 1 tokens that overlap
+    by one; either way each token is predicted once. A remainder shorter than a sequence is dropped.
+
+    Raises:
+      UserError: when the tokens do not fill one sequence.
+    """
+
+    def __init__(self, tokens: np.ndarray, seq_length: int, *, bos_id: int | None, source: str = ""):
+        self._tokens, self._seq_length, self._bos_id = tokens, seq_length, bos_id
+        self._length = (len(tokens) - (bos_id is None)) // seq_length
+        if self._length < 1:
+            raise UserError(
+                f"text source {source!r}: {len(tokens)} tokens do not fill one sequence of {seq_length}; "
+                "give more text or a smaller seq_length"
+            )
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        start = index * self._seq_length
+        if self._bos_id is None:
+            return np.asarray(self._tokens[start : start + self._seq_length + 1], np.int32)
+        window = np.empty(self._seq_length + 1, np.int32)
+        window[0], window[1:] = self._bos_id, self._tokens[start : start + self._seq_length]
+        return window

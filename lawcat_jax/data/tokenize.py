@@ -1,0 +1,173 @@
+"""Tokenizers: loading, encoding with character offsets, and incremental decoding for streams.
+
+Special tokens are never left to a tokenizer's template: :func:`encode` adds none, and callers put bos and
+eos where the data format wants them. So every tokenizer family gives the same sample layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lawcat_jax.errors import UserError
+
+Tokenizer = Any  # transformers.PreTrainedTokenizerBase; transformers is imported only where a tokenizer is loaded
+
+_ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+def load_tokenizer(source: str | os.PathLike, *, revision: str | None = None) -> Tokenizer:
+    """Load a tokenizer from a directory, ``asset:<name>`` or a Hugging Face hub id.
+
+    Raises:
+      UserError: when nothing usable is found; the message names the source.
+    """
+    import transformers
+
+    name = os.fspath(source)
+    if name.startswith("asset:"):
+        path = _ASSETS / name.removeprefix("asset:")
+        if not path.is_dir():
+            raise UserError(f"tokenizer {name!r}: no such embedded asset (looked in {path})")
+        name = str(path)
+    local = Path(name).is_dir()
+    if not local and (name.startswith((".", "/", "~")) or Path(name).exists()):
+        raise UserError(f"tokenizer {name!r}: not a directory")
+    if local and not any((Path(name) / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(f"tokenizer {name!r}: the directory has no tokenizer.json, tokenizer.model or vocab.json")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+    except Exception as problem:  # transformers raises many types here, from OSError to KeyError
+        if local and (Path(name) / "tokenizer.json").exists() and not (Path(name) / "tokenizer_config.json").exists():
+            return _from_tokenizer_file(Path(name) / "tokenizer.json")
+        reason = str(problem).strip().split("\n")[0]
+        raise UserError(f"tokenizer {name!r} cannot be loaded: {reason}") from problem
+
+
+def _from_tokenizer_file(path: Path) -> Tokenizer:
+    """A bare tokenizer.json names no special tokens: take the usual spellings that its vocabulary has."""
+    import transformers
+
+    try:
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+    except Exception as problem:
+        raise UserError(f"tokenizer {path}: not a readable tokenizer.json ({problem})") from problem
+    vocabulary = tokenizer.get_vocab()
+    for role, names in (
+        ("bos_token", ("<s>", "<|bos|>", "<|begin_of_text|>")),
+        ("eos_token", ("</s>", "<|eos|>", "<|end_of_text|>")),
+        ("pad_token", ("<pad>", "<|pad|>")),
+    ):
+        found = [candidate for candidate in names if candidate in vocabulary]
+        if found:
+            setattr(tokenizer, role, found[0])
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of ``text``, without special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return backend.encode(text, add_special_tokens=False).ids
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def encode_offsets(tokenizer: Tokenizer, text: str) -> Any:
+    """The ``tokenizers.Encoding`` of ``text``: ``.ids``, ``.offsets`` (characters) and ``len()``.
+
+    Raises:
+      UserError: when the tokenizer is a slow (pure Python) one, which has no offsets.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(
+            f"tokenizer {getattr(tokenizer, 'name_or_path', '?')!r}: passkey data needs character offsets, which only "
+            "tokenizers with a tokenizer.json give; convert it with transformers' convert_slow_tokenizer"
+        )
+    return backend.encode(text, add_special_tokens=False)
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, *, add_bos: bool = True) -> list[int]:
+    """Token ids of a prompt: bos (when the tokenizer has one and ``add_bos``), then the text."""
+    bos = [tokenizer.bos_token_id] if add_bos and tokenizer.bos_token_id is not None else []
+    return bos + encode(tokenizer, text)
+
+
+def encode_many(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of several texts, without special tokens; fast tokenizers use all cores."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+
+def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """Text of token ids, exactly as the tokens spell it; special tokens are left out."""
+    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def pad_id(tokenizer: Tokenizer) -> int:
+    """The id that fills a batch's padding. Padding is masked everywhere, so any valid id would do."""
+    for name in ("pad_token_id", "eos_token_id"):
+        if getattr(tokenizer, name) is not None:
+            return int(getattr(tokenizer, name))
+    return 0
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """Hex digest of everything that decides the token ids, for cache keys."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    facts = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    facts += f"|{tokenizer.bos_token_id}|{tokenizer.eos_token_id}"
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
+class StreamDecoder:
+    """Turns a stream of token ids into text pieces that concatenate to the text of the whole stream.
+
+    One token may hold part of a UTF-8 character (byte-level and byte-fallback vocabularies), and SentencePiece
+    decoders drop the space of the first token they see. So a few earlier tokens are decoded together with
+    the new ones, and text is held back while it ends in an incomplete character.
+
+    Args:
+      tokenizer: any Hugging Face tokenizer.
+      context: ids before the stream (the prompt), so that its first token keeps its leading space.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Iterable[int] = ()):
+        self._tokenizer = tokenizer
+        self._ids = list(context)[-8:]  # a multi-byte character has at most 4 bytes, so 8 tokens are ample
+        self._start = 0
+        self._done = len(self._ids)
+
+    def push(self, token: int) -> str:
+        """Text that ``token`` completes; "" while a character is incomplete."""
+        self._ids.append(int(token))
+        before = decode(self._tokenizer, self._ids[self._start : self._done])
+        after = decode(self._tokenizer, self._ids[self._start :])
+        if after.endswith("\ufffd") or len(after) <= len(before):
+            return ""
+        self._start, self._done = self._done, len(self._ids)
+        return after[len(before) :]
+
+    def flush(self) -> str:
+        """What is held back at the end of the stream (an incomplete character shows as U+FFFD)."""
+        before = decode(self._tokenizer, self._ids[self._start : self._done])
+        after = decode(self._tokenizer, self._ids[self._start :])
+        self._start = self._done = len(self._ids)
+        return after[len(before) :]
+
+
+def stream_text(tokenizer: Tokenizer, tokens: Iterable[int], context: Iterable[int] = ()) -> Iterator[str]:
+    """Text pieces of a token stream, as soon as each is complete."""
+    decoder = StreamDecoder(tokenizer, context)
+    for token in tokens:
+        piece = decoder.push(token)
+        if piece:
+            yield piece
+    rest = decoder.flush()
+    if rest:
+        yield rest

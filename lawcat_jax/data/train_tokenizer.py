@@ -1,0 +1,132 @@
+"""Train a small byte-level BPE tokenizer and write it as a Hugging Face tokenizer directory.
+
+    python -m lawcat_jax.data.train_tokenizer --input='books/*.txt' --vocab_size=1024 --target=tokenizer
+
+Every digit is a token of its own, so that a key's tokens are its digits. The passkey sentences are part of the
+training text with a weight, so that their frame is short in tokens. Training is deterministic: the same
+files give the same vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from absl import flags
+
+from lawcat_jax.data.passkey import HAY, LANDMARK_NEEDLE, LANDMARK_TASK, NEEDLE, QUESTION, TASK
+from lawcat_jax.data.text import documents
+from lawcat_jax.data.tokenize import Tokenizer
+from lawcat_jax.errors import UserError, run_main
+
+SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
+_SMALLEST = 256 + len(SPECIAL_TOKENS)
+
+_INPUT = flags.DEFINE_string("input", None, "Text source: a file, directory or glob (.txt, .jsonl, .parquet).")
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 1024, f"Tokens in all, at least {_SMALLEST}.")
+_TARGET = flags.DEFINE_string("target", None, "Directory to write.")
+_TEXT_KEY = flags.DEFINE_string("text_key", "text", "Field of the text in JSONL and parquet rows.")
+_PASSKEY_REPEATS = flags.DEFINE_integer("passkey_repeats", 3000, "Weight of the passkey sentences in the text.")
+
+
+def passkey_sentences() -> list[str]:
+    """The sentences of both passkey forms, with and without a leading space, once each."""
+    frames = [
+        TASK,
+        LANDMARK_TASK,
+        f"{QUESTION}12345",
+        LANDMARK_NEEDLE.format(key="98765"),
+        NEEDLE.format(key="13579"),
+    ]
+    return [HAY, *(" " + frame for frame in frames), *frames]
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, passkey_repeats: int = 3000) -> Tokenizer:
+    """Byte-level BPE over ``texts`` and weighted passkey sentences, as a ``PreTrainedTokenizerFast``.
+
+    No prefix space, individual digits, a template that puts bos first.
+
+    Raises:
+      UserError: when ``vocab_size`` cannot hold the 256 bytes and the special tokens.
+    """
+    import tokenizers
+    import transformers
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+    if vocab_size < _SMALLEST:
+        raise UserError(f"vocab_size {vocab_size} is too small: 256 bytes and the special tokens need {_SMALLEST}")
+    bos, eos, pad = SPECIAL_TOKENS
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+
+    def corpus() -> Iterator[str]:
+        yield from texts
+        for _ in range(passkey_repeats):
+            yield from passkey_sentences()
+
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(corpus(), trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_tokenizer(tokenizer: Tokenizer, target: str | Path) -> Path:
+    """Write a tokenizer directory under a temporary name, then rename it. Tokenizer files of a directory that
+    exists already are replaced one by one; its other files stay.
+
+    Raises:
+      UserError: when ``target`` is a file.
+    """
+    target = Path(target).expanduser()
+    if target.exists() and not target.is_dir():
+        raise UserError(f"target {str(target)!r} exists and is not a directory")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        tokenizer.save_pretrained(partial)
+        settings = partial / "tokenizer_config.json"
+        facts = json.loads(settings.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+        settings.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")  # a class name of transformers 4 too
+        partial.chmod(0o755)
+        if target.exists():
+            for file in partial.iterdir():
+                file.replace(target / file.name)
+        else:
+            partial.replace(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    for name, value in (("--input", _INPUT.value), ("--target", _TARGET.value)):
+        if not value:
+            raise UserError(f"{name} is missing")
+    texts = documents(_INPUT.value, _TEXT_KEY.value)
+    tokenizer = train_tokenizer(texts, vocab_size=_VOCAB_SIZE.value, passkey_repeats=_PASSKEY_REPEATS.value)
+    target = save_tokenizer(tokenizer, _TARGET.value)
+    print(f"wrote {target}: {len(tokenizer)} tokens; the hay text takes {len(tokenizer(HAY)['input_ids']) - 1}")
+
+
+if __name__ == "__main__":
+    run_main(main)
