@@ -278,7 +278,8 @@ class Config:
         if not problems:  # range checks assume right types
             problems = list(_range_problems(self))
         if problems:
-            raise ConfigError("invalid configuration:\n  " + "\n  ".join(problems))
+            separator = " " if len(problems) == 1 else "\n  "
+            raise ConfigError("invalid configuration:" + separator + separator.join(problems))
 
     def stages(self) -> list[tuple[str, StageConfig]]:
         """Enabled stages in the order they run."""

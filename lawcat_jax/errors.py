@@ -26,4 +26,13 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
             print("interrupted", file=sys.stderr, flush=True)
             return 130
 
-    app.run(guarded)
+    def parse(argv: list[str]) -> list[str]:
+        from lawcat_jax.command_line import parse_flags
+
+        try:
+            return parse_flags(argv)
+        except UserError as problem:
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+            sys.exit(2)
+
+    app.run(guarded, flags_parser=parse)

@@ -1,0 +1,128 @@
+"""The ``--config`` flag of the command lines: a config file with single fields overridden."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from lawcat_jax.config import Config
+from lawcat_jax.errors import UserError
+
+
+class _OrNone(flags.ArgumentParser):
+    """Lets optional fields be set to None; ``Config.validate`` rejects None where a field needs a value."""
+
+    def __init__(self, inner: flags.ArgumentParser):
+        self._inner = inner
+        self.syntactic_help = inner.syntactic_help
+
+    def parse(self, argument: Any) -> Any:
+        return None if argument == "None" else self._inner.parse(argument)
+
+    def flag_type(self) -> str:
+        return self._inner.flag_type()
+
+
+def define_config(default: str | None = None) -> flags.FlagHolder:
+    """Define ``--config=<file.py>[:variant]`` with ``--config.<field>=<value>`` overrides."""
+    for kind, parser in (
+        (float, flags.FloatParser()),
+        (int, flags.IntegerParser()),
+        (str, flags.ArgumentParser()),
+    ):
+        config_flags.register_flag_parser_for_type(kind, _OrNone(parser))
+    return config_flags.DEFINE_config_file(
+        "config", default, "Experiment file, e.g. configs/tiny.py", lock_config=False
+    )
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's flag parsing, with every mistake of the user as one line.
+
+    Raises:
+      UserError: unknown flag or field, a value of the wrong type, a config file that is missing or broken.
+    """
+    try:
+        return flags.FLAGS(list(argv))
+    except KeyError as problem:  # config_flags: a field that the dataclass does not have
+        raise UserError(_unknown_field(problem)) from problem
+    except (
+        flags.Error,
+        OSError,
+        ValueError,
+        TypeError,
+        IndexError,
+        SyntaxError,
+        ImportError,
+        AttributeError,
+    ) as problem:
+        raise UserError(_one_line(problem)) from problem
+
+
+def load_config(holder: flags.FlagHolder) -> Config:
+    """The parsed, overridden and validated configuration.
+
+    Raises:
+      UserError: no ``--config``, or a file that does not return a :class:`Config`.
+      ConfigError: values that cannot run.
+    """
+    config = holder.value
+    if config is None:
+        raise UserError("--config: name an experiment file, for example --config=configs/tiny.py")
+    if type(config).__name__ == "_ErrorConfig":  # config_flags keeps a missing file until its first use
+        name = flags.FLAGS["config"].config_filename
+        raise UserError(f"--config={name}: no such file, or it cannot be read")
+    if not isinstance(config, Config):
+        raise UserError(f"--config: get_config() must return a lawcat_jax.config.Config, not {type(config).__name__}")
+    config.validate()
+    return config
+
+
+def no_arguments(argv: Sequence[str]) -> None:
+    """Refuse stray words on the command line (a forgotten ``--``, usually)."""
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}; options start with --")
+
+
+def config_name(default: str = "run") -> str:
+    """A name for the run's folder: the config file's stem and its variant."""
+    name = getattr(flags.FLAGS["config"], "_config_filename", None) or default
+    path, _, variant = str(name).partition(":")
+    return pathlib.Path(path).stem + (f"_{variant}" if variant else "")
+
+
+def _unknown_field(problem: KeyError) -> str:
+    fields = [argument.split("=", 1)[0].lstrip("-") for argument in sys.argv if argument.startswith("--config.")]
+    detail = str(problem.args[0]) if problem.args else str(problem)
+    guilty = [field for field in fields if not _known(field)]
+    if guilty:
+        return f"unknown configuration field {', '.join(guilty)} (see lawcat_jax/config.py for all fields)"
+    return _one_line(detail)
+
+
+def _known(field: str) -> bool:
+    import dataclasses
+    import typing
+
+    kind: Any = Config
+    for name in field.split(".")[1:]:
+        options = [option for option in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(option)]
+        if not options:
+            return False
+        hints = typing.get_type_hints(options[0])
+        if name not in hints:
+            return False
+        kind = hints[name]
+    return True
+
+
+def _one_line(problem: Any) -> str:
+    lines = [line.strip() for line in str(problem).strip().splitlines() if line.strip()]
+    if len(lines) > 1 and "Traceback" in str(problem):  # config_flags pastes the traceback into the message
+        return f"{lines[0]} {lines[-1]}"
+    return " ".join(lines) or type(problem).__name__
