@@ -1,0 +1,94 @@
+"""Directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lawcat_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def new_directory(target: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
+    """Fill a temporary directory beside ``target``; on success it becomes ``target``, else it is removed.
+
+    An empty ``target`` counts as absent. With ``overwrite`` an existing directory is replaced only after
+    the new one is complete.
+
+    Raises:
+      UserError: ``target`` exists with content and ``overwrite`` is off, is a file, or cannot be written.
+    """
+    target = Path(os.path.abspath(target))
+    check_target(target, overwrite=overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+    except OSError as problem:
+        raise UserError(f"cannot write beside {target}: {problem.strerror or problem}") from None
+    try:
+        try:
+            yield temporary
+        except OSError as problem:
+            if problem.errno is None:
+                raise
+            raise UserError(f"cannot write {target}: {problem.strerror or problem}") from problem
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes 0700: others could not read the result
+        if target.exists():
+            check_target(target, overwrite=overwrite)  # it may have been filled in the meantime
+            if any(target.iterdir()):
+                old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+                os.rename(target, old / "d")
+                os.rename(temporary, target)
+                shutil.rmtree(old, ignore_errors=True)
+                return
+            target.rmdir()
+        os.rename(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_target(target: str | os.PathLike, *, overwrite: bool) -> None:
+    """Refuse a target that would be destroyed, before any work is done.
+
+    Raises:
+      UserError: ``target`` is a file, or a directory with content while ``overwrite`` is off.
+    """
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file; name a directory to write to")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise UserError(f"{target} exists and is not empty; pass --overwrite to replace it")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """One JSON object from a file.
+
+    Raises:
+      UserError: the file is missing, unreadable, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise UserError(f"cannot read {path}: {problem.strerror or problem}") from None
+    except ValueError as problem:  # JSONDecodeError and UnicodeDecodeError
+        raise UserError(f"{path} is not valid JSON: {problem}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} should hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def write_json(path: str | os.PathLike, value: dict[str, Any]) -> None:
+    """Write a JSON object, indented, keys in the given order."""
+    Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

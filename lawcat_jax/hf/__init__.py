@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: reading, writing, and adapters in PEFT's format."""

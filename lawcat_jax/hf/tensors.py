@@ -1,0 +1,147 @@
+"""The safetensors format with bounded memory: read slices of a tensor, write a file tensor by tensor.
+
+Layout: u64 little-endian header length, JSON header {name: {dtype, shape, data_offsets}}, raw data. Plain
+reads instead of a memory map, because mapped pages count as resident memory of the process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from lawcat_jax.errors import UserError
+
+DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+_HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors library
+BLOCK_BYTES = 32 << 20  # of one read: small beside any large tensor, large enough for full disk speed
+
+
+class Tensor:
+    """One tensor in a file: ``shape``, ``dtype`` (None if not one of :data:`DTYPES`), and reads of rows."""
+
+    def __init__(self, file: Path, name: str, code: str, shape: tuple[int, ...], offset: int):
+        self.file, self.name, self.code, self.shape, self._offset = file, name, code, shape, offset
+        self.dtype = DTYPES.get(code)
+
+    @property
+    def nbytes(self) -> int:
+        assert self.dtype is not None
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Rows [start, stop) of axis 0, read into ``out`` (C-contiguous, same dtype) when given."""
+        assert self.dtype is not None
+        width = math.prod(self.shape[1:])
+        if out is None:
+            out = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        buffer = memoryview(out.reshape(-1).view(np.uint8))
+        try:
+            with open(self.file, "rb", buffering=0) as stream:
+                stream.seek(self._offset + start * width * self.dtype.itemsize)
+                done = 0
+                while done < len(buffer):
+                    count = stream.readinto(buffer[done:])
+                    if not count:
+                        raise UserError(f"{self.file}: ends within tensor {self.name} (truncated)")
+                    done += count
+        except OSError as problem:
+            raise UserError(f"cannot read {self.file}: {problem.strerror or problem}") from None
+        return out
+
+    def blocks(self, start: int, stop: int) -> Iterable[tuple[int, np.ndarray]]:
+        """(first row, rows) of [start, stop) in pieces of about :data:`BLOCK_BYTES`, one buffer for all."""
+        assert self.dtype is not None
+        row_bytes = max(1, math.prod(self.shape[1:]) * self.dtype.itemsize)
+        step = max(1, min(stop - start, BLOCK_BYTES // row_bytes))
+        buffer = np.empty((step, *self.shape[1:]), self.dtype)
+        for first in range(start, stop, step):
+            yield first, self.rows(first, min(first + step, stop), buffer[: min(step, stop - first)])
+
+
+def open_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, from its header alone; nothing is read beyond it.
+
+    Raises:
+      UserError: missing, not a safetensors file, truncated, or with an inconsistent header.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as stream:
+            head = stream.read(8)
+            length = int.from_bytes(head, "little")
+            if len(head) < 8 or not 2 <= length <= _HEADER_LIMIT:
+                raise UserError(f"{path}: not a safetensors file")
+            if 8 + length > size:
+                raise UserError(f"{path}: truncated within the header ({size} bytes); download it again")
+            header = json.loads(stream.read(length))
+    except OSError as problem:
+        raise UserError(f"cannot read {path}: {problem.strerror or problem}") from None
+    except ValueError as problem:
+        if isinstance(problem, UserError):
+            raise
+        raise UserError(f"{path}: not a safetensors file (bad header)") from None
+    tensors: dict[str, Tensor] = {}
+    if not isinstance(header, dict):
+        raise UserError(f"{path}: not a safetensors file (bad header)")
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            sound = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)) and begin <= end
+        except (TypeError, KeyError, ValueError):
+            sound = False
+        if not sound:
+            raise UserError(f"{path}: bad header entry for tensor {name!r}")
+        if 8 + length + end > size:
+            raise UserError(f"{path}: truncated, {size} of at least {8 + length + end} bytes; download it again")
+        if code in DTYPES and end - begin != math.prod(shape) * DTYPES[code].itemsize:
+            raise UserError(
+                f"{path}: tensor {name!r} of shape {list(shape)} {code} does not fill its {end - begin} bytes"
+            )
+        tensors[name] = Tensor(path, name, code, shape, 8 + length + begin)
+    return tensors
+
+
+def write_tensors(
+    path: Path,
+    entries: list[tuple[str, np.dtype, tuple[int, ...], Callable[[], Any]]],
+    on_bytes: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Write one safetensors file, holding one tensor in memory at a time.
+
+    Args:
+      path: the file.
+      entries: (name, dtype, shape, function that returns the array when it is its turn).
+      on_bytes: called with the bytes of every tensor written (progress).
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape, _ in entries:
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the library pads too: aligned data can be mapped
+    with open(path, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name, dtype, shape, make in entries:
+            array = np.ascontiguousarray(make())
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(f"{name} is {array.dtype}{array.shape}, announced as {dtype}{shape}")
+            stream.write(memoryview(array.reshape(-1).view(np.uint8)))
+            on_bytes(array.nbytes)
+        stream.flush()
+        os.fsync(stream.fileno())
