@@ -1,0 +1,153 @@
+"""Block sizes of the Triton kernels: one JSON table by device, dtype and shape, with defaults for what it does not list.
+
+``block_sizes.json`` maps device kind -> kernel -> "dtype:KxV" -> {chunk, block_v, num_warps, num_stages, programs}; ``kernels_pallas.tune``
+measures candidates and writes it. A device that is not listed uses the entries of "default" and then the rules in :func:`default_sizes`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+TABLE = Path(__file__).with_name("block_sizes.json")
+
+MAX_NATS = 80.0
+"""Largest chunk * |log_g| of a single reference point: the masked upper triangle reaches e^80, float32 ends at e^88."""
+
+MIN_SEGMENT = 256
+"""Tokens. Shorter segments spend more on their states than they win in parallelism."""
+
+KERNELS = ("forward", "segment_state", "states", "segment_dstate", "backward", "prefill", "prefill_state")
+
+_local = threading.local()
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """Static sizes of one kernel.
+
+    chunk: tokens per step, a power of two >= 16. block_v: columns of v (and of the state) per program. num_warps, num_stages: Triton's
+    compiler parameters. programs: how many programs the driver wants at least before it stops splitting the sequence into segments.
+    """
+
+    chunk: int = 64
+    block_v: int = 64
+    num_warps: int = 4
+    num_stages: int = 2
+    programs: int = 256
+
+
+def single_reference_limit(lower_bound: float | None) -> int:
+    """Largest power-of-two chunk with one reference point under the gate bound, at most 128; 1 without a bound."""
+    if lower_bound is None:
+        return 1
+    if lower_bound == 0:
+        return 128
+    return min(128, 1 << max(0, math.floor(math.log2(max(1.0, MAX_NATS / -lower_bound)))))
+
+
+def default_sizes(kernel: str, dtype: Any, features: int, values: int) -> BlockSizes:
+    """Rules for shapes that no table lists: the state of one program stays within 32 (forward) or 64 registers a thread."""
+    large = features * values > 64 * 64
+    if jnp.dtype(dtype) == jnp.float32:
+        # float32 tiles are twice as large in shared memory and three products each: small chunks keep them within 227 KB.
+        return BlockSizes(32, min(values, 64), 8 if large else 4, 1, 256)
+    if kernel in ("backward", "segment_dstate"):
+        return BlockSizes(64, values, 8 if large else 4, 1, 256)
+    if kernel in ("prefill", "prefill_state"):
+        return BlockSizes(64, values if features < 256 else 64, 8 if large else 4, 1, 256)
+    return BlockSizes(64, values if features < 256 else 64, 8 if large else 4, 2, 256)
+
+
+@functools.lru_cache
+def _table(path: Path, stamp: float) -> dict[str, Any]:
+    del stamp
+    return json.loads(path.read_text())
+
+
+def read_table(path: Path = TABLE) -> dict[str, Any]:
+    """The table as nested dicts; empty when the file does not exist."""
+    return _table(path, path.stat().st_mtime) if path.exists() else {}
+
+
+def shape_key(dtype: Any, features: int, values: int) -> str:
+    return f"{jnp.dtype(dtype).name}:{features}x{values}"
+
+
+def device_kind() -> str:
+    """Name of the GPU that is compiled for: the abstract device in context, else the first local GPU, else "default"."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is not None:
+        return device.device_kind
+    if jax.default_backend() == "gpu":
+        return jax.devices()[0].device_kind
+    return "default"
+
+
+@contextlib.contextmanager
+def override(**sizes: BlockSizes) -> Iterator[None]:
+    """Use ``sizes[kernel]`` instead of the table while tracing inside; for tuning and tests."""
+    unknown = sorted(set(sizes) - set(KERNELS))
+    if unknown:
+        raise ValueError(f"override: unknown kernel {unknown[0]!r}; known: {', '.join(KERNELS)}")
+    before = getattr(_local, "sizes", {})
+    _local.sizes = {**before, **sizes}
+    try:
+        yield
+    finally:
+        _local.sizes = before
+
+
+def lookup(kernel: str, dtype: Any, features: int, values: int) -> BlockSizes:
+    """Sizes for a kernel: :func:`override`, the device's entry, the "default" entry, :func:`default_sizes`."""
+    overrides = getattr(_local, "sizes", {})
+    if kernel in overrides:
+        return overrides[kernel]
+    table, key = read_table(), shape_key(dtype, features, values)
+    for device in (device_kind(), "default"):
+        entry = table.get(device, {}).get(kernel, {}).get(key)
+        if entry is not None:
+            return BlockSizes(**{f.name: entry[f.name] for f in dataclasses.fields(BlockSizes) if f.name in entry})
+    return default_sizes(kernel, dtype, features, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How T tokens are cut: ``count`` chunks of ``chunk``, ``segments`` of ``per_segment`` chunks each (the last may have fewer)."""
+
+    length: int
+    chunk: int
+    segments: int
+    per_segment: int
+
+    @property
+    def count(self) -> int:
+        return -(-self.length // self.chunk)
+
+    @property
+    def ragged(self) -> bool:
+        return self.length % self.chunk != 0
+
+    @property
+    def even(self) -> bool:
+        return self.count == self.segments * self.per_segment
+
+
+def split_sequence(length: int, chunk: int, programs: int, wanted: int) -> Split:
+    """Enough segments that ``programs`` (those of one segment) times segments reaches ``wanted``; segments of >= MIN_SEGMENT tokens."""
+    segments = 1
+    while programs * segments < wanted and length >= 2 * segments * MIN_SEGMENT:
+        segments *= 2
+    count = -(-length // chunk)
+    per_segment = -(-count // segments)
+    return Split(length, chunk, -(-count // per_segment), per_segment)

@@ -1,0 +1,325 @@
+"""Forward of gated linear attention for NVIDIA GPUs, through Pallas' Triton lowering.
+
+One program owns one query head, one segment of the sequence and ``block_v`` columns of the state, and walks the segment chunk by chunk
+with the state S [K, block_v] and z [K] in registers; nothing but the inputs and o touches device memory. With enough heads one segment is
+the whole sequence and there is one launch. Otherwise:
+
+1. ``segment_state``: the state each segment adds, and the sum of its gates (P1);
+2. ``combine`` turns them into the state before every segment (``prefix`` does so inside 3 when there are few segments);
+3. ``segment_out``: outputs, from the state before the segment (P2).
+
+Algebra of a chunk of C rows (b inclusive cumulative sum of lg = log2(e) log_g; r = b_C / 2 the one reference point; e = 2^r):
+
+    q^ = q 2^(b - r)     k^ = k 2^(r - b)     A = where(i >= j, q^ k^T, 0)     S~ = e S     z~ = e z
+    o = (A v + q^ S~) / (sum_j A + q^ z~ + eps)              S' = e (S~ + k^T v)     z' = e (z~ + sum_j k^)
+
+since b_C - r = r: two exponentials an element and one a feature. Within |log_g| C <= 80 nothing overflows. The denominator sums the same
+rounded A and q^ that the numerator uses.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from kernels_pallas.common import EPS, LOG2E, interpret_mode, out_struct
+from kernels_pallas.gla import block_sizes
+from kernels_pallas.gla.block_sizes import BlockSizes, Split
+from kernels_pallas.gla.triton_tiles import (
+    causal,
+    centred,
+    compiler_params,
+    dot,
+    f32,
+    load_rows,
+    round_to,
+    segment_spec,
+    sequence_spec,
+    state_spec,
+    store_rows,
+    store_vector,
+    token_spec,
+)
+
+PREFIX_SEGMENTS = 8
+"""Up to this many segments each program adds up the earlier ones itself (from L2); more go through a ``combine`` launch."""
+
+
+def supports(q, k, v, log_g, *, normalize: bool, lower_bound: float | None, differentiated: bool) -> str | None:
+    """Why this backend cannot run these arguments (the end of a sentence), or None."""
+    del k, log_g, normalize
+    features, values = q.shape[-1], v.shape[-1]
+    for name, size in (("K", features), ("V", values)):
+        if size & (size - 1) or not 16 <= size <= 256:
+            return f"{name} must be a power of two from 16 to 256, got {size}"
+    if differentiated and max(features, values) > 128:
+        return f"the backward pass takes head sizes up to 128, got K = {features}, V = {values}"
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"q must be bfloat16 or float32, got {q.dtype}"
+    if block_sizes.single_reference_limit(lower_bound) < 16:
+        return f"it needs a gate_lower_bound of at least -5, got {lower_bound}"
+    return None
+
+
+def sizes_for(kernel: str, q: Any, v: Any, lower_bound: float | None) -> BlockSizes:
+    """Block sizes of the table, with the chunk cut to what the gate bound and the length allow."""
+    import dataclasses
+
+    sizes = block_sizes.lookup(kernel, q.dtype, q.shape[-1], v.shape[-1])
+    length = max(16, 1 << (q.shape[1] - 1).bit_length())
+    chunk = min(sizes.chunk, block_sizes.single_reference_limit(lower_bound), length)
+    return dataclasses.replace(sizes, chunk=chunk, block_v=min(sizes.block_v, v.shape[-1]))
+
+
+def load_gates(ref: Any, start: Any, chunk: int, limit: int | None, dtype: Any) -> jax.Array:
+    """log2 gates, rounded once to the operand type so that every sum of them is exact."""
+    return round_to(load_rows(ref, start, chunk, limit).astype(f32) * LOG2E, dtype)
+
+
+def decayed(lg: jax.Array, matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """2^(b - r), 2^(r - b) [C, K] and e = 2^r [K]."""
+    x = dot(matrix, lg)
+    return jnp.exp2(x), jnp.exp2(-x), jnp.exp2(0.5 * jnp.sum(lg.astype(f32), axis=0))
+
+
+def chunks_of(split: Split, segment: Any) -> Any:
+    """Number of chunks of a segment: static when all are equal."""
+    if split.even:
+        return split.per_segment
+    return jnp.minimum(split.per_segment, split.count - segment * split.per_segment)
+
+
+def _prefix(S, z, L_ref, S_ref, z_ref, count):
+    """The state after ``count`` segments, from their summaries."""
+
+    def step(s, state):
+        S, z = state
+        decay = jnp.exp2(L_ref[s, :])
+        return decay[:, None] * S + S_ref[s, :, :], decay * z + z_ref[s, :]
+
+    return lax.fori_loop(0, count, step, (S, z))
+
+
+def _segment_state_kernel(k_ref, v_ref, g_ref, L_ref, S_ref, z_ref, *, split: Split, dtype: Any):
+    segment = pl.program_id(2)
+    chunk, limit = split.chunk, split.length if split.ragged else None
+    matrix = centred(chunk, dtype)
+
+    def step(i, carry):
+        S, z, L = carry
+        start = (segment * split.per_segment + i) * chunk
+        k = load_rows(k_ref, start, chunk, limit)
+        v = load_rows(v_ref, start, chunk, limit)
+        lg = load_gates(g_ref, start, chunk, limit, dtype)
+        x = dot(matrix, lg)
+        total = jnp.sum(lg.astype(f32), axis=0)
+        e = jnp.exp2(0.5 * total)
+        k = round_to(k.astype(f32) * jnp.exp2(-x), dtype)
+        S = e[:, None] * (dot(k, v, ta=True) + e[:, None] * S)
+        z = e * (jnp.sum(k.astype(f32), axis=0) + e * z)
+        return S, z, L + total
+
+    features, values = S_ref.shape
+    zeros = (jnp.zeros((features, values), f32), jnp.zeros((features,), f32), jnp.zeros((features,), f32))
+    S_ref[:, :], z_ref[:], L_ref[:] = lax.fori_loop(0, chunks_of(split, segment), step, zeros)
+
+
+def _combine_kernel(L_ref, Sl_ref, zl_ref, *rest, segments: int, reverse: bool, initial: bool):
+    """Exclusive prefix (suffix when reverse) of the segment summaries; ``initial`` is the state before the first one."""
+    *before, S_ref, z_ref = rest
+    if initial:
+        S, z = before[0][:, :], before[1][:]
+    else:
+        S, z = jnp.zeros(Sl_ref.shape[1:], f32), jnp.zeros(zl_ref.shape[1:], f32)
+
+    def step(i, state):
+        S, z = state
+        s = segments - 1 - i if reverse else i
+        S_ref[s, :, :], z_ref[s, :] = S, z
+        decay = jnp.exp2(L_ref[s, :])
+        return decay[:, None] * S + Sl_ref[s, :, :], decay * z + zl_ref[s, :]
+
+    lax.fori_loop(0, segments, step, (S, z))
+
+
+def _segment_out_kernel(*refs, split: Split, normalize: bool, states: str, initial: bool, save_den: bool):
+    refs = iter(refs)
+    q_ref, k_ref, v_ref, g_ref = (next(refs) for _ in range(4))
+    given = tuple(next(refs) for _ in range(2)) if initial or states == "given" else None
+    summaries = tuple(next(refs) for _ in range(3)) if states == "prefix" else None
+    o_ref, S_ref, z_ref = (next(refs) for _ in range(3))
+    den_ref = next(refs) if save_den else None
+
+    segment = pl.program_id(2)
+    dtype = q_ref.dtype
+    chunk, limit = split.chunk, split.length if split.ragged else None
+    matrix, mask = centred(chunk, dtype), causal(chunk)
+    features, values = S_ref.shape
+    if given is not None:
+        S, z = given[0][:, :], given[1][:]
+    else:
+        S, z = jnp.zeros((features, values), f32), jnp.zeros((features,), f32)
+    if summaries is not None:
+        S, z = _prefix(S, z, *summaries, segment)
+
+    def step(i, state):
+        S, z = state
+        start = (segment * split.per_segment + i) * chunk
+        q = load_rows(q_ref, start, chunk, limit)
+        k = load_rows(k_ref, start, chunk, limit)
+        v = load_rows(v_ref, start, chunk, limit)
+        lg = load_gates(g_ref, start, chunk, limit, dtype)
+        grow, shrink, e = decayed(lg, matrix)
+        q = round_to(q.astype(f32) * grow, dtype)
+        k = round_to(k.astype(f32) * shrink, dtype)
+        o, den, S, z = chunk_step(q, k, v, e, S, z, mask, normalize)
+        store_rows(o_ref, start, o, limit)
+        if den_ref is not None:
+            store_vector(den_ref, start, den, limit)
+        return S, z
+
+    S, z = lax.fori_loop(0, chunks_of(split, segment), step, (S, z))
+
+    @pl.when(segment == split.segments - 1)
+    def _():
+        S_ref[:, :], z_ref[:] = S, z
+
+
+def chunk_step(q, k, v, e, S, z, mask, normalize: bool):
+    """One chunk from decayed, rounded q^ and k^ [C, K]: o [C, V] float32, den [C] (None unless normalize), S and z after the chunk."""
+    dtype = q.dtype
+    S, z = e[:, None] * S, e * z
+    A = round_to(jnp.where(mask, dot(q, k, tb=True), 0.0), dtype)
+    o = dot(q, round_to(S, dtype)) + dot(A, v)
+    den = None
+    if normalize:
+        den = jnp.sum(A.astype(f32), axis=1) + jnp.sum(q.astype(f32) * z[None, :], axis=1) + EPS
+        o = o / den[:, None]
+    S = e[:, None] * (S + dot(k, v, ta=True))
+    z = e * (z + jnp.sum(k.astype(f32), axis=0))
+    return o, den, S, z
+
+
+def segment_states(k, v, log_g, heads: int, split: Split, sizes: BlockSizes):
+    """L, S, z of every segment: [B, H, n, K], [B, H, n, K, V], [B, H, n, K] float32, L in log2 units.
+
+    The last segment's entry is left unwritten: nothing that is used depends on it.
+    """
+    batch, _, _, features = k.shape
+    values, count = v.shape[-1], split.segments
+    vectors, matrices = (batch, heads, count, features), (batch, heads, count, features, values)
+    width = sizes.block_v
+    return pl.pallas_call(
+        functools.partial(_segment_state_kernel, split=split, dtype=k.dtype),
+        grid=(heads, values // width, count - 1, batch),
+        in_specs=[token_spec(k, heads), token_spec(v, heads, width), token_spec(log_g, heads)],
+        out_specs=[segment_spec(vectors), segment_spec(matrices, width), segment_spec(vectors)],
+        out_shape=[out_struct(shape, f32, k, v, log_g) for shape in (vectors, matrices, vectors)],
+        compiler_params=compiler_params(sizes),
+        interpret=interpret_mode(),
+        name="gla_segment_state",
+    )(k, v, log_g)
+
+
+def combine(L, S, z, initial, *, reverse: bool = False):
+    """State before every segment [B, H, n, K, V], [B, H, n, K] (after every segment when ``reverse``) from the summaries.
+
+    The last (first when ``reverse``) summary is read but does not enter the result: it may be anything.
+    """
+    batch, heads, count, features, values = S.shape
+    width = min(32, values)
+    initial_specs = [] if initial is None else [state_spec(initial[0].shape, width), state_spec(initial[1].shape)]
+    return pl.pallas_call(
+        functools.partial(_combine_kernel, segments=count, reverse=reverse, initial=initial is not None),
+        grid=(heads, values // width, 1, batch),
+        in_specs=[sequence_spec(L.shape), sequence_spec(S.shape, width), sequence_spec(z.shape), *initial_specs],
+        out_specs=[sequence_spec(S.shape, width), sequence_spec(z.shape)],
+        out_shape=[out_struct(S.shape, f32, L, S), out_struct(z.shape, f32, L, S)],
+        compiler_params=compiler_params(BlockSizes(num_warps=4, num_stages=1)),
+        interpret=interpret_mode(),
+        name="gla_combine",
+    )(L, S, z, *(initial or ()))
+
+
+def plan_forward(q, v, lower_bound: float | None, kernel: str = "forward") -> tuple[BlockSizes, Split]:
+    sizes = sizes_for(kernel, q, v, lower_bound)
+    programs = q.shape[0] * q.shape[2] * (v.shape[3] // sizes.block_v)
+    return sizes, block_sizes.split_sequence(q.shape[1], sizes.chunk, programs, sizes.programs)
+
+
+def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: float | None, save_residuals: bool) -> Any:
+    """See ``kernels_pallas.gla`` for the signature. Residuals: (q, k, v, log_g, initial_state, o, den, segment states)."""
+    sizes, split = plan_forward(q, v, lower_bound)
+    states, summaries, given = "zero", (), None
+    if initial_state is not None:
+        given = initial_state
+    if split.segments > 1:
+        summaries = segment_states(k, v, log_g, q.shape[2], split, sizes_for_segments(q, v, sizes))
+        states = "prefix"
+        if save_residuals or split.segments > PREFIX_SEGMENTS:
+            given = combine(*summaries, initial_state)
+            summaries, states = (), "given"
+
+    o, S, z, den = _segment_out(q, k, v, log_g, given, summaries, sizes, split, states, normalize, save_residuals)
+    residuals = None
+    if save_residuals:
+        segment = None if split.segments == 1 else given
+        residuals = (q, k, v, log_g, initial_state, o if split.segments > 1 and normalize else None, den, segment)
+    return o, (S, z), residuals
+
+
+def sizes_for_segments(q, v, sizes: BlockSizes) -> BlockSizes:
+    """P1 cuts the sequence as P2 does, with its own warps, stages and columns."""
+    import dataclasses
+
+    own = block_sizes.lookup("segment_state", q.dtype, q.shape[-1], v.shape[-1])
+    return dataclasses.replace(own, chunk=sizes.chunk, block_v=min(own.block_v, v.shape[-1]))
+
+
+def _segment_out(q, k, v, log_g, given, summaries, sizes, split, states, normalize, save_residuals):
+    batch, length, heads, features = q.shape
+    values, width = v.shape[-1], sizes.block_v
+    save_den = save_residuals and normalize
+    inputs = [q, k, v, log_g]
+    specs = [token_spec(q, heads), token_spec(k, heads), token_spec(v, heads, width), token_spec(log_g, heads)]
+    if given is not None:
+        inputs += list(given)
+        spec = segment_spec if states == "given" else state_spec
+        specs += [spec(given[0].shape, width), spec(given[1].shape)]
+    if summaries:
+        inputs += list(summaries)
+        specs += [
+            sequence_spec(summaries[0].shape),
+            sequence_spec(summaries[1].shape, width),
+            sequence_spec(summaries[2].shape),
+        ]
+    shapes = [(batch, length, heads, values), (batch, heads, features, values), (batch, heads, features)]
+    out_shape = [out_struct(shapes[0], v.dtype, *inputs)] + [out_struct(shape, f32, *inputs) for shape in shapes[1:]]
+    out_specs = [token_spec(out_shape[0], heads, width), state_spec(shapes[1], width), state_spec(shapes[2])]
+    if save_den:
+        out_shape.append(out_struct((batch, length, heads), f32, *inputs))
+        out_specs.append(pl.BlockSpec((None, length, None), lambda h, c, s, b: (b, 0, h)))
+    kernel = functools.partial(
+        _segment_out_kernel,
+        split=split,
+        normalize=normalize,
+        states=states,
+        initial=given is not None,
+        save_den=save_den,
+    )
+    o, S, z, *den = pl.pallas_call(
+        kernel,
+        grid=(heads, values // width, split.segments, batch),
+        in_specs=specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        compiler_params=compiler_params(sizes),
+        interpret=interpret_mode(),
+        name="gla_segment_out",
+    )(*inputs)
+    return o, S, z, den[0] if den else None
