@@ -206,7 +206,7 @@ def landmark_prompt(characters: int, j: int) -> tuple[str, str]:
     """
     if characters < 1:
         raise UserError(f"a landmark passkey prompt needs at least 1 character of hay, not {characters}")
-    random = np.random.RandomState(j)  # noqa: NPY002 (the published tests are defined by this generator)
+    random = np.random.RandomState(j)
     before = int(random.randint(0, characters))
     key = str(random.randint(1, 50_000))
     hay = " ".join([HAY] * (characters // (len(HAY) + 1) + 1))

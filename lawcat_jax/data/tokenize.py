@@ -38,11 +38,11 @@ def load_tokenizer(source: str | os.PathLike, *, revision: str | None = None) ->
         raise UserError(f"tokenizer {name!r}: not a directory")
     if local and not any((Path(name) / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"tokenizer {name!r}: the directory has no tokenizer.json, tokenizer.model or vocab.json")
+    if local and (Path(name) / "tokenizer.json").exists() and not (Path(name) / "tokenizer_config.json").exists():
+        return _from_tokenizer_file(Path(name) / "tokenizer.json")
     try:
         return transformers.AutoTokenizer.from_pretrained(name, revision=revision)
     except Exception as problem:  # transformers raises many types here, from OSError to KeyError
-        if local and (Path(name) / "tokenizer.json").exists() and not (Path(name) / "tokenizer_config.json").exists():
-            return _from_tokenizer_file(Path(name) / "tokenizer.json")
         reason = str(problem).strip().split("\n")[0]
         raise UserError(f"tokenizer {name!r} cannot be loaded: {reason}") from problem
 

@@ -1,0 +1,1 @@
+"""Evaluation: passkey retrieval, perplexity, and the tables, JSON files and plots they report."""

@@ -1,0 +1,203 @@
+"""Text sources: reading, packing, caching, and one clear line for every bad input."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from lawcat_jax.data import text
+from lawcat_jax.data.tokenize import decode, encode
+from lawcat_jax.errors import UserError
+from tests.data import tokenizers as small
+
+STORIES = ["The sky is blue. Here we go.", "The sun is yellow.", "There and back again. The grass is green."]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAWCAT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def _sources(folder):
+    import pyarrow
+    import pyarrow.parquet
+
+    (folder / "txt").mkdir()
+    for number, story in enumerate(STORIES):
+        (folder / "txt" / f"{number}.txt").write_text(story)
+    (folder / "s.jsonl").write_text("\n".join(json.dumps({"text": story, "id": 1}) for story in STORIES) + "\n\n")
+    pyarrow.parquet.write_table(pyarrow.table({"text": STORIES, "id": [1, 2, 3]}), folder / "s.parquet")
+    (folder / "hf").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"text": STORIES}), folder / "hf" / "train.parquet")
+    return [str(folder / "txt"), str(folder / "txt" / "*.txt"), str(folder / "s.jsonl"), str(folder / "s.parquet")]
+
+
+def test_every_local_form_gives_the_same_documents_and_tokens(tmp_path):
+    tokenizer = small.byte_level()
+    expected = [token for story in STORIES for token in [*encode(tokenizer, story), tokenizer.eos_token_id]]
+    for source in _sources(tmp_path):
+        assert list(text.documents(source)) == STORIES
+        tokens = text.load_tokens(source, tokenizer)
+        assert tokens.dtype == np.uint16
+        assert tokens.tolist() == expected
+
+
+def test_hugging_face_datasets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hfcache"))
+    _sources(tmp_path)
+    assert list(text.documents(f"hf:{tmp_path / 'hf'}:train")) == STORIES
+    with pytest.raises(UserError, match=r"no field 'body'.*it has text"):
+        list(text.documents(f"hf:{tmp_path / 'hf'}", "body"))
+    with pytest.raises(UserError, match="cannot be opened"):
+        list(text.documents(f"hf:{tmp_path / 'hf'}:nosplit"))
+    with pytest.raises(UserError, match="expected hf:"):
+        list(text.documents("hf:a:b:c:d"))
+
+
+def test_tfds_without_tensorflow(tmp_path):
+    import sys
+
+    import tensorflow_datasets as tfds
+
+    class Stories(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        code_path = None  # no checksum files beside the code
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, manager):
+            return {"train": ((number, {"text": story}) for number, story in enumerate(STORIES))}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    builder = Stories(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    source = f"tfds:{builder.data_dir}"
+    assert list(text.documents(f"{source}:train")) == STORIES
+    assert list(text.documents(source)) == STORIES
+    assert len(list(text.documents(f"{source}:train[:2]"))) == 2
+    with pytest.raises(UserError, match="no field 'body'"):
+        list(text.documents(source, "body"))
+    with pytest.raises(UserError, match="cannot be opened"):
+        list(text.documents(f"{source}:nosplit"))
+    assert "tensorflow" not in sys.modules
+
+
+def test_remote_sources_are_read_only_as_far_as_needed(tmp_path, monkeypatch):
+    read = []
+
+    def endless(source, text_key="text"):
+        while True:
+            read.append(1)
+            yield "The sky is blue. " * 50
+
+    monkeypatch.setattr(text, "documents", endless)
+    tokens = text.load_tokens("hf:endless", small.byte_level(), max_tokens=5000)
+    assert len(tokens) == 5000
+    assert len(read) < 200
+
+
+def test_cache_is_used_and_follows_changes(tmp_path, monkeypatch, cache):
+    tokenizer = small.byte_level()
+    file = tmp_path / "a.txt"
+    file.write_text("The sky is blue.")
+    first = text.load_tokens(str(file), tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(text, "token_chunks", None)  # not needed a second time
+        assert np.array_equal(text.load_tokens(str(file), tokenizer), first)
+    assert not list(cache.glob("*.partial"))
+    file.write_text("The sky is blue. Here we go.")
+    assert len(text.load_tokens(str(file), tokenizer)) > len(first)
+    assert len(text.load_tokens(str(file), small.metaspace())) != 0
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_unwritable_cache_falls_back_to_memory(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("LAWCAT_CACHE", str(tmp_path / "file" / "below"))
+    (tmp_path / "a.txt").write_text("The sky is blue.")
+    assert len(text.load_tokens(str(tmp_path / "a.txt"), small.byte_level())) > 3
+
+
+@pytest.mark.parametrize("name", ["byte_level", "metaspace"])
+def test_long_documents_are_cut_without_a_trace(name, tmp_path, monkeypatch):
+    tokenizer = small.ALL[name]()
+    story = " ".join(STORIES * 40)
+    (tmp_path / "a.txt").write_text(story)
+    monkeypatch.setattr(text, "_PIECE", 200)
+    tokens = text.load_tokens(str(tmp_path / "a.txt"), tokenizer)
+    assert tokens.tolist() == [*encode(tokenizer, story), tokenizer.eos_token_id]
+
+
+def test_text_without_spaces_is_cut_anyway(tmp_path, monkeypatch):
+    tokenizer = small.byte_level()
+    (tmp_path / "a.txt").write_text("東京" * 500)
+    monkeypatch.setattr(text, "_PIECE", 64)
+    assert decode(tokenizer, text.load_tokens(str(tmp_path / "a.txt"), tokenizer).tolist()) == "東京" * 500
+
+
+def test_packing_predicts_each_token_once():
+    tokens = np.arange(10, 10 + 23).astype(np.uint16)
+    packed = text.PackedText(tokens, 5, bos_id=1)
+    assert len(packed) == 4
+    assert [packed[i].tolist()[0] for i in range(4)] == [1] * 4
+    assert np.concatenate([packed[i][1:] for i in range(4)]).tolist() == tokens[:20].tolist()
+    plain = text.PackedText(tokens, 5, bos_id=None)
+    assert len(plain) == 4
+    assert np.concatenate([plain[i][1:] for i in range(4)]).tolist() == tokens[1:21].tolist()
+    assert plain[3].dtype == np.int32
+    with pytest.raises(UserError, match="do not fill one sequence"):
+        text.PackedText(tokens[:4], 5, bos_id=1, source="s")
+
+
+def _bad(folder):
+    import pyarrow
+    import pyarrow.parquet
+
+    (folder / "empty.txt").write_text("")
+    (folder / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (folder / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (folder / "other.jsonl").write_text('{"body": "a"}\n')
+    (folder / "number.jsonl").write_text('{"text": 3}\n')
+    (folder / "list.jsonl").write_text("[1]\n")
+    (folder / "blank.jsonl").write_text("\n\n")
+    (folder / "bad.parquet").write_bytes(b"PAR1 nothing")
+    (folder / "table.csv").write_text("a,b")
+    (folder / "nothing").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a"]}), folder / "other.parquet")
+    return {
+        "empty.txt": "the file is empty",
+        "latin.txt": "not UTF-8 at byte 3",
+        "bad.jsonl": "line 2: not JSON",
+        "other.jsonl": "line 1: no field 'text'.*it has body",
+        "number.jsonl": "holds a int, not text",
+        "list.jsonl": "it is a list",
+        "blank.jsonl": "holds no text",
+        "bad.parquet": "not a readable parquet file",
+        "other.parquet": "no column 'text'.*it has body",
+        "table.csv": "unknown suffix",
+        "nothing": "the directory holds no",
+        "absent.txt": "no such file",
+        "*.text": "no such file, and no file matches",
+    }
+
+
+def test_bad_sources_give_one_clear_line(tmp_path, cache):
+    for name, message in _bad(tmp_path).items():
+        with pytest.raises(UserError, match=message) as caught:
+            text.load_tokens(str(tmp_path / name), small.byte_level())
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not list(cache.glob("*")), "a failed source must leave nothing in the cache"
+
+
+def test_documents_of_an_unknown_dataset(monkeypatch):
+    with pytest.raises(UserError, match="cannot be opened"):
+        list(text.documents("tfds:no_such_dataset_at_all"))

@@ -1,0 +1,99 @@
+"""Tokenizer loading, incremental decoding, and the trainer of the small tokenizer."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lawcat_jax.data import train_tokenizer as trainer
+from lawcat_jax.data.passkey import HAY, QUESTION
+from lawcat_jax.data.tokenize import StreamDecoder, decode, encode, encode_prompt, load_tokenizer, stream_text
+from lawcat_jax.errors import UserError
+from tests.data import tokenizers as small
+
+TEXT = "The sky is blue. naïve café — 東京 🙂 ok 12345\n\nThe end"
+
+
+def test_byte_level_stream_gives_whole_characters():
+    tokenizer = small.byte_level()
+    ids = encode(tokenizer, TEXT)
+    pieces = list(stream_text(tokenizer, ids))
+    assert "".join(pieces) == TEXT
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert len(pieces) > 20  # it does stream
+
+
+def test_metaspace_stream_keeps_spaces():
+    tokenizer = small.metaspace()
+    text = "The sky is blue. The sun is yellow."
+    prompt, rest = encode(tokenizer, text)[:4], encode(tokenizer, text)[4:]
+    streamed = "".join(stream_text(tokenizer, rest, context=prompt))
+    assert decode(tokenizer, prompt) + streamed == text
+    assert streamed.startswith(" ") or not decode(tokenizer, rest).startswith(" ")
+
+
+def test_stream_flushes_an_incomplete_character():
+    tokenizer = small.byte_level()
+    decoder = StreamDecoder(tokenizer)
+    first_byte_of_emoji = encode(tokenizer, "\U0001f9ff")[0]
+    assert decoder.push(first_byte_of_emoji) == ""
+    assert decoder.flush() == "\ufffd"
+    assert decoder.flush() == ""
+
+
+def test_stream_splits_after_any_prefix():
+    tokenizer = small.byte_level()
+    ids = encode(tokenizer, TEXT)
+    for cut in range(len(ids)):
+        head, tail = ids[:cut], ids[cut:]
+        if not decode(tokenizer, head).endswith("\ufffd"):
+            assert decode(tokenizer, head) + "".join(stream_text(tokenizer, tail, context=head)) == TEXT
+
+
+def test_trained_tokenizer_round_trip(tmp_path):
+    tokenizer = small.byte_level()
+    target = trainer.save_tokenizer(tokenizer, tmp_path / "tok")
+    loaded = load_tokenizer(target)
+    assert encode(loaded, TEXT) == encode(tokenizer, TEXT)
+    assert (loaded.bos_token, loaded.eos_token, loaded.pad_token) == trainer.SPECIAL_TOKENS
+    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (0, 1, 2)
+    assert loaded("a")["input_ids"] == encode_prompt(loaded, "a")  # the template adds bos
+    assert decode(loaded, encode(loaded, TEXT)) == TEXT
+    digits = encode(loaded, f"{QUESTION}12345")[-5:]
+    assert [decode(loaded, [token]) for token in digits] == list("12345")
+    assert len(encode(loaded, HAY)) <= 30  # the frame was part of the training text
+    assert json.loads((target / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not list(tmp_path.glob(".tok*"))
+    # again, into the existing directory: other files stay
+    (target / "keep.txt").write_text("x")
+    trainer.save_tokenizer(tokenizer, target)
+    assert (target / "keep.txt").exists()
+
+
+def test_training_is_deterministic():
+    again = trainer.train_tokenizer(small.TEXTS, vocab_size=420, passkey_repeats=20)
+    assert again.backend_tokenizer.to_str() == small.byte_level().backend_tokenizer.to_str()
+
+
+def test_bad_tokenizer_sources(tmp_path):
+    with pytest.raises(UserError, match="no such embedded asset"):
+        load_tokenizer("asset:nothing")
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="not a directory"):
+        load_tokenizer(tmp_path / "absent")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="too small"):
+        trainer.train_tokenizer([], vocab_size=100)
+    with pytest.raises(UserError, match="not a directory"):
+        trainer.save_tokenizer(small.byte_level(), tmp_path / "tokenizer.json")
+
+
+def test_bare_tokenizer_file(tmp_path):
+    small.byte_level().backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.eos_token_id == 1
+    assert encode(loaded, TEXT) == encode(small.byte_level(), TEXT)

@@ -1,0 +1,59 @@
+"""Small tokenizers of the two common families, trained in a moment."""
+
+from __future__ import annotations
+
+import functools
+
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from lawcat_jax.data.train_tokenizer import passkey_sentences, train_tokenizer
+
+TEXTS = [
+    *passkey_sentences(),
+    "It was the best of times, it was the worst of times.",
+    "héllo wörld — naïve café 東京 🙂",
+    "0 1 2 3 4 5 6 7 8 9 12 23 34 45 56 67 78 89 90",
+]
+
+
+@functools.cache
+def byte_level():
+    """Byte-level BPE with single digits, as the embedded teacher's tokenizer."""
+    return train_tokenizer(TEXTS, vocab_size=420, passkey_repeats=20)
+
+
+@functools.cache
+def byte_level_merged_digits():
+    """Byte-level BPE that merges digits (and so cuts a key into uneven tokens)."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    numbers = [f" {number} {number * 7}" for number in range(10, 1000)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXTS * 20 + numbers, trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@functools.cache
+def metaspace():
+    """Unigram with a prefix space and byte fallback off, as SentencePiece tokenizers."""
+    backend = Tokenizer(models.Unigram())
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=220, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    backend.train_from_iterator([*TEXTS * 20, *(f"{number}" for number in range(3000))], trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+ALL = {"byte_level": byte_level, "byte_level_merged_digits": byte_level_merged_digits, "metaspace": metaspace}
