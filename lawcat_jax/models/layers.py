@@ -1,0 +1,116 @@
+"""Building blocks of the decoder, and what every token mixer shares.
+
+Modules hold parameters that may carry leading ``stack`` axes: all layers of a model live in one module whose arrays have a leading
+layer axis, and ``jax.lax.scan`` hands the same module class one layer's slice at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int
+
+Stack = tuple[int, ...]
+Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+T = TypeVar("T")
+
+
+@functools.cache
+def _hashable_type(kind: type) -> type:
+    return type(kind.__name__, (kind,), {"__hash__": lambda self: hash(repr(self)), "__module__": kind.__module__})
+
+
+def static_config(config: T) -> T:
+    """A private copy of a config dataclass that hashes by content, so that a module holding it is a valid jit static argument."""
+    if config is None:
+        return config
+    copied = copy.deepcopy(config)
+    if type(copied).__hash__ is None:
+        copied.__class__ = _hashable_type(type(copied))
+    return copied
+
+
+def param(rngs: nnx.Rngs, init: Initializer, stack: Stack, shape: tuple[int, ...], dtype=jnp.float32) -> nnx.Param:
+    """A parameter of ``stack + shape``; ``init`` sees the whole shape and must treat leading axes as independent draws."""
+    return nnx.Param(init(rngs.params(), (*stack, *shape), dtype))
+
+
+def normal(stddev: float) -> Initializer:
+    """N(0, stddev^2)."""
+
+    def init(key, shape, dtype):
+        return stddev * jax.random.normal(key, shape, dtype)
+
+    return init
+
+
+def constant(value: float) -> Initializer:
+    """Every entry equal."""
+
+    def init(key, shape, dtype):
+        return jnp.full(shape, value, dtype)
+
+    return init
+
+
+class Context(NamedTuple):
+    """What a token mixer knows about the tokens of one call, beside their values.
+
+    ``cos``, ``sin``: rotary table [B, T, d/2]. ``start``: tokens already in the cache, [B] int32. ``lengths``: valid tokens of this
+    call, [B] int32, or None when all are; padding is on the right.
+    """
+
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
+    start: Int[Array, " B"]
+    lengths: Int[Array, " B"] | None = None
+
+    def valid(self) -> Bool[Array, "B T"]:
+        """Which tokens are not padding."""
+        batch, length = self.cos.shape[:2]
+        if self.lengths is None:
+            return jnp.ones((batch, length), bool)
+        return jnp.arange(length) < self.lengths[:, None]
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel, kernel [in, out], no bias; a float32 kernel under bfloat16 activations is used in bfloat16."""
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs, stack: Stack = (), dtype=jnp.float32, init=None):
+        self.kernel = param(rngs, init or normal(0.02), stack, (inputs, outputs), dtype)
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        return x @ self.kernel[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale; the normalisation in float32, the scale applied in x's dtype (as Llama does)."""
+
+    def __init__(self, size: int, eps: float, *, stack: Stack = (), dtype=jnp.float32):
+        self.scale = nnx.Param(jnp.ones((*stack, size), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return self.scale[...].astype(x.dtype) * y.astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden: int, inner: int, *, rngs: nnx.Rngs, stack: Stack = (), dtype=jnp.float32):
+        self.gate_proj = Linear(hidden, inner, rngs=rngs, stack=stack, dtype=dtype)
+        self.up_proj = Linear(hidden, inner, rngs=rngs, stack=stack, dtype=dtype)
+        self.down_proj = Linear(inner, hidden, rngs=rngs, stack=stack, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))

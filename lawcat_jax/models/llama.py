@@ -1,0 +1,362 @@
+"""The Llama/Mistral decoder, shared by the softmax teacher and the linear-attention student; the token mixer is what differs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig, attention_problems, model_problems
+from lawcat_jax.errors import UserError
+from lawcat_jax.models import cache as caching
+from lawcat_jax.models.attention import softmax_attention
+from lawcat_jax.models.lawcat import LawcatMixer
+from lawcat_jax.models.layers import Context, Linear, RMSNorm, Stack, SwiGLU, normal, static_config
+from lawcat_jax.models.lolcats import LolcatsMixer
+from lawcat_jax.models.lora import Lora, projection_sizes
+from lawcat_jax.models.rope import rope_table, rotate
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
+MIXERS = {"lawcat": LawcatMixer, "lolcats": LolcatsMixer}
+REMAT = ("none", "layer", "dots")
+
+
+class Segment(NamedTuple):
+    """A run of consecutive layers of one kind: layers start .. stop - 1, the first being number ``first`` of its kind."""
+
+    linear: bool
+    start: int
+    stop: int
+    first: int
+
+
+def split_segments(num_layers: int, softmax_layers: tuple[int, ...]) -> list[Segment]:
+    """Maximal runs of softmax or linearised layers, in order."""
+    segments: list[Segment] = []
+    counts = {True: 0, False: 0}
+    for layer in range(num_layers):
+        linear = layer not in softmax_layers
+        if segments and segments[-1].linear == linear:
+            segments[-1] = segments[-1]._replace(stop=layer + 1)
+        else:
+            segments.append(Segment(linear, layer, layer + 1, counts[linear]))
+        counts[linear] += 1
+    return segments
+
+
+class Attention(nnx.Module):
+    """The pretrained projections of one layer, with an optional adapter added to each."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Stack, dtype):
+        self.config = static_config(config)
+        for name, (inputs, outputs) in projection_sizes(config).items():
+            setattr(self, name, Linear(inputs, outputs, rngs=rngs, stack=stack, dtype=dtype))
+
+    def _apply(self, name: str, x, adapter: Lora | None, dropout_key):
+        y = getattr(self, name)(x)
+        return y if adapter is None else y + adapter.delta(name, x, dropout_key)
+
+    def qkv(self, x: Float[Array, "B T D"], adapter: Lora | None = None, dropout_key: jax.Array | None = None):
+        """q [B, T, H, d], k and v [B, T, Hkv, d], before any rotation."""
+        heads = {
+            "q_proj": self.config.num_heads,
+            "k_proj": self.config.num_kv_heads,
+            "v_proj": self.config.num_kv_heads,
+        }
+        return tuple(
+            self._apply(name, x, adapter, dropout_key).reshape(*x.shape[:2], count, self.config.head_dim)
+            for name, count in heads.items()
+        )
+
+    def output(self, o: Float[Array, "B T H d"], adapter: Lora | None = None, dropout_key: jax.Array | None = None):
+        """Concatenated heads through Wo."""
+        return self._apply("o_proj", o.reshape(*o.shape[:2], -1), adapter, dropout_key)
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and SwiGLU; the mixer is handed in by the decoder."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Stack, dtype):
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, stack=stack, dtype=dtype)
+        self.attention = Attention(config, rngs=rngs, stack=stack, dtype=dtype)
+        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, stack=stack, dtype=dtype)
+        self.mlp = SwiGLU(config.hidden_size, config.mlp_size, rngs=rngs, stack=stack, dtype=dtype)
+
+    def __call__(self, x, mix: Callable, adapter: Lora | None = None, dropout_key: jax.Array | None = None):
+        """(next hidden state, what ``mix(h, q, k, v) -> (o, extra)`` returned beside its output)."""
+        h = self.input_norm(x)
+        o, extra = mix(h, *self.attention.qkv(h, adapter, dropout_key))
+        x = x + self.attention.output(o.astype(x.dtype), adapter, dropout_key)
+        return x + self.mlp(self.post_attention_norm(x)), extra
+
+
+class Embed(nnx.Module):
+    """Token embedding [V, D]; also the output head of a model with tied embeddings."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype):
+        self.embedding = nnx.Param(normal(0.02)(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
+
+
+def _remat(function: Callable, remat: str) -> Callable:
+    if remat == "none":
+        return function
+    if remat == "layer":
+        return jax.checkpoint(function)
+    if remat == "dots":
+        return jax.checkpoint(function, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    raise UserError(f"remat: {remat!r} is not one of {', '.join(REMAT)}")
+
+
+class Stacked:
+    """The stacked parameters of a module, cut to some layers, and the way back from one layer's slice to the module."""
+
+    def __init__(self, module: nnx.Module | None, start: int = 0, stop: int | None = None):
+        if module is None:
+            self.graphdef, self.params = None, None
+            return
+        self.graphdef, params = nnx.split(module)
+        whole = stop is None or (start == 0 and stop == jax.tree.leaves(params)[0].shape[0])
+        # A slice of stacked weights is a copy; a model whose layers are all of one kind needs none.
+        self.params = params if whole else jax.tree.map(lambda leaf: leaf[start:stop], params)
+
+    def layer(self, params: Any) -> Any:
+        """The module of one layer."""
+        return None if self.graphdef is None else nnx.merge(self.graphdef, params)
+
+
+class Decoder(nnx.Module):
+    """Decoder of a Llama or Mistral checkpoint; with ``attention`` its linearised student, with ``lora`` adapters on that.
+
+    Parameters are stacked over layers on axis 0 (see the module ``lawcat_jax.models``). Base parameters have ``dtype``; those of the
+    mixers and adapters are float32. Activations have the dtype of the embedding.
+
+    Raises:
+      UserError: for a config out of range.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: AttentionConfig | None = None,
+        lora: LoraConfig | None = None,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+    ):
+        _check(config, attention, lora)
+        self.config, self.attention_config = static_config(config), static_config(attention)
+        layers = config.num_layers
+        self.embed = Embed(config, rngs=rngs, dtype=dtype)
+        self.layers = DecoderLayer(config, rngs=rngs, stack=(layers,), dtype=dtype)
+        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        # Each is assigned once: nnx fixes at the first assignment whether an attribute holds parameters.
+        head = (config.hidden_size, config.vocab_size)
+        self.lm_head = None if config.tie_embeddings else Linear(*head, rngs=rngs, dtype=dtype)
+        student = attention is not None and num_linear(config, attention) > 0
+        self.mixers = build_mixers(config, attention, rngs=rngs) if student else None
+        self.lora = build_lora(config, attention, lora, rngs=rngs) if student and lora is not None else None
+
+    # Forward passes
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        as_teacher: bool = False,
+        remat: str = "none",
+        dropout_rng: jax.Array | None = None,
+        return_hidden: bool = False,
+    ) -> Float[Array, "B T V"] | Float[Array, "B T D"]:
+        """Logits in float32 of every position, or with ``return_hidden`` the final-normed hidden states (for :meth:`head`).
+
+        Args:
+          tokens: int32; padding on the right, any id.
+          lengths: valid tokens of each sequence, or None for all.
+          positions: for the rotary embedding; default 0 .. T - 1.
+          as_teacher: softmax attention in every layer and no adapter.
+          remat: "none", "layer" (recompute each layer in the backward pass), "dots" (keep matrix products).
+          dropout_rng: key of the adapters' dropout, None for evaluation.
+        """
+        context = self._context(tokens, None, lengths, positions)
+        x = self._embed(tokens)
+        for segment in self._segments(as_teacher):
+            x, _ = self._run(segment, x, context, remat=remat, dropout_rng=dropout_rng, as_teacher=as_teacher)
+        hidden = self.final_norm(x)
+        return hidden if return_hidden else self.head(hidden)
+
+    def head(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
+        """Logits in float32 of final-normed hidden states."""
+        kernel = self.embed.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    def init_cache(self, batch_size: int, max_length: int, *, as_teacher: bool = False) -> caching.Cache:
+        """An empty cache. ``max_length`` bounds the tokens of softmax layers; linearised layers have no limit."""
+        config, dtype = self.config, self.embed.embedding[...].dtype
+        cache: caching.Cache = {"position": jnp.zeros((batch_size,), jnp.int32)}
+        linear = 0 if as_teacher or self.mixers is None else num_linear(config, self.attention_config)
+        if config.num_layers > linear:
+            shape = (config.num_layers - linear, batch_size, max_length, config.num_kv_heads, config.head_dim)
+            cache["softmax"] = caching.empty_kv(*shape, dtype)
+        if linear:
+            state = MIXERS[self.attention_config.kind].empty_state(config, self.attention_config, batch_size, dtype)
+            cache["linear"] = jax.tree.map(lambda x: jnp.zeros((linear, *x.shape), x.dtype), state)
+        return cache
+
+    def prefill(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: caching.Cache,
+        *,
+        lengths: Int[Array, " B"] | None = None,
+        all_logits: bool = False,
+        as_teacher: bool = False,
+    ) -> tuple[Float[Array, "B V"] | Float[Array, "B T V"], caching.Cache]:
+        """Append tokens to a cache, empty or not: (logits of the last valid token or of all, new cache).
+
+        A sequence of length 0 keeps its cache; its logits mean nothing.
+        """
+        context = self._context(tokens, cache["position"], lengths)
+        x = self._embed(tokens)
+        cache = dict(cache)
+        for segment in self._segments(as_teacher):
+            x, cache = self._run(segment, x, context, cache=cache, as_teacher=as_teacher)
+        added = tokens.shape[1] if lengths is None else lengths
+        cache["position"] = cache["position"] + added
+        if not all_logits:
+            x = _last_valid(x, lengths)
+        return self.head(self.final_norm(x)), cache
+
+    def decode(
+        self, token: Int[Array, " B"], cache: caching.Cache, *, as_teacher: bool = False
+    ) -> tuple[Float[Array, "B V"], caching.Cache]:
+        """One more token for every sequence: (logits, new cache)."""
+        return self.prefill(token[:, None], cache, as_teacher=as_teacher)
+
+    # Parts
+
+    def _embed(self, tokens):
+        return jnp.take(self.embed.embedding[...], tokens, axis=0)
+
+    def _context(self, tokens, start, lengths, positions=None) -> Context:
+        batch, length = tokens.shape
+        start = jnp.zeros((batch,), jnp.int32) if start is None else start
+        if positions is None:
+            positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
+        cos, sin = rope_table(positions, self.config)
+        return Context(cos, sin, start, lengths)
+
+    def _segments(self, as_teacher: bool) -> list[Segment]:
+        layers = self.config.num_layers
+        if as_teacher or self.mixers is None:
+            return split_segments(layers, tuple(range(layers)))
+        return split_segments(layers, tuple(self.attention_config.softmax_layers))
+
+    def _run(self, segment: Segment, x, context: Context, **options):
+        run = self._run_linear if segment.linear else self._run_softmax
+        return run(segment, x, context, **options)
+
+    def _teacher_attention(self, context: Context, q, k, v):
+        q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
+        return softmax_attention(q, k, v, window=self.config.sliding_window)
+
+    def _run_softmax(self, segment, x, context, *, cache=None, remat="none", dropout_rng=None, as_teacher=False):
+        del dropout_rng  # adapters exist in linearised layers only
+        layers = Stacked(self.layers, segment.start, segment.stop)
+
+        def forward(x, params):
+            mix = lambda h, q, k, v: (self._teacher_attention(context, q, k, v), None)  # noqa: E731
+            return layers.layer(params)(x, mix)
+
+        def cached(carry, xs):
+            (x, keys, values), (params, index) = carry, xs
+
+            def mix(h, q, k, v):
+                q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
+                new = (
+                    caching.write_kv(keys, index, context.start, k),
+                    caching.write_kv(values, index, context.start, v),
+                )
+                window = self.config.sliding_window
+                return softmax_attention(q, new[0][index], new[1][index], start=context.start, window=window), new
+
+            x, (keys, values) = layers.layer(params)(x, mix)
+            return (x, keys, values), None
+
+        if cache is None:
+            x, _ = jax.lax.scan(_remat(forward, remat), x, layers.params)
+            return x, None
+        # In the carry, the buffer is updated in place; as scanned input and output it would be copied at every token.
+        count = segment.stop - segment.start
+        indices = jnp.arange(segment.first, segment.first + count)
+        carry = (x, cache["softmax"]["k"], cache["softmax"]["v"])
+        (x, keys, values), _ = jax.lax.scan(cached, carry, (layers.params, indices))
+        return x, {**cache, "softmax": {"k": keys, "v": values}}
+
+    def _run_linear(self, segment, x, context, *, cache=None, remat="none", dropout_rng=None, as_teacher=False):
+        count = segment.stop - segment.start
+        kind = slice(segment.first, segment.first + count)
+        layers = Stacked(self.layers, segment.start, segment.stop)
+        mixers = Stacked(self.mixers, kind.start, kind.stop)
+        adapters = Stacked(self.lora, kind.start, kind.stop)
+
+        def forward(x, xs):
+            params, mixer, adapter, index, state = xs
+            mixer, adapter = mixers.layer(mixer), adapters.layer(adapter)
+            key = None if dropout_rng is None else jax.random.fold_in(dropout_rng, index)
+            x, state = layers.layer(params)(
+                x, functools.partial(mixer, context=context, state=state), adapter, dropout_key=key
+            )
+            return x, None if cache is None else state
+
+        states = None if cache is None else jax.tree.map(lambda leaf: leaf[kind], cache["linear"])
+        indices = jnp.arange(segment.start, segment.stop)
+        xs = (layers.params, mixers.params, adapters.params, indices, states)
+        x, states = jax.lax.scan(_remat(forward, remat), x, xs)
+        if cache is None:
+            return x, None
+        linear = jax.tree.map(lambda old, new: old.at[kind].set(new), cache["linear"], states)
+        return x, {**cache, "linear": linear}
+
+
+def _last_valid(x: Float[Array, "B T D"], lengths: Int[Array, " B"] | None) -> Float[Array, "B D"]:
+    if lengths is None:
+        return x[:, -1]
+    return jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+
+
+def num_linear(config: ModelConfig, attention: AttentionConfig) -> int:
+    """M, the number of linearised layers."""
+    return sum(layer not in attention.softmax_layers for layer in range(config.num_layers))
+
+
+def build_mixers(config: ModelConfig, attention: AttentionConfig, *, rngs: nnx.Rngs) -> nnx.Module:
+    """The stacked token mixers of all linearised layers, freshly initialised (float32)."""
+    return MIXERS[attention.kind](config, attention, rngs=rngs, stack=(num_linear(config, attention),))
+
+
+def build_lora(config: ModelConfig, attention: AttentionConfig, lora: LoraConfig, *, rngs: nnx.Rngs) -> Lora:
+    """The stacked adapters of all linearised layers, freshly initialised (float32)."""
+    return Lora(config, lora, rngs=rngs, stack=(num_linear(config, attention),))
+
+
+def _check(config: ModelConfig, attention: AttentionConfig | None, lora: LoraConfig | None) -> None:
+    problems = model_problems(config)
+    if attention is not None:
+        problems += attention_problems(attention, "attention")
+        problems += [
+            f"attention.softmax_layers: layer {layer} does not exist, the model has layers 0 to {config.num_layers - 1}"
+            for layer in attention.softmax_layers
+            if not 0 <= layer < config.num_layers
+        ]
+    elif lora is not None:
+        problems.append("lora: adapters belong to linearised layers; give an attention config as well")
+    if problems:
+        raise UserError("invalid model: " + "; ".join(problems))
