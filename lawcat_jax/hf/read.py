@@ -262,7 +262,7 @@ def _collect_sharded(path: Path, index: Path) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def progress_bar(total: int, label: str) -> Iterator[Progress]:
+def progress_bar(total: int | None, label: str) -> Iterator[Progress]:
     """Bytes done out of ``total``, on a terminal only."""
     from tqdm import tqdm
 

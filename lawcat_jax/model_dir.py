@@ -1,0 +1,304 @@
+"""Model directories: what convert and train write and every command reads.
+
+``model.json`` (configurations), ``params/`` (orbax, plain nested dict), ``tokenizer/`` (files as on the hub).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from lawcat_jax.config import (
+    AttentionConfig,
+    ConfigError,
+    LoraConfig,
+    ModelConfig,
+    attention_problems,
+    from_dict,
+    model_problems,
+    to_dict,
+    type_problems,
+)
+from lawcat_jax.errors import UserError
+from lawcat_jax.files import new_directory, read_json, write_json
+from lawcat_jax.hf.mapping import base_shapes, flatten, unflatten
+from lawcat_jax.hf.read import TOKENIZER_FILES, Checkpoint, Progress, Shardings, resolve_source
+from lawcat_jax.hf.write import check_leaves, copy_tokenizer
+
+FORMAT_VERSION = 1
+MODEL_JSON, PARAMS, TOKENIZER = "model.json", "params", "tokenizer"
+ASSETS = Path(__file__).parent / "assets"
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclasses.dataclass
+class ModelBundle:
+    """A loaded model.
+
+    ``params`` is the plain nested dict: numpy arrays, or jax arrays where shardings were asked for.
+    ``attention`` and ``lora`` are None for a teacher. ``tokenizer_path`` is a directory, or None.
+    ``extra`` is what the writer added to model.json; for HF checkpoints ``{"source": ...}``.
+    """
+
+    model: ModelConfig
+    attention: AttentionConfig | None
+    lora: LoraConfig | None
+    params: dict[str, Any]
+    tokenizer_path: str | None
+    extra: dict[str, Any]
+
+
+def resolve_dtype(dtype: str | None) -> np.dtype | None:
+    """``auto`` is bfloat16 on accelerators and float32 on CPU; ``keep`` or None is None: as stored.
+
+    Raises:
+      UserError: another name.
+    """
+    if dtype in (None, "keep"):
+        return None
+    if dtype == "auto":
+        import jax
+
+        return DTYPES["float32" if jax.default_backend() == "cpu" else "bfloat16"]
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of auto, keep, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def expected_shapes(
+    model: ModelConfig, attention: AttentionConfig | None, lora: LoraConfig | None
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of every parameter of a model by '/'-joined path."""
+    if attention is None and lora is None:
+        return base_shapes(model)
+    from lawcat_jax import models
+
+    _, abstract = models.abstract(model, attention, lora)
+    return {path: tuple(leaf.shape) for path, leaf in flatten(abstract)}
+
+
+def save_model(
+    target: str | os.PathLike,
+    *,
+    model: ModelConfig,
+    params: Mapping[str, Any],
+    attention: AttentionConfig | None = None,
+    lora: LoraConfig | None = None,
+    tokenizer_source: str | os.PathLike | None = None,
+    extra: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a model directory; it appears whole or not at all.
+
+    Host arrays are written without a copy, so they must not change until this returns.
+
+    Args:
+      target: the directory to create.
+      model, attention, lora: configurations; the latter two None for a teacher.
+      params: nested dict of numpy or jax arrays, exactly those of the configurations.
+      tokenizer_source: directory whose tokenizer files are copied.
+      extra: JSON values kept in model.json (stage, source, ...).
+      overwrite: replace an existing directory.
+
+    Raises:
+      UserError: parameters do not fit the configurations, or the target cannot be written.
+    """
+    leaves = dict(flatten(params))
+    check_leaves(leaves, expected_shapes(model, attention, lora), f"cannot write {target}")
+    values = {
+        "format_version": FORMAT_VERSION,
+        "model": to_dict(model),
+        "attention": None if attention is None else to_dict(attention),
+        "lora": None if lora is None else to_dict(lora),
+        "extra": dict(extra or {}),
+        # So that a load can check every array without opening it, and so that a reader sees what is inside.
+        "params": {path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in leaves.items()},
+    }
+    with new_directory(target, overwrite=overwrite) as directory:
+        _save_params(directory / PARAMS, leaves)
+        copy_tokenizer(tokenizer_source, directory / TOKENIZER)
+        write_json(directory / MODEL_JSON, values)
+
+
+def load_model(
+    source: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    dtype: str | None = "auto",
+    shardings: Shardings | None = None,
+    progress: Progress = lambda count: None,
+) -> ModelBundle:
+    """Load a model directory, an HF directory, a hub id, or ``asset:tiny_llama``.
+
+    Args:
+      source: where from.
+      revision: of a hub repository.
+      dtype: of the pretrained part: ``float32``, ``bfloat16``, ``float16``, ``auto`` (bfloat16 on
+        accelerators, float32 on CPU), or ``keep``. Mixers and LoRA keep the dtype they were saved in.
+      shardings: path -> jax.sharding.Sharding or None; see :meth:`lawcat_jax.hf.read.Checkpoint.params`.
+      progress: called with bytes read (HF checkpoints).
+
+    Raises:
+      UserError: nothing there, damaged files, or parameters that are missing, unexpected or wrongly shaped.
+    """
+    cast = resolve_dtype(dtype)
+    directory = locate(source, revision)
+    if (directory / MODEL_JSON).is_file():
+        return _load_own(directory, cast, shardings)
+    checkpoint = Checkpoint(directory)
+    params = checkpoint.params(dtype=cast, shardings=shardings, progress=progress)
+    return ModelBundle(checkpoint.config, None, None, params, _tokenizer_path(directory), {"source": str(source)})
+
+
+def locate(source: str | os.PathLike, revision: str | None = None) -> Path:
+    """The local directory of ``source``, which holds model.json or config.json.
+
+    Raises:
+      UserError: there is none.
+    """
+    text = os.fspath(source)
+    if text.startswith("asset:"):
+        directory = ASSETS / text.removeprefix("asset:")
+        if Path(text.removeprefix("asset:")).name != text.removeprefix("asset:") or not directory.is_dir():
+            known = sorted(f"asset:{p.name}" for p in ASSETS.iterdir() if p.is_dir()) if ASSETS.is_dir() else []
+            raise UserError(f"no embedded model {text!r}; this installation has: {', '.join(known) or 'none'}")
+    else:
+        directory = resolve_source(text, revision)
+    if not any((directory / name).is_file() for name in (MODEL_JSON, "config.json")):
+        raise UserError(f"{directory} is not a model directory: neither {MODEL_JSON} nor config.json is in it")
+    return directory
+
+
+def read_model_json(
+    directory: str | os.PathLike,
+) -> tuple[ModelConfig, AttentionConfig | None, LoraConfig | None, dict[str, Any]]:
+    """The configurations and ``extra`` of a model directory, without its parameters.
+
+    Raises:
+      UserError: unreadable, of another format version, or with unknown or invalid fields.
+    """
+    path = Path(directory) / MODEL_JSON
+    values = read_json(path)
+    if values.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {values.get('format_version')!r}, but this program reads {FORMAT_VERSION}; "
+            "convert again"
+        )
+    kinds = {"model": ModelConfig, "attention": AttentionConfig, "lora": LoraConfig}
+    parsed: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        value = values.get(name)
+        if value is None and name != "model":
+            parsed[name] = None
+            continue
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: {name} should be an object")
+        try:
+            parsed[name] = from_dict(kind, value, name)
+        except (ConfigError, TypeError) as problem:
+            raise UserError(f"{path}: {problem}") from None
+        problems = type_problems(parsed[name], name)
+        if not problems:
+            checks = {"model": model_problems, "attention": attention_problems}
+            problems = checks[name](parsed[name], name) if name in checks else []
+        if problems:
+            raise UserError(f"{path}: {'; '.join(problems)}")
+    return parsed["model"], parsed["attention"], parsed["lora"], values.get("extra") or {}
+
+
+def _load_own(directory: Path, cast: np.dtype | None, shardings: Shardings | None) -> ModelBundle:
+    model, attention, lora, extra = read_model_json(directory)
+    leaves = _restore_params(directory, expected_shapes(model, attention, lora), cast, shardings)
+    return ModelBundle(model, attention, lora, unflatten(leaves), _tokenizer_path(directory / TOKENIZER), extra)
+
+
+def _tokenizer_path(directory: Path) -> str | None:
+    return str(directory) if any((directory / name).is_file() for name in TOKENIZER_FILES) else None
+
+
+@contextlib.contextmanager
+def _checkpointer() -> Iterator[Any]:
+    import jax
+    import orbax.checkpoint as ocp
+    from absl import logging as absl_logging
+    from orbax.checkpoint import type_handlers
+
+    # Orbax copies host arrays before it writes, and compression buffers all of them at once: 2.9x the bytes.
+    # Without both the peak is the arrays themselves; weights hardly compress anyway.
+    registry = type_handlers.create_type_handler_registry(
+        (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+        (jax.Array, type_handlers.ArrayHandler()),
+    )
+    verbosity = absl_logging.get_verbosity()
+    if verbosity == absl_logging.INFO:  # the default of a command: orbax then logs every step it takes
+        absl_logging.set_verbosity(absl_logging.WARNING)
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            yield checkpointer
+    finally:
+        absl_logging.set_verbosity(verbosity)
+
+
+def _save_params(path: Path, leaves: Mapping[str, Any]) -> None:
+    import jax
+    import orbax.checkpoint as ocp
+
+    def host(leaf: Any) -> Any:
+        return np.asarray(leaf) if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable else leaf
+
+    with _checkpointer() as checkpointer:
+        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(unflatten({p: host(x) for p, x in leaves.items()})))
+
+
+def _restore_params(
+    directory: Path, expected: Mapping[str, tuple[int, ...]], cast: np.dtype | None, shardings: Shardings | None
+) -> dict[str, Any]:
+    import jax
+    import orbax.checkpoint as ocp
+
+    path = (directory / PARAMS).absolute()
+    if not path.is_dir():
+        raise UserError(f"{directory}: incomplete, {PARAMS}/ is missing; convert or save it again")
+
+    def restore_args(name: str, stored: Any) -> Any:
+        base = not name.startswith(("mixers/", "lora/"))  # the trainable part stays in its own precision
+        dtype = cast if base and cast is not None else np.dtype(stored.dtype)
+        sharding = shardings(name) if shardings is not None else None
+        if sharding is None:
+            return ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
+        return ocp.ArrayRestoreArgs(
+            restore_type=jax.Array, dtype=dtype, sharding=sharding, global_shape=tuple(stored.shape)
+        )
+
+    with _checkpointer() as checkpointer, _damage_reported(path):
+        stored = dict(flatten(checkpointer.metadata(path).item_metadata.tree))
+        check_leaves(stored, expected, str(path))
+        arguments = unflatten({name: restore_args(name, leaf) for name, leaf in stored.items()})
+        leaves = dict(flatten(checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))))
+    check_leaves(leaves, expected, str(path))
+    return leaves
+
+
+@contextlib.contextmanager
+def _damage_reported(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except MemoryError:
+        raise
+    except Exception as problem:  # orbax and tensorstore raise many kinds for damaged files
+        first = (str(problem).strip() or type(problem).__name__).splitlines()[0][:300]
+        raise UserError(f"{path}: damaged or incomplete, restore a copy or convert again ({first})") from problem
