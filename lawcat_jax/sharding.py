@@ -1,0 +1,127 @@
+"""The device mesh, and one table that says over which mesh axes each parameter is split.
+
+Axes: ``data`` (batch only), ``fsdp`` (batch, and one dimension of every big matrix), ``tensor`` (heads and MLP),
+``sequence`` (tokens). The same table serves teacher, student, LoRA and optimizer state, since optimizer states
+carry the path of their parameter.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lawcat_jax.config import MeshConfig
+from lawcat_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+BATCH_AXES = ("data", "fsdp")
+
+P = PartitionSpec
+
+# (pattern searched at the end of the '/'-joined path, axes per dimension). Leading dimension L or M: stacked layers.
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"embed/embedding$", P("tensor", "fsdp")),
+    (r"lm_head/kernel$", P("fsdp", "tensor")),
+    (r"norm/scale$", P()),
+    (r"attention/[qkv]_proj/kernel$", P(None, "fsdp", "tensor")),
+    (r"attention/o_proj/kernel$", P(None, "tensor", "fsdp")),
+    (r"mlp/(gate|up)_proj/kernel$", P(None, "fsdp", "tensor")),
+    (r"mlp/down_proj/kernel$", P(None, "tensor", "fsdp")),
+    (r"mixers/conv_\w+$", P(None, "tensor")),
+    (r"mixers/feature_map\w*$", P(None, "tensor")),
+    (r"mixers/gate_down/kernel$", P(None, "fsdp")),
+    (r"mixers/gate_up/kernel$", P(None, None, "tensor")),
+    (r"mixers/(gate|output_gate)/kernel$", P(None, "fsdp", "tensor")),
+    (r"mixers/(gate_up|gate|output_gate)/bias$", P(None, "tensor")),
+    (r"mixers/window_factor$", P(None, "tensor")),
+    (r"lora/[qkv]_proj/a$", P(None, "fsdp")),
+    (r"lora/[qkv]_proj/b$", P(None, None, "tensor")),
+    (r"lora/o_proj/a$", P(None, "tensor")),
+    (r"lora/o_proj/b$", P(None, None, "fsdp")),
+)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh over ``devices`` (default: all) with axes :data:`AXES`, of Auto type; -1 takes the rest.
+
+    Raises:
+      UserError: the axis sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [getattr(config, axis) for axis in AXES]
+    fixed = math.prod(size for size in sizes if size != -1)
+    described = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
+        raise UserError(f"config.mesh: {described} does not fit {len(devices)} device(s)")
+    shape = tuple(len(devices) // fixed if size == -1 else size for size in sizes)
+    # Auto, since the default (Explicit) asks for shardings in the types of every intermediate array.
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Axes of one array. A dimension that an axis does not divide stays whole.
+
+    Raises:
+      KeyError: no rule for ``path`` (a new parameter needs a line in :data:`RULES`).
+    """
+    if math.prod(shape) <= 1:  # scalars: counters, learning rate scales
+        return P()
+    for pattern, spec in RULES:
+        if re.search(pattern, path):
+            axes = [*spec, *[None] * (len(shape) - len(spec))][: len(shape)]
+            fits = [
+                axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True)
+            ]
+            while fits and fits[-1] is None:
+                fits.pop()
+            return P(*fits)
+    raise KeyError(f"no sharding rule for parameter {path!r}: add one to lawcat_jax/sharding.py")
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedSharding of every leaf of a tree of arrays or ShapeDtypeStructs (parameters, optimizer state)."""
+
+    def one(path: tuple, leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, spec_for(path_name(path), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def path_name(path: tuple) -> str:
+    """'/'-joined key path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over data x fsdp."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, P())
+
+
+def check_batch(batch_size: int, grad_accum: int, mesh: Mesh, where: str) -> None:
+    """Refuse a batch that the devices cannot share evenly.
+
+    Raises:
+      UserError: with the sizes.
+    """
+    rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if (batch_size // grad_accum) % rows:
+        raise UserError(
+            f"{where}.batch_size: {batch_size} in {grad_accum} micro-batch(es) does not split over data x fsdp = {rows}"
+        )
+
+
+def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch, as global arrays."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}

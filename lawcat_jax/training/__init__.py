@@ -1,0 +1,1 @@
+"""Training: attention transfer (stage 1), LoRA finetuning (stage 2) and pretraining of a small teacher."""

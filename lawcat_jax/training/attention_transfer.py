@@ -1,0 +1,50 @@
+"""Stage 1, attention transfer: every linear attention layer learns to give its teacher's softmax attention output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lawcat_jax import models
+from lawcat_jax.config import StageConfig
+from lawcat_jax.training.step import Batch, LossFn, Sums
+
+
+def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
+    """``mse_weight / M * sum over the M linear layers of mean_{b,t,h,c} m_t (student - teacher)^2`` (method of the
+    paper's section 3.2 and the authors' code).
+
+    The outputs are the concatenated heads before the output projection, in f32. Hidden states follow the teacher, so
+    errors do not compound and no gradient crosses a layer. m_t is 0 at padding and eos (``batch["mask"]``). The mean
+    divides by the counted positions, or by all positions with ``loss_denominator`` "all" (the authors' code).
+
+    Metrics: ``relative_mse`` [M], ``|student - teacher|^2 / |teacher|^2`` over counted positions: it compares layers.
+    """
+
+    def layer_loss(teacher: jax.Array, student: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+        teacher = jax.lax.stop_gradient(teacher.astype(jnp.float32))
+        weight = mask.astype(jnp.float32).reshape(*mask.shape, *[1] * (teacher.ndim - mask.ndim))
+        error = jnp.sum(weight * jnp.square(student.astype(jnp.float32) - teacher))
+        return {"error": error, "power": jnp.sum(weight * jnp.square(teacher))}
+
+    def loss(params: dict, batch: Batch, key: jax.Array | None) -> Sums:
+        del key  # nothing random
+        decoder = models.bind(graphdef, params)
+        mask = batch["mask"]
+        layers = decoder.teacher_forced(
+            batch["tokens"],
+            lengths=batch["lengths"],
+            layer_loss=lambda teacher, student: layer_loss(teacher, student, mask),
+        )
+        count = mask.size if stage.loss_denominator == "all" else jnp.sum(mask)
+        width = decoder.config.num_heads * decoder.config.head_dim
+        relative = (jax.lax.stop_gradient(layers["error"]), layers["power"])
+        return Sums(
+            loss=stage.mse_weight * jnp.mean(layers["error"]) / width,
+            weight=jnp.asarray(count, jnp.float32),
+            metrics={"relative_mse": relative},
+        )
+
+    return loss

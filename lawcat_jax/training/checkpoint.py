@@ -1,0 +1,210 @@
+"""Checkpoints of one stage: orbax, asynchronous, verified when loaded.
+
+Layout: ``<directory>/<step>/{state,best,meta}``. ``state`` and ``best`` are plain nested dicts of arrays, ``meta`` is
+JSON: what the host knows (iterator, best loss, ...), the shapes and dtypes of all leaves, and a fingerprint of each.
+
+Orbax writes a step under a temporary name and commits it at the end, so a killed save leaves no half checkpoint. It
+does not notice damage afterwards, and does not fall back: both happen here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from lawcat_jax.errors import UserError
+from lawcat_jax.sharding import path_name
+
+Tree = Any
+
+FORMAT = 1
+
+
+class Restored(NamedTuple):
+    """A checkpoint that passed every check."""
+
+    step: int
+    trees: dict[str, Tree]
+    meta: dict[str, Any]
+
+
+class DamagedError(Exception):
+    """A checkpoint that must not be used; the message says why."""
+
+
+@jax.jit
+def _fingerprints(leaves: list[jax.Array]) -> jax.Array:
+    """u32 [leaves]: sum of the bit patterns of each leaf. Integer sums depend on no order, hence on no mesh."""
+
+    def one(leaf: jax.Array) -> jax.Array:
+        if leaf.dtype.itemsize == 8:
+            bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32)  # a trailing dimension of 2
+        else:
+            bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
+        return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
+
+    return jnp.stack([one(leaf) for leaf in leaves]) if leaves else jnp.zeros(0, jnp.uint32)
+
+
+@jax.jit
+def copy(tree: Tree) -> Tree:
+    """A copy with buffers of its own, for trees whose buffers will be donated."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+def _describe(tree: Tree) -> dict[str, dict[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    sums = np.asarray(_fingerprints([leaf for _, leaf in leaves])).tolist()
+    return {
+        path_name(path): {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sum": value}
+        for (path, leaf), value in zip(leaves, sums, strict=True)
+    }
+
+
+def abstract(tree: Tree) -> Tree:
+    """Shapes, dtypes and shardings of a tree of arrays: what to restore into, on any mesh."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+class Checkpointer:
+    """Saves and restores one stage. ``directory`` may be a bucket path; ``keep`` newest steps stay."""
+
+    ITEMS = ("state", "best", "meta")
+
+    def __init__(self, directory: str, *, keep: int, primary: bool = True):
+        import orbax.checkpoint as ocp
+
+        logging.getLogger("absl").setLevel(logging.WARNING)  # orbax tells a dozen lines for every save
+        self._ocp, self._primary = ocp, primary
+        self._path = epath.Path(directory)
+        if "://" not in str(directory):
+            self._path = self._path.absolute() if hasattr(self._path, "absolute") else self._path.resolve()
+        self._saved: int | None = None
+        try:
+            self._manager = ocp.CheckpointManager(
+                self._path,
+                item_names=self.ITEMS,
+                options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            )
+        except OSError as problem:
+            raise UserError(f"{self._path}: cannot keep checkpoints there ({problem.strerror or problem})") from problem
+
+    @property
+    def last_saved(self) -> int | None:
+        """Step of the newest save that this object has begun or restored."""
+        return self._saved
+
+    def save(self, step: int, trees: dict[str, Tree], meta: dict[str, Any]) -> None:
+        """Begin a save; the arrays may be donated as soon as this returns.
+
+        Raises:
+          UserError: this save could not begin, or an earlier one failed (a full disk, a lost mount).
+        """
+        args = self._ocp.args
+        described = {name: _describe(tree) for name, tree in trees.items()}
+        if jax.default_backend() == "cpu":  # there, "host copies" are views of the buffers to be donated
+            trees = copy(trees)
+        items = {name: args.StandardSave(tree) for name, tree in trees.items()}
+        meta = {"format": FORMAT, **meta, "step": step, "trees": described}
+        try:
+            self._manager.save(step, args=args.Composite(**items, meta=args.JsonSave(meta)), force=True)
+        except Exception as problem:
+            raise self._failed(problem) from problem
+        self._saved = step
+
+    def wait(self) -> None:
+        """Until every begun save is on disk.
+
+        Raises:
+          UserError: a save failed.
+        """
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as problem:
+            raise self._failed(problem) from problem
+
+    def _failed(self, problem: Exception) -> UserError:
+        text = " ".join(str(problem).split())[:300]
+        return UserError(f"checkpoint in {self._path} could not be written: {text} (finished checkpoints are kept)")
+
+    def restore(self, targets: dict[str, Tree]) -> Restored | None:
+        """The newest checkpoint that loads, or None when there is none at all.
+
+        ``targets`` gives per item the tree of ShapeDtypeStructs (with shardings) to load. Checkpoints newer than
+        the one returned are moved aside as ``<step>.damaged``.
+
+        Raises:
+          UserError: checkpoints exist and none loads.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        problems: dict[int, str] = {}
+        for step in steps:
+            try:
+                restored = self._load(step, targets)
+            except Exception as problem:  # whatever orbax, tensorstore or json raise for broken files
+                problems[step] = " ".join(str(problem).split())[:300] or type(problem).__name__
+                print(f"checkpoint {self._path / str(step)} is damaged: {problems[step]}", flush=True)
+                continue
+            self._move_aside(problems)
+            self._saved = step
+            return restored
+        if steps:
+            raise UserError(
+                f"{self._path}: none of the checkpoints {steps} loads (newest: {problems[steps[0]]}). Restore them "
+                "from a backup, or remove that folder to train the stage anew"
+            )
+        return None
+
+    def _load(self, step: int, targets: dict[str, Tree]) -> Restored:
+        args = self._ocp.args
+        meta = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
+        if not isinstance(meta, dict) or meta.get("format") != FORMAT or meta.get("step") != step:
+            raise DamagedError("meta does not describe this step")
+        names = list(meta["trees"])
+        if "state" not in names or not set(names) <= set(targets):
+            raise DamagedError(f"unexpected items {names}")
+        wanted = {name: args.StandardRestore(targets[name]) for name in names}
+        found = self._manager.restore(step, args=args.Composite(**wanted))
+        trees = {name: found[name] for name in names}
+        for name in names:
+            _check(trees[name], targets[name], meta["trees"][name], name)
+        return Restored(step, trees, meta)
+
+    def _move_aside(self, steps: Iterable[int]) -> None:
+        if self._primary:
+            for step in steps:
+                target = self._path / f"{step}.damaged"
+                if target.exists():
+                    target.rmtree()
+                (self._path / str(step)).rename(target)
+        if steps:
+            from lawcat_jax import distributed
+
+            distributed.barrier("checkpoint_move_aside")
+            self._manager.reload()
+
+    def close(self) -> None:
+        """Wait for saves and release the manager's threads."""
+        self._manager.close()
+
+
+def _check(tree: Tree, target: Tree, saved: dict[str, dict], item: str) -> None:
+    """Every expected leaf is there, with its shape, dtype and the bits that were saved."""
+    expected = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(target)}
+    found = _describe(tree)
+    for path, leaf in expected.items():
+        if path not in found or path not in saved:
+            raise DamagedError(f"{item}: {path} is missing")
+        if tuple(found[path]["shape"]) != tuple(leaf.shape) or found[path]["dtype"] != str(leaf.dtype):
+            raise DamagedError(f"{item}: {path} is {found[path]}, expected {leaf.shape} {leaf.dtype}")
+        if found[path] != saved[path]:
+            raise DamagedError(f"{item}: the contents of {path} have changed since they were saved")
+    if extra := sorted(set(found) - set(expected)):
+        raise DamagedError(f"{item}: unexpected {', '.join(extra[:5])}")

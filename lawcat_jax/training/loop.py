@@ -1,0 +1,308 @@
+"""The training loop: steps, metrics, validation, checkpoints, signals. It knows neither the data nor the model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import serialization
+
+from lawcat_jax import distributed
+from lawcat_jax.config import CheckpointConfig, LogConfig, StageConfig
+from lawcat_jax.errors import UserError
+from lawcat_jax.training import checkpoint as checkpointing
+from lawcat_jax.training.metrics import MetricsWriter, Progress
+from lawcat_jax.training.optim import Params, Plateau
+from lawcat_jax.training.step import TrainState
+
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the command again
+
+
+class InterruptedRunError(Exception):
+    """SIGTERM or SIGINT came; the step was finished and saved."""
+
+
+class TrainingError(UserError):
+    """Training cannot go on."""
+
+
+@dataclasses.dataclass
+class StageRun:
+    """What the loop drives.
+
+    ``train_step(state, batch) -> (state, metrics)`` takes the host's batch and donates the state;
+    ``evaluate(params) -> {"loss": ..., ...}`` or None; ``batches`` has ``__next__``, ``get_state`` (JSON values) and
+    ``set_state``; ``tokens(batch)`` counts the tokens of a batch over all processes.
+    """
+
+    name: str
+    config: StageConfig
+    steps: int
+    state: TrainState
+    train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+    evaluate: Callable[[Params], dict[str, Any]] | None
+    batches: Any
+    tokens: Callable[[Any], int]
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGINT while training; a second SIGINT interrupts at once.
+
+    With several processes, jax's preemption service agrees on the step at which all of them stop.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            # With several processes SIGTERM belongs to jax's coordination service.
+            signals = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,)
+            self._old = {number: signal.signal(number, self._handle) for number in signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: Any) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after ``step``, the same answer in every process."""
+        if jax.process_count() == 1:
+            return self.received is not None
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.reached_preemption_sync_point(step)
+
+
+def _on_disk(state: TrainState) -> dict[str, Any]:
+    return {
+        "params": state.params,
+        "optimizer": serialization.to_state_dict(state.opt_state),
+        **{name: getattr(state, name) for name in ("step", "lr_scale", "bad_in_row", "bad_total")},
+    }
+
+
+def _from_disk(values: dict[str, Any], like: TrainState) -> TrainState:
+    optimizer = serialization.from_state_dict(like.opt_state, values["optimizer"])
+    return TrainState(**{name: optimizer if name == "opt_state" else values[name] for name in TrainState._fields})
+
+
+class Loop:
+    """Runs one stage from wherever its checkpoints left it. Use :meth:`run` once."""
+
+    def __init__(
+        self,
+        stage: StageRun,
+        *,
+        checkpointer: checkpointing.Checkpointer,
+        checkpoint_config: CheckpointConfig,
+        writer: MetricsWriter,
+        log: LogConfig,
+        workdir: Path,
+        max_bad_steps: int,
+    ):
+        self._stage, self._config = stage, stage.config
+        self._checkpointer, self._checkpoint_config = checkpointer, checkpoint_config
+        self._writer, self._log, self._workdir = writer, log, workdir
+        self._max_bad = max_bad_steps
+        self._state = stage.state
+        self._best: Params | None = None
+        self._best_loss = math.inf
+        self._plateau = Plateau(stage.config.plateau_factor, stage.config.plateau_patience)
+        self._step = 0
+        self._finished = False
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._last_save = time.monotonic()
+        self._window: tuple[float, int] | None = None  # (start, tokens) of the interval being timed
+
+    def run(self, stop: StopSignal) -> Params:
+        """Train; returns the trainables (of the best validation loss, with ``keep_best``).
+
+        Raises:
+          InterruptedRunError: a signal came; everything is saved.
+          TrainingError: too many non-finite steps in a row, or the data ended.
+          UserError: checkpoints that do not load or cannot be written.
+        """
+        self._restore()
+        stage = self._stage
+        primary = distributed.is_primary()
+        if self._finished:
+            if primary:
+                print(f"{stage.name}: already finished at step {self._step}", flush=True)
+            return self._result()
+        self._writer.rewind(stage.name, self._step)
+        progress = self._progress = Progress(
+            stage.name, stage.steps, self._step, self._log.progress, primary=primary, every=self._log.every_steps
+        )
+        try:
+            while self._step < stage.steps:
+                with self._profiled():
+                    self._one_step()
+                if self._due(self._config.eval_every) and self._step < stage.steps:
+                    self._validate()
+                if self._save_due():
+                    self._save()
+                stopping = stop.requested(self._step)
+                if stopping and self._step < stage.steps:
+                    if self._checkpointer.last_saved != self._step:
+                        self._save()
+                    self._checkpointer.wait()
+                    raise InterruptedRunError(f"{stage.name}: interrupted, saved at step {self._step}")
+            self._validate()
+            self._finished = True
+            self._save()
+            self._checkpointer.wait()
+            if stop.received is not None and jax.process_count() == 1:
+                raise InterruptedRunError(f"{stage.name}: interrupted, finished at step {self._step}")
+        finally:
+            progress.close()
+        return self._result()
+
+    def _one_step(self) -> None:
+        stage = self._stage
+        try:
+            batch = next(stage.batches)
+        except StopIteration:
+            raise TrainingError(f"{stage.name}: the data ended at step {self._step} of {stage.steps}") from None
+        started = time.monotonic()
+        self._state, metrics = stage.train_step(self._state, batch)
+        # Numbers are read one step late, so that the device works while the host prepares the next batch.
+        self._flush()
+        self._step += 1
+        self._pending = (self._step, metrics)
+        if self._window is None:  # the first step compiles: not part of tokens/s
+            jax.block_until_ready(metrics)
+            self._writer.write(stage.name, self._step, {"first_step_seconds": time.monotonic() - started})
+            self._window = (time.monotonic(), 0)
+        else:
+            self._window = (self._window[0], self._window[1] + stage.tokens(batch))
+
+    def _flush(self) -> None:
+        """Look at the numbers of the last step: log, count, stop."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        bad_in_row, loss = int(metrics["bad_in_row"]), float(metrics["loss"])
+        logged = step % self._log.every_steps == 0 or step == self._stage.steps
+        speed = 0.0
+        if logged or bad_in_row:
+            values = dict(jax.device_get(metrics))
+            if self._window is not None and self._window[1]:
+                speed = self._window[1] / max(time.monotonic() - self._window[0], 1e-9)
+                values["tokens_per_second"] = speed
+                self._window = (time.monotonic(), 0)
+            stats = jax.local_devices()[0].memory_stats() or {}
+            if "peak_bytes_in_use" in stats:
+                values["peak_memory_bytes"] = stats["peak_bytes_in_use"]
+            self._writer.write(self._stage.name, step, values)
+        self._show(step, loss, speed)
+        if bad_in_row:
+            self._progress.say(f"{self._stage.name} {step}: loss or gradient is not finite, step skipped")
+        if bad_in_row >= self._max_bad:
+            raise TrainingError(
+                f"{self._stage.name}: {bad_in_row} non-finite steps in a row, the last at step {step} (loss {loss}); "
+                f"lower the learning rate or set config.{self._stage.name}.clip_norm=1.0 (the newest checkpoint is "
+                f"that of step {self._checkpointer.last_saved})"
+            )
+
+    def _show(self, step: int, loss: float, speed: float) -> None:
+        numbers = {"loss": f"{loss:.4f}"}
+        if speed:
+            self._speed = f"{speed:,.0f}"
+        if getattr(self, "_speed", None):
+            numbers["tok/s"] = self._speed
+        if math.isfinite(self._best_loss):
+            numbers["best_val"] = f"{self._best_loss:.4f}"
+        self._progress.update(step, numbers)
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self._step % every == 0
+
+    def _validate(self) -> None:
+        self._flush()
+        if self._stage.evaluate is None:
+            return
+        started = time.monotonic()
+        values = self._stage.evaluate(self._state.params)
+        if not values:
+            return
+        loss = float(values["loss"])
+        self._writer.write(self._stage.name, self._step, {f"validation/{name}": v for name, v in values.items()})
+        self._progress.say(f"{self._stage.name} {self._step}: validation loss {loss:.4f}")
+        if loss < self._best_loss:
+            self._best_loss = loss
+            if self._config.keep_best:
+                self._best = checkpointing.copy(self._state.params)
+        if self._config.schedule == "plateau":
+            scale = np.float32(self._plateau.update(loss))
+            self._state = self._state._replace(lr_scale=jax.device_put(scale, self._state.lr_scale.sharding))
+        if self._window is not None:  # validation is no training time
+            self._window = (self._window[0] + time.monotonic() - started, self._window[1])
+
+    def _save_due(self) -> bool:
+        minutes = self._checkpoint_config.every_minutes
+        late = minutes > 0 and self._step % self._log.every_steps == 0
+        late = late and distributed.agree(time.monotonic() - self._last_save >= 60 * minutes)
+        return (late or self._due(self._checkpoint_config.every_steps)) and self._step < self._stage.steps
+
+    def _save(self) -> None:
+        self._flush()
+        trees: dict[str, Any] = {"state": _on_disk(self._state)}
+        if self._best is not None:
+            trees["best"] = self._best
+        meta = {
+            "stage": self._stage.name,
+            "finished": self._finished,
+            "iterator": self._stage.batches.get_state(),
+            "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
+            "plateau": {"best": repr(self._plateau.best), "waited": self._plateau.waited, "scale": self._plateau.scale},
+        }
+        self._checkpointer.save(self._step, trees, meta)
+        self._last_save = time.monotonic()
+
+    def _restore(self) -> None:
+        state = checkpointing.abstract(_on_disk(self._state))
+        restored = self._checkpointer.restore({"state": state, "best": state["params"]})
+        if restored is None:
+            return
+        meta = restored.meta
+        self._state = _from_disk(restored.trees["state"], self._state)
+        self._best = restored.trees.get("best")
+        self._best_loss = math.inf if meta["best_loss"] is None else meta["best_loss"]
+        self._plateau.best = float(meta["plateau"]["best"])
+        self._plateau.waited, self._plateau.scale = meta["plateau"]["waited"], meta["plateau"]["scale"]
+        self._step, self._finished = restored.step, meta["finished"]
+        if not self._finished:
+            self._stage.batches.set_state(meta["iterator"])
+            if distributed.is_primary():
+                print(f"{self._stage.name}: resumed at step {self._step} of {self._stage.steps}", flush=True)
+
+    def _result(self) -> Params:
+        return self._state.params if self._best is None else self._best
+
+    @contextlib.contextmanager
+    def _profiled(self) -> Iterator[None]:
+        """A profiler trace over the configured window of steps."""
+        start, length = self._log.profile_start, self._log.profile_steps
+        if start >= 0 and self._step == start:
+            jax.profiler.start_trace(str(self._workdir / "profile" / self._stage.name))
+        yield
+        if start >= 0 and self._step == min(start + length, self._stage.steps) and self._step > start:
+            jax.block_until_ready(self._state)
+            jax.profiler.stop_trace()

@@ -1,0 +1,248 @@
+"""Where numbers go: metrics.jsonl (always), TensorBoard, Weights & Biases, a progress bar, and the run manifest."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lawcat_jax.config import Config, LogConfig, to_dict
+from lawcat_jax.errors import UserError
+
+
+def _plain(value: Any) -> Any:
+    """JSON value of a scalar or array; non-finite numbers become strings, since JSON has none."""
+    array = np.asarray(value)
+    if array.ndim:
+        return [_plain(item) for item in array.tolist()]
+    item = array.item()
+    return repr(item) if isinstance(item, float) and not math.isfinite(item) else item
+
+
+class MetricsWriter:
+    """Appends to ``<workdir>/metrics.jsonl`` and to the optional writers. Does nothing unless ``primary``."""
+
+    def __init__(self, workdir: Path, config: LogConfig, *, primary: bool = True, run_config: dict | None = None):
+        self._file = self._tensorboard = self._wandb = None
+        self._path = workdir / "metrics.jsonl"
+        if not primary:
+            return
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("a", encoding="utf-8")
+        if config.tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError as problem:
+                raise UserError("config.log.tensorboard: pip install tensorboardX, or set it to False") from problem
+            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), flush_secs=30)
+        if config.wandb:
+            try:
+                import wandb
+            except ImportError as problem:
+                raise UserError("config.log.wandb: pip install wandb, or set it to False") from problem
+            self._wandb = wandb.init(dir=str(workdir), name=workdir.name, config=run_config, resume="allow")
+
+    def write(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        """One line ``{"stage", "step", ...}``. Arrays become lists, and curves ``name/index`` elsewhere."""
+        if self._file is None:
+            return
+        plain = {name: _plain(value) for name, value in values.items()}
+        self._file.write(json.dumps({"stage": stage, "step": step, **plain}) + "\n")
+        self._file.flush()
+        if self._tensorboard is None and self._wandb is None:
+            return
+        curves: dict[str, float] = {}
+        for name, value in plain.items():
+            if isinstance(value, list):
+                curves |= {f"{stage}/{name}/{i}": v for i, v in enumerate(value) if isinstance(v, int | float)}
+            elif isinstance(value, int | float):
+                curves[f"{stage}/{name}"] = value
+        if self._tensorboard is not None:
+            for name, value in curves.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(curves | {f"{stage}/step": step})
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Drop lines of ``stage`` beyond ``step``: a resumed run writes them again."""
+        if self._file is None:
+            return
+        self._file.close()
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:  # the last line of a killed process
+                continue
+            if record.get("stage") == stage and record.get("step", 0) > step:
+                continue
+            kept.append(line + "\n")
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        for writer in (self._file, self._tensorboard):
+            if writer is not None:
+                writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._file = self._tensorboard = self._wandb = None
+
+
+class Progress:
+    """A bar on a terminal, lines elsewhere. ``mode``: auto, bar, lines, off."""
+
+    def __init__(self, stage: str, total: int, initial: int, mode: str, *, primary: bool = True, every: int = 10):
+        self._stage, self._total, self._every = stage, total, every
+        self._bar = None
+        self._start, self._initial = time.monotonic(), initial
+        if mode == "auto":
+            mode = "bar" if sys.stderr.isatty() else "lines"
+        self._lines = primary and mode == "lines"
+        if primary and mode == "bar":
+            import tqdm
+
+            self._bar = tqdm.tqdm(total=total, initial=initial, desc=stage, unit="step", dynamic_ncols=True)
+
+    def update(self, step: int, numbers: Mapping[str, str]) -> None:
+        """``step`` steps are done."""
+        if self._bar is not None:
+            self._bar.set_postfix(numbers, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif self._lines and (step % self._every == 0 or step == self._total):
+            rate = (time.monotonic() - self._start) / max(step - self._initial, 1)
+            eta = datetime.timedelta(seconds=round(rate * (self._total - step)))
+            text = " ".join(f"{name} {value}" for name, value in numbers.items())
+            self.say(f"{self._stage} {step}/{self._total} eta {eta} {text}")
+
+    def say(self, text: str) -> None:
+        """One line, without breaking the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        elif self._lines:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers", "libtpu")
+
+# Fields that change neither parameters nor data: a run may be resumed with other values.
+HARMLESS = ("workdir", "dry_run", "max_bad_steps", "mesh", "checkpoint", "log", "eval")
+
+
+class Manifest:
+    """``<workdir>/manifest.json``: what this run is (config, git revision, versions, devices) and how far it is."""
+
+    def __init__(self, path: Path, values: dict[str, Any], *, primary: bool = True):
+        self._path, self.values, self._primary = path, values, primary
+
+    @classmethod
+    def open(cls, workdir: Path, config: Config, *, primary: bool = True) -> Manifest:
+        """Of a new run, or of the one in ``workdir``.
+
+        Raises:
+          UserError: ``workdir`` holds a run with another configuration (the differing fields are named), or its
+            manifest cannot be read.
+        """
+        import jax
+
+        path = workdir / "manifest.json"
+        new = {
+            "status": "running",
+            "config": json.loads(json.dumps(to_dict(config))),
+            "git": _git_revision(),
+            "versions": _versions(),
+            "devices": sorted({device.device_kind for device in jax.devices()}),
+            "device_count": jax.device_count(),
+            "process_count": jax.process_count(),
+            "argv": sys.argv,
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        if path.exists():
+            try:
+                old = json.loads(path.read_text(encoding="utf-8"))
+                old_config = old["config"]
+            except (OSError, ValueError, KeyError, TypeError) as problem:
+                raise UserError(f"{path} is damaged ({problem}); move it away, or use another workdir") from problem
+            differing = _differences(old_config, new["config"], "config")
+            if differing:
+                listed = "; ".join(differing[:8]) + ("; ..." if len(differing) > 8 else "")
+                raise UserError(f"{workdir} holds a run with another configuration ({listed}); use another --workdir")
+            new["started"] = old.get("started", new["started"])
+            new["resumed"] = [
+                *old.get("resumed", []),
+                datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            ]
+            if old.get("status") == "finished":
+                return cls(path, old, primary=primary)
+        manifest = cls(path, new, primary=primary)
+        manifest.update()
+        return manifest
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has been completed."""
+        return self.values.get("status") == "finished"
+
+    def update(self, **values: Any) -> None:
+        """Set fields and write the file (whole or not at all)."""
+        self.values |= values
+        if self._primary:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self._path.with_name(".manifest.json.tmp")
+            temporary.write_text(json.dumps(self.values, indent=1), encoding="utf-8")
+            os.replace(temporary, self._path)
+
+
+def _differences(old: Any, new: Any, path: str) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for name in sorted(old.keys() | new.keys()):
+            if path == "config" and name in HARMLESS:
+                continue
+            missing = object()
+            a, b = old.get(name, missing), new.get(name, missing)
+            if a is missing or b is missing:  # a field that one version of the program does not have
+                found.append(f"{path}.{name}: only in the {'new' if a is missing else 'old'} configuration")
+            else:
+                found += _differences(a, b, f"{path}.{name}")
+        return found
+    return [] if old == new else [f"{path}: {old!r} there, {new!r} here"]
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _git_revision() -> str:
+    """Commit of the source tree, with ``-dirty`` when it has changes; empty outside of a repository."""
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
