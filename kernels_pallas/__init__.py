@@ -1,10 +1,13 @@
 """Kernels for normalised gated linear attention in JAX: plain XLA everywhere, Pallas on NVIDIA GPUs and TPUs.
 
-Public operations: :func:`gated_linear_attention`, :func:`causal_conv1d`, :func:`decode_step`, :func:`lawcat_attention`, and
+Public operations: :func:`gated_linear_attention`, :func:`causal_conv1d`, :func:`decode_step`,
+:func:`lawcat_attention`, and
 ``kernels_pallas.context_parallel`` for sequences sharded over a mesh axis. Needs jax and numpy only.
 
-Context managers: :func:`default_implementation` sets what ``implementation=None`` means, :func:`lowering_for` names the platform when
-lowering ahead of time for devices this process does not have, :func:`interpret` runs Pallas kernels in the interpreter. All three act
+Context managers: :func:`default_implementation` sets what ``implementation=None`` means, :func:`lowering_for` names
+the platform when
+lowering ahead of time for devices this process does not have, :func:`interpret` runs Pallas kernels in the
+interpreter. All three act
 while JAX traces: a function that is already compiled keeps its kernels.
 """
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.common import interpret_mode, target_platform
+from kernels_pallas.common import interpret_mode, match_varying, target_platform
 from kernels_pallas.conv1d import xla as conv_xla
 from kernels_pallas.gla import decode as decode_xla
 from kernels_pallas.gla import reference, scan
@@ -34,7 +34,8 @@ _local = threading.local()
 
 @contextlib.contextmanager
 def default_implementation(implementation: str | None) -> Iterator[None]:
-    """Inside, ``implementation=None`` means this one, and is as strict as passing the name. Acts while tracing, not on compiled code.
+    """Inside, ``implementation=None`` means this one, and is as strict as passing the name. Acts while tracing, not on
+    compiled code.
 
     Raises ValueError for an unknown name.
     """
@@ -84,7 +85,8 @@ def implementation_for(
 ) -> str:
     """The name of the implementation that gated_linear_attention uses for these arrays (or ShapeDtypeStructs).
 
-    None picks, for the platform of ``kernels_pallas.target_platform``: on "cuda" pallas_triton and on "tpu" pallas_tpu where they support
+    None picks, for the platform of ``kernels_pallas.target_platform``: on "cuda" pallas_triton and on "tpu" pallas_tpu
+    where they support
     the case, else scan. A name is strict: ValueError with the reason when it cannot serve.
     """
     _check_name(implementation)
@@ -210,7 +212,8 @@ def _check_qkvg(q, k, v, log_g, dims: int) -> None:
 
 
 def _check_values(q, k, log_g) -> None:
-    """With KERNELS_PALLAS_CHECK=1 and concrete arrays: refuse what the kernels assume away (it would overflow, or divide by ~0)."""
+    """With KERNELS_PALLAS_CHECK=1 and concrete arrays: refuse what the kernels assume away (it would overflow, or
+    divide by ~0)."""
     if os.environ.get("KERNELS_PALLAS_CHECK", "") != "1":
         return
     for name, x, sign in (("q", q, 1), ("k", k, 1), ("log_g", log_g, -1)):
@@ -247,6 +250,13 @@ def _bounded(log_g: jax.Array, bound: float | None) -> jax.Array:
     return log_g if bound is None else jnp.where(log_g < bound, jnp.asarray(bound, log_g.dtype), log_g)
 
 
+def _alike(*arrays: Any) -> tuple[Any, ...]:
+    """The arrays marked as varying over the same mesh axes, so that a custom_vjp may return gradients that do (under
+    shard_map)."""
+    leaves = jax.tree.leaves(arrays)
+    return jax.tree.map(lambda x: match_varying(x, *leaves), arrays)
+
+
 # Operations
 
 
@@ -271,15 +281,19 @@ def gated_linear_attention(
       log_g: natural logarithm of the gates, <= 0 and finite, float32 or bfloat16; Hg divides H, same rule.
       initial_state: (S, z) float32, or None for zeros.
       normalize: divide by the denominator; when False o = S^T q (z is carried all the same).
-      gate_lower_bound: nats a token, below 0, or None. Lower gates are raised to it, with zero gradient there. A bound >= -1.25 allows
+      gate_lower_bound: nats a token, below 0, or None. Lower gates are raised to it, with zero gradient there. A bound
+      >= -1.25 allows
         64-token chunks with one reference; None costs more.
-      implementation: "reference", "scan", "pallas_triton", "pallas_tpu" or None, the best for the platform (implementation_for).
+      implementation: "reference", "scan", "pallas_triton", "pallas_tpu" or None, the best for the platform
+      (implementation_for).
 
     Returns:
-      o in v.dtype and the state (S, z) after the last token, float32. Differentiable in every array argument, state included.
+      o in v.dtype and the state (S, z) after the last token, float32. Differentiable in every array argument, state
+      included.
 
     Raises:
-      ValueError: naming the argument, for a wrong shape or dtype, heads that do not divide, a sequence axis known to be sharded, or an
+      ValueError: naming the argument, for a wrong shape or dtype, heads that do not divide, a sequence axis known to
+      be sharded, or an
         implementation that cannot serve. With KERNELS_PALLAS_CHECK=1 also for concrete q, k < 0 or log_g > 0.
     """
     _check_qkvg(q, k, v, log_g, 4)
@@ -294,7 +308,7 @@ def gated_linear_attention(
         q, k, v, log_g, normalize=normalize, gate_lower_bound=gate_lower_bound, implementation=implementation
     )
     spec = _Spec(name, bool(normalize), None if gate_lower_bound is None else float(gate_lower_bound))
-    return _gla(spec, q, k, v, _bounded(log_g, gate_lower_bound), initial_state)
+    return _gla(spec, *_alike(q, k, v, _bounded(log_g, gate_lower_bound), initial_state))
 
 
 def decode_step(
@@ -310,7 +324,8 @@ def decode_step(
 ) -> tuple[Float[Array, "B H V"], tuple[Float[Array, "B H K V"], Float[Array, "B H K"]]]:
     """One token of gated_linear_attention: the same arguments without T, and the state before the token.
 
-    Returns (o [B, H, V] in v.dtype, state). Raises ValueError as gated_linear_attention. A Pallas decode kernel is used where the backend
+    Returns (o [B, H, V] in v.dtype, state). Raises ValueError as gated_linear_attention. A Pallas decode kernel is
+    used where the backend
     has one and the platform fits; otherwise plain XLA, also for a strict Pallas name.
     """
     _check_qkvg(q, k, v, log_g, 3)
@@ -326,7 +341,7 @@ def decode_step(
         implementation=implementation,
         platform=platform,
     )
-    return _decode(name, bool(normalize), q, k, v, _bounded(log_g, gate_lower_bound), tuple(state))
+    return _decode(name, bool(normalize), *_alike(q, k, v, _bounded(log_g, gate_lower_bound), tuple(state)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -349,11 +364,13 @@ _decode.defvjp(_decode_forward, _decode_backward)
 
 def causal_conv1d(
     x: Float[Array, "B T *C"], w: Float[Array, W * D], *, initial_state: Float[Array, "B W-1 *C"] | None = None
-) -> tuple[Float[Array, "B T *D"], Float[Array, "B W-1 *C"]]:
-    """Causal depthwise convolution over time: y_t = sum_j w_j x_(t - (W - 1) + j), tap W - 1 on the current token, no bias.
+) -> tuple[Float[Array, "B T ..."], Float[Array, "B W-1 *C"]]:
+    """Causal depthwise convolution over time: y_t = sum_j w_j x_(t - (W - 1) + j), tap W - 1 on the current token, no
+    bias.
 
     Args:
-      x: float32 or bfloat16; its channel dimensions broadcast against those of w (the k of Hkv heads: x [B, T, Hkv, 1, d],
+      x: float32 or bfloat16; its channel dimensions broadcast against those of w (the k of Hkv heads: x [B, T, Hkv, 1,
+      d],
         w [W, Hkv, G, d] -> y [B, T, Hkv, G, d]).
       w: taps, float32 or bfloat16, W >= 1.
       initial_state: the W - 1 rows before x, or None for zeros.
@@ -364,22 +381,25 @@ def causal_conv1d(
     Raises:
       ValueError: naming the argument, for a wrong shape or dtype.
     """
+    _check_conv(x, w, initial_state)
+    _check_sharding("x", x)
+    return conv_xla.causal_conv1d(x, w, initial_state)
+
+
+def _check_conv(x, w, initial_state) -> None:
     _check_array("x", x, max(2, len(getattr(x, "shape", ()))))
     _check_array("w", w, max(1, len(x.shape) - 1))
     if 0 in x.shape or 0 in w.shape:
         raise ValueError(f"x: every dimension must be at least 1, got x {_describe(x)} and w {_describe(w)}")
     try:
-        channels = np.broadcast_shapes(x.shape[2:], w.shape[1:])
+        np.broadcast_shapes(x.shape[2:], w.shape[1:])
     except ValueError:
         raise ValueError(
             f"w: channels {list(w.shape[1:])} do not broadcast with those of x {list(x.shape[2:])}"
         ) from None
-    del channels
     if initial_state is not None:
         _check_array("initial_state", initial_state, len(x.shape))
         _check_shape("initial_state", initial_state, (x.shape[0], w.shape[0] - 1, *x.shape[2:]), "[B, W - 1, *C]")
-    _check_sharding("x", x)
-    return conv_xla.causal_conv1d(x, w, initial_state)
 
 
 class _LawcatSpec(NamedTuple):
@@ -489,8 +509,10 @@ def lawcat_attention(
 ) -> tuple[Float[Array, "B T H V"], tuple[Array, Array], tuple[Array, Array]]:
     """LAWCAT attention of one layer from its raw projections (arXiv 2509.18467; no rotary embedding).
 
-    Per query head: causal convolutions of q and k with their own taps, features max([softmax(u phi) ; softmax(-u phi)], 1e-12), gates
-    logsigmoid(gate_logits) / gate_normalizer bounded below, then normalised gated linear attention with K = 2 f features.
+    Per query head: causal convolutions of q and k with their own taps, features max([softmax(u phi) ; softmax(-u
+    phi)], 1e-12), gates
+    logsigmoid(gate_logits) / gate_normalizer bounded below, then normalised gated linear attention with K = 2 f
+    features.
 
     Args:
       q, k, v: projections, float32 or bfloat16 (one dtype); kv head h // (H / Hkv) serves query head h.
@@ -499,12 +521,14 @@ def lawcat_attention(
       initial_state: (S, z) float32 after the tokens before these, or None.
       conv_state: the W - 1 rows of raw q and of raw k before these, or None for zeros.
       normalize, gate_lower_bound: as in gated_linear_attention.
-      lengths: number of valid tokens of each sequence among these T, or None for all: the rest is padding on the right, which leaves state
+      lengths: number of valid tokens of each sequence among these T, or None for all: the rest is padding on the
+      right, which leaves state
         and conv_state as they were and whose output is 0.
       implementation: as in gated_linear_attention. None takes the fused kernel where one supports the case.
 
     Returns:
-      o in v.dtype, the state after the last valid token, and conv_state: the last W - 1 valid rows of q and of k. Works for T = 1.
+      o in v.dtype, the state after the last valid token, and conv_state: the last W - 1 valid rows of q and of k.
+      Works for T = 1.
 
     Raises:
       ValueError: naming the argument.
@@ -534,7 +558,7 @@ def lawcat_attention(
         valid = None if lengths is None else lawcat_xla.valid_tokens(lengths, q.shape[1])
         o, state = _lawcat_unfused(spec, *arrays, valid)
     else:
-        o, state = _lawcat_fused(spec._replace(implementation=fused), *arrays)
+        o, state = _lawcat_fused(spec._replace(implementation=fused), *_alike(*arrays))
     rows = conv_q.shape[1] - 1
     tails = conv_state or (None, None)
     tails = tuple(lawcat_xla.last_rows(x, tail, rows, lengths) for x, tail in zip((q, k), tails, strict=True))

@@ -27,9 +27,11 @@ def _platform_name(platform: str) -> str:
 def target_platform(*arrays: Any) -> str:
     """The platform ("cpu", "cuda", "rocm", "tpu") this call will run on, decided while tracing.
 
-    In order: :func:`lowering_for`; the abstract device of the mesh in context (so ``use_abstract_mesh`` and ``shard_map`` over a mesh
+    In order: :func:`lowering_for`; the abstract device of the mesh in context (so ``use_abstract_mesh`` and
+    ``shard_map`` over a mesh
     of another platform's topology lower ahead of time without further help); the devices of concrete arguments;
-    ``jax.default_device``; the default backend. ``jax.lax.platform_dependent`` is not used because its branches must agree on the
+    ``jax.default_device``; the default backend. ``jax.lax.platform_dependent`` is not used because its branches must
+    agree on the
     shapes of the residuals, which differ by backend.
     """
     override = getattr(_local, "platform", None)
@@ -60,7 +62,8 @@ def lowering_for(platform: str) -> Iterator[None]:
 
 
 def interpret_mode() -> bool:
-    """True inside :func:`interpret` or when ``KERNELS_PALLAS_INTERPRET=1``: Pallas kernels then run on any device, slowly."""
+    """True inside :func:`interpret` or when ``KERNELS_PALLAS_INTERPRET=1``: Pallas kernels then run on any device,
+    slowly."""
     return getattr(_local, "interpret", False) or os.environ.get("KERNELS_PALLAS_INTERPRET", "") == "1"
 
 
@@ -87,7 +90,8 @@ def varying_axes(*arrays: Any) -> frozenset[str]:
 
 
 def match_varying(x: jax.Array, *arrays: Any) -> jax.Array:
-    """``x`` marked as varying over the same mesh axes as ``arrays`` (loop carries must agree on this under ``shard_map``)."""
+    """``x`` marked as varying over the same mesh axes as ``arrays`` (loop carries must agree on this under
+    ``shard_map``)."""
     missing = tuple(sorted(varying_axes(*arrays) - varying_axes(x)))
     return lax.pcast(x, missing, to="varying") if missing else x
 

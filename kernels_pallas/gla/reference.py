@@ -1,4 +1,5 @@
-"""Gated linear attention as the plain float32 token recurrence; every other backend is judged by what this one computes."""
+"""Gated linear attention as the plain float32 token recurrence; every other backend is judged by what this one
+computes."""
 
 from __future__ import annotations
 

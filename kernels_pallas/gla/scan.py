@@ -1,14 +1,19 @@
-"""Gated linear attention in chunks, in plain XLA: batched matrix products inside chunks, an associative scan over chunk summaries.
+"""Gated linear attention in chunks, in plain XLA: batched matrix products inside chunks, an associative scan over
+chunk summaries.
 
-Notation of one chunk of C rows and one head: b is the inclusive cumulative sum of log_g, S and z the state at the chunk's start,
+Notation of one chunk of C rows and one head: b is the inclusive cumulative sum of log_g, S and z the state at the
+chunk's start,
 q^ = q e^(b - r) and k^ = k e^(r - b) for a reference r. Two ways to keep the exponents representable:
 
-* one reference r = b_C / 2 when C |log_g| <= 80 (so always with the bound -1.25 and C = 64): operands stay within e^+-40;
-* otherwise binary sub-chunks: rows in the second half of a block against columns in its first half with r at the border, so that every
+* one reference r = b_C / 2 when C |log_g| <= 80 (so always with the bound -1.25 and C = 64): operands stay within
+  e^+-40;
+* otherwise binary sub-chunks: rows in the second half of a block against columns in its first half with r at the
+  border, so that every
   exponent is <= 0, down to diagonal blocks small enough for one reference (1 x 1 when there is no bound).
 
 Exponents are sums of the gates they span (products with a 0/+-1/2 matrix), never differences of long cumulative sums.
-bfloat16 inputs use bfloat16 operands with float32 accumulation; the denominator sums the same rounded scores that the numerator uses.
+bfloat16 inputs use bfloat16 operands with float32 accumulation; the denominator sums the same rounded scores that the
+numerator uses.
 """
 
 from __future__ import annotations
@@ -42,7 +47,8 @@ class Plan(NamedTuple):
 
 
 def make_plan(q_shape, value_dim: int, lower_bound: float | None, platform: str) -> Plan:
-    """Sizes for q [B, T, H, K]: chunks of 64 (fewer for a shorter T), the largest safe block, groups within the memory budget."""
+    """Sizes for q [B, T, H, K]: chunks of 64 (fewer for a shorter T), the largest safe block, groups within the memory
+    budget."""
     batch, length, heads, features = q_shape
     limit = 64
     chunk = min(limit, 1 << max(0, length - 1).bit_length())
@@ -51,7 +57,7 @@ def make_plan(q_shape, value_dim: int, lower_bound: float | None, platform: str)
     elif lower_bound == 0:
         block = chunk
     else:
-        block = min(chunk, 1 << max(0, int(math.floor(math.log2(max(1.0, MAX_NATS / -lower_bound))))))
+        block = min(chunk, 1 << max(0, math.floor(math.log2(max(1.0, MAX_NATS / -lower_bound)))))
     chunks = -(-length // chunk)
     budget = CPU_STATE_BUDGET_BYTES if platform == "cpu" else STATE_BUDGET_BYTES
     most = max(1, budget // (batch * heads * features * value_dim * 4))
@@ -63,7 +69,8 @@ def make_plan(q_shape, value_dim: int, lower_bound: float | None, platform: str)
 
 
 def _round(x: jax.Array, dtype) -> jax.Array:
-    """``x`` in ``dtype``. reduce_precision because XLA may drop a float32 -> bfloat16 -> float32 round trip, and with it the
+    """``x`` in ``dtype``. reduce_precision because XLA may drop a float32 -> bfloat16 -> float32 round trip, and with
+    it the
     agreement of numerator and denominator."""
     if dtype == jnp.bfloat16:
         x = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
@@ -111,8 +118,10 @@ def _after(size: int) -> np.ndarray:
 
 
 class _Decay(NamedTuple):
-    """Factors of one group of chunks, per gate head. q_in = q * rows meets the state scaled by ``into``; k_out = k * cols scaled by
-    ``out`` adds to it; ``total`` is e^(b_C). ``diagonal`` and ``levels`` hold (row factor, column factor) of the score blocks."""
+    """Factors of one group of chunks, per gate head. q_in = q * rows meets the state scaled by ``into``; k_out = k *
+    cols scaled by
+    ``out`` adds to it; ``total`` is e^(b_C). ``diagonal`` and ``levels`` hold (row factor, column factor) of the score
+    blocks."""
 
     rows: jax.Array
     cols: jax.Array
@@ -192,7 +201,8 @@ def _scores(q, k, q_in, k_out, decay: _Decay, plan: Plan, dtype) -> jax.Array:
 
 
 def _scores_vjp(dA, q, k, q_in, k_out, decay: _Decay, plan: Plan, dtype) -> tuple[jax.Array, jax.Array]:
-    """Sum_j dA_ij k_j e^(b_i - b_j) and Sum_i dA_ij q_i e^(b_i - b_j); of one reference still without the factor of its own row."""
+    """Sum_j dA_ij k_j e^(b_i - b_j) and Sum_i dA_ij q_i e^(b_i - b_j); of one reference still without the factor of
+    its own row."""
     if plan.block == plan.chunk:
         return _dot("bhnij,bhnjc->bhnic", dA, k_out), _dot("bhnij,bhnic->bhnjc", dA, q_in)
     dq, dk = jnp.zeros_like(q), jnp.zeros_like(k)
@@ -231,7 +241,8 @@ def _scan_states(total, S, z, S0, z0, *, reverse: bool = False):
         total_b, S_b, z_b = later
         return total_a * total_b, total_b[..., None] * S_a + S_b, total_b * z_a + z_b
 
-    # The initial state enters as a chunk of its own, so that one scan yields both the states before and the state after.
+    # The initial state enters as a chunk of its own, so that one scan yields both the states before and the state
+    # after.
     S0, z0 = _grouped(S0, heads)[:, :, :, None], _grouped(z0, heads)[:, :, :, None]
     ones = jnp.ones_like(total[:, :, :, :1])
     order = (lambda first, rest: [rest, first]) if reverse else (lambda first, rest: [first, rest])
@@ -390,7 +401,8 @@ def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: floa
 
 
 def backward(residuals, do, dstate, *, normalize: bool, lower_bound: float | None) -> Any:
-    """See ``kernels_pallas.gla`` for the signature. Chunk states are recomputed from the state at the start of each group."""
+    """See ``kernels_pallas.gla`` for the signature. Chunk states are recomputed from the state at the start of each
+    group."""
     q, k, v, log_g, starts = residuals
     plan = make_plan(q.shape, v.shape[-1], lower_bound, target_platform(q))
     steps = starts[0].shape[0]  # the forward's, should the platform have been named only around the forward
@@ -413,7 +425,8 @@ def backward(residuals, do, dstate, *, normalize: bool, lower_bound: float | Non
 
 
 def segment_state(k, v, log_g, *, lower_bound: float | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Summary of a segment with respect to an empty state: (L [B, Hg, K], S [B, H, K, V], z [B, H, K]), float32, L = sum of log_g.
+    """Summary of a segment with respect to an empty state: (L [B, Hg, K], S [B, H, K, V], z [B, H, K]), float32, L =
+    sum of log_g.
 
     Computed as a forward pass of which XLA keeps only the state.
     """

@@ -1,1 +1,2 @@
-"""LAWCAT attention from raw projections: convolutions, feature map, gate and gated linear attention in one operation."""
+"""LAWCAT attention from raw projections: convolutions, feature map, gate and gated linear attention in one
+operation."""

@@ -1,4 +1,5 @@
-"""The front of LAWCAT attention in plain XLA: causal convolutions, Hedgehog feature map and log-gate (method: arXiv 2509.18467)."""
+"""The front of LAWCAT attention in plain XLA: causal convolutions, Hedgehog feature map and log-gate (method: arXiv
+2509.18467)."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ FEATURE_FLOOR = 1e-12
 
 
 def feature_map(u: jax.Array, phi: jax.Array) -> jax.Array:
-    """max([softmax(u phi) ; softmax(-u phi)], 1e-12): u [B, T, H, d], phi [H, d, f] -> [B, T, H, 2f] in u.dtype; softmax in float32."""
+    """max([softmax(u phi) ; softmax(-u phi)], 1e-12): u [B, T, H, d], phi [H, d, f] -> [B, T, H, 2f] in u.dtype;
+    softmax in float32."""
     precision = lax.Precision.HIGHEST if u.dtype == jnp.float32 else None
     scores = jnp.einsum(
         "bthd,hdf->bthf", u, phi.astype(u.dtype), precision=precision, preferred_element_type=jnp.float32
@@ -34,7 +36,8 @@ def valid_tokens(lengths: jax.Array, length: int, start: jax.Array | int = 0) ->
 def prepare(q, k, gate_logits, conv_q, conv_k, phi, conv_state, valid, gate_normalizer: float):
     """(phi(q), phi(k), log_g) of the shapes that gated_linear_attention takes.
 
-    q [B, T, H, d]; k [B, T, Hkv, d]; each query head has its own taps, so the k of a kv head is convolved H / Hkv times.
+    q [B, T, H, d]; k [B, T, Hkv, d]; each query head has its own taps, so the k of a kv head is convolved H / Hkv
+    times.
     ``valid`` [B, T] bool or None: elsewhere phi(k) = 0 and log_g = 0, so that padding leaves the state alone.
     """
     batch, length, heads, width = q.shape

@@ -1,0 +1,338 @@
+"""What every backend of gated linear attention must satisfy: a backend's test class inherits :class:`GlaBackend`.
+
+Inputs are judged against the float64 oracle, never against another kernel. The tolerances are frozen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import kernels_pallas as kp
+
+from . import oracle
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How gates are drawn, and the bound the kernel is told (None: no bound)."""
+
+    name: str
+    draw: str
+    bound: float | None = -1.25
+    slow: bool = False
+
+
+REGIMES = (
+    Regime("one", "zero"),
+    Regime("weak", "constant -0.02", slow=True),
+    Regime("initial", "constant -0.0433", slow=True),
+    Regime("gla", "uniform -0.6"),
+    Regime("bound", "constant -1.25"),
+    Regime("below", "uniform -2.5"),
+    Regime("saturated", "constant -5", -5.0),
+    Regime("mix", "mix -5", -5.0, slow=True),
+    Regime("unbounded", "rare -80", None),
+    Regime("jumps", "jumps", None, slow=True),
+)
+
+LENGTHS = (1, 2, 63, 64, 65, 200, 1024)
+
+# Relative root mean square against float64 (design: scan in float32 1e-5; bfloat16 kernels below).
+FLOAT32 = dict.fromkeys(("o", "S", "z", "dq", "dk", "dv", "dlog_g", "dS0", "dz0"), 1e-5)
+BFLOAT16 = {
+    "o": 5e-3,
+    "S": 5e-3,
+    "z": 5e-3,
+    "dq": 1e-2,
+    "dk": 1e-2,
+    "dv": 1e-2,
+    "dlog_g": 3e-2,
+    "dS0": 1e-2,
+    "dz0": 1e-2,
+}
+
+
+def draw_gates(regime: Regime, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """log_g [B, T, Hg, K] float32."""
+    kind, *value = regime.draw.split()
+    value = float(value[0]) if value else 0.0
+    if kind == "zero":
+        gates = np.zeros(shape)
+    elif kind == "constant":
+        gates = np.full(shape, value)
+    elif kind == "uniform":
+        gates = rng.uniform(value, 0, shape)
+    elif kind == "mix":
+        gates = np.where(rng.uniform(size=shape) < 0.5, 0.0, value)
+    elif kind == "rare":
+        gates = np.full(shape, -0.02)
+        gates[:, 5::64] = value
+    else:
+        gates = np.where(rng.uniform(size=shape) < 0.02, -rng.uniform(10, 300, shape), -0.05)
+    return gates.astype(np.float32)
+
+
+def features(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Non-negative features as the layer makes them: two softmaxes of half the width."""
+    x = rng.normal(size=(*shape[:-1], shape[-1] // 2)) * 1.5
+    x = np.concatenate([x, -x], axis=-1).reshape(*shape[:-1], 2, -1)
+    x = np.exp(x - x.max(axis=-1, keepdims=True))
+    return (x / x.sum(axis=-1, keepdims=True)).reshape(shape).astype(np.float32)
+
+
+@dataclass
+class Case:
+    """Inputs (numpy, already rounded to ``dtype``), cotangents and options of one call."""
+
+    arrays: tuple
+    state: tuple | None
+    cotangents: tuple
+    options: dict
+
+
+def make_case(
+    regime: Regime = REGIMES[3],
+    *,
+    batch=1,
+    length=65,
+    heads=4,
+    value_heads=None,
+    gate_heads=None,
+    K=64,
+    V=64,
+    state=True,
+    normalize=True,
+    dtype=jnp.float32,
+    seed=0,
+) -> Case:
+    rng = np.random.default_rng(seed)
+    value_heads, gate_heads = value_heads or heads, gate_heads or heads
+    q, k = features(rng, (batch, length, heads, K)), features(rng, (batch, length, heads, K))
+    v = rng.normal(size=(batch, length, value_heads, V)).astype(np.float32)
+    q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
+    log_g = jnp.asarray(draw_gates(regime, rng, (batch, length, gate_heads, K)))
+    S, z = rng.normal(size=(batch, heads, K, V)) * 0.3, rng.uniform(0.1, 1, size=(batch, heads, K))
+    start = (jnp.asarray(S, jnp.float32), jnp.asarray(z, jnp.float32)) if state else None
+    do = jnp.asarray(rng.normal(size=(batch, length, heads, V)), dtype)
+    dS = jnp.asarray(rng.normal(size=(batch, heads, K, V)) * 0.1, jnp.float32)
+    dz = jnp.asarray(rng.normal(size=(batch, heads, K)) * 0.1, jnp.float32)
+    options = {"normalize": normalize, "gate_lower_bound": regime.bound}
+    return Case((q, k, v, log_g), start, (do, dS, dz), options)
+
+
+@functools.partial(jax.jit, static_argnames=("normalize", "gate_lower_bound", "implementation"))
+def run_vjp(arrays, state, cotangents, **options):
+    """{o, S, z, dq, dk, dv, dlog_g[, dS0, dz0]} of one implementation."""
+
+    def call(arrays, state):
+        return kp.gated_linear_attention(*arrays, initial_state=state, **options)
+
+    (o, (S, z)), pullback = jax.vjp(call, arrays, state)
+    (dq, dk, dv, dlog_g), dstate = pullback((cotangents[0], (cotangents[1], cotangents[2])))
+    out = {"o": o, "S": S, "z": z, "dq": dq, "dk": dk, "dv": dv, "dlog_g": dlog_g}
+    return out if dstate is None else out | {"dS0": dstate[0], "dz0": dstate[1]}
+
+
+def expected(case: Case) -> dict:
+    def f64(x):
+        return np.asarray(x.astype(jnp.float32), np.float64)
+
+    arrays = [f64(x) for x in case.arrays]
+    state = None if case.state is None else [f64(x) for x in case.state]
+    return oracle.gla(
+        *arrays,
+        state,
+        normalize=case.options["normalize"],
+        bound=case.options["gate_lower_bound"],
+        cotangents=[f64(x) for x in case.cotangents],
+    )
+
+
+def errors(got: dict, want: dict) -> dict[str, float]:
+    return {name: oracle.error(np.asarray(x.astype(jnp.float32)), want[name]) for name, x in got.items()}
+
+
+def assert_close(got: dict, want: dict, tolerances: dict) -> dict[str, float]:
+    for name, x in got.items():
+        assert bool(jnp.all(jnp.isfinite(x))), f"{name} is not finite"
+    found = errors(got, want)
+    # A gradient that is exactly zero in the oracle (all gates below the bound) must be exactly zero here.
+    scale = {name: float(np.max(np.abs(want[name]))) for name in found}
+    bad = {name: e for name, e in found.items() if e > tolerances[name] and scale[name] > 0}
+    assert not bad, f"relative errors {bad}, all {found}"
+    assert all(float(jnp.max(jnp.abs(got[name]))) == 0 for name in found if scale[name] == 0)
+    return found
+
+
+def params(regimes):
+    return [pytest.param(r, id=r.name, marks=[pytest.mark.slow] if r.slow else []) for r in regimes]
+
+
+class GlaBackend:
+    """Subclass as ``class TestX(GlaBackend): implementation = "x"``; override the class fields where it is narrower."""
+
+    implementation: ClassVar[str]
+    dtypes: ClassVar[dict] = {"float32": FLOAT32, "bfloat16": BFLOAT16}
+    K: ClassVar[int] = 64
+    V: ClassVar[int] = 64
+    interpreted: ClassVar[bool] = False
+    supports_unbounded: ClassVar[bool] = True
+
+    @pytest.fixture(autouse=True)
+    def _interpreter(self):
+        with kp.interpret() if self.interpreted else contextlib.nullcontext():
+            yield
+
+    def run(self, case: Case) -> dict:
+        options = case.options | {"implementation": self.implementation}
+        return run_vjp(case.arrays, case.state, case.cotangents, **options)
+
+    def check(self, case: Case, dtype: str = "float32") -> dict[str, float]:
+        return assert_close(self.run(case), expected(case), self.dtypes[dtype])
+
+    def _skip(self, regime: Regime, dtype: str) -> None:
+        if dtype not in self.dtypes:
+            pytest.skip(f"{self.implementation} has no {dtype}")
+        if regime.bound is None and not self.supports_unbounded:
+            pytest.skip(f"{self.implementation} needs a gate bound")
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("regime", params(REGIMES))
+    def test_regime(self, regime, dtype):
+        self._skip(regime, dtype)
+        self.check(make_case(regime, length=200, heads=2, K=self.K, V=self.V, dtype=dtype), dtype)
+
+    @pytest.mark.parametrize("length", [1, 2, 63, pytest.param(64, marks=pytest.mark.slow), 65])
+    def test_length(self, length):
+        dtype = next(iter(self.dtypes))
+        self.check(make_case(length=length, heads=2, K=self.K, V=self.V, state=length != 63, dtype=dtype), dtype)
+
+    @pytest.mark.parametrize(("value_heads", "gate_heads"), [(1, 4), (2, 1)])
+    def test_grouped_heads_equal_repeated_inputs(self, value_heads, gate_heads):
+        dtype = next(iter(self.dtypes))
+        case = make_case(
+            value_heads=value_heads, gate_heads=gate_heads, K=self.K, V=self.V, normalize=False, dtype=dtype
+        )
+        self.check(case, dtype)
+        case = make_case(value_heads=value_heads, gate_heads=gate_heads, K=self.K, V=self.V, state=False, dtype=dtype)
+        q, k, v, log_g = case.arrays
+        repeated = (q, k, jnp.repeat(v, 4 // value_heads, axis=2), jnp.repeat(log_g, 4 // gate_heads, axis=2))
+        run = functools.partial(
+            kp.gated_linear_attention,
+            gate_lower_bound=case.options["gate_lower_bound"],
+            implementation=self.implementation,
+        )
+        got, want = run(*case.arrays), run(*repeated)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert oracle.error(a.astype(jnp.float32), b.astype(jnp.float32)) < 1e-6
+
+    def test_different_widths(self):
+        dtype = next(iter(self.dtypes))
+        self.check(make_case(heads=2, batch=2, length=40, K=self.K, V=2 * self.V, dtype=dtype), dtype)
+
+    def test_split_equals_whole(self):
+        dtype = next(iter(self.dtypes))
+        case = make_case(length=130, heads=2, K=self.K, V=self.V, dtype=dtype)
+        run = jax.jit(
+            functools.partial(kp.gated_linear_attention, implementation=self.implementation),
+        )
+        whole, state = run(*case.arrays, initial_state=case.state)
+        for cut in (63, 64, 65):
+            o1, middle = run(*(x[:, :cut] for x in case.arrays), initial_state=case.state)
+            o2, end = run(*(x[:, cut:] for x in case.arrays), initial_state=middle)
+            got = {"o": jnp.concatenate([o1, o2], axis=1), "S": end[0], "z": end[1]}
+            want = {"o": whole, "S": state[0], "z": state[1]}
+            for name in got:
+                limit = 2 * self.dtypes[dtype][name]
+                assert oracle.error(got[name].astype(jnp.float32), want[name].astype(jnp.float32)) < limit, (cut, name)
+
+    def test_constant_values_give_the_constant(self):
+        dtype = next(iter(self.dtypes))
+        q, k, v, log_g = make_case(length=200, heads=2, K=self.K, V=self.V, dtype=dtype).arrays
+        o, _ = kp.gated_linear_attention(q, k, jnp.ones_like(v), log_g, implementation=self.implementation)
+        assert float(jnp.max(jnp.abs(o.astype(jnp.float32) - 1))) < (1e-5 if dtype == "float32" else 1e-2)
+
+    def test_padding_is_neutral(self):
+        dtype = next(iter(self.dtypes))
+        case = make_case(length=100, heads=2, K=self.K, V=self.V, dtype=dtype)
+        q, k, v, log_g = case.arrays
+        keep = jnp.arange(100)[None, :, None, None] < 70
+        run = functools.partial(kp.gated_linear_attention, initial_state=case.state, implementation=self.implementation)
+        o, state = run(q, jnp.where(keep, k, 0), v, jnp.where(keep, log_g, 0))
+        o_short, state_short = run(*(x[:, :70] for x in case.arrays))
+        for a, b in zip(jax.tree.leaves((o[:, :70], state)), jax.tree.leaves((o_short, state_short)), strict=True):
+            assert oracle.error(a.astype(jnp.float32), b.astype(jnp.float32)) < (1e-6 if dtype == "float32" else 5e-3)
+
+    def test_vmap_and_remat(self):
+        dtype = next(iter(self.dtypes))
+        cases = [make_case(length=65, heads=2, K=self.K, V=self.V, dtype=dtype, seed=seed) for seed in (1, 2)]
+        arrays, state, cotangents = jax.tree.map(
+            lambda *x: jnp.stack(x), *((c.arrays, c.state, c.cotangents) for c in cases)
+        )
+
+        @jax.checkpoint
+        def call(arrays, state):
+            return kp.gated_linear_attention(*arrays, initial_state=state, implementation=self.implementation)
+
+        @jax.jit
+        @jax.vmap
+        def run(arrays, state, cotangents):
+            (o, (S, z)), pullback = jax.vjp(call, arrays, state)
+            (dq, dk, dv, dlog_g), (dS0, dz0) = pullback((cotangents[0], cotangents[1:]))
+            return {"o": o, "S": S, "z": z, "dq": dq, "dk": dk, "dv": dv, "dlog_g": dlog_g, "dS0": dS0, "dz0": dz0}
+
+        got = run(arrays, state, cotangents)
+        for i, case in enumerate(cases):
+            assert_close(jax.tree.map(lambda x, i=i: x[i], got), expected(case), self.dtypes[dtype])
+
+    def test_shard_map_over_batch_and_heads(self):
+        dtype = next(iter(self.dtypes))
+        case = make_case(batch=2, length=65, heads=4, value_heads=2, gate_heads=2, K=self.K, V=self.V, dtype=dtype)
+        mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+        rows, state = P("data", None, "model"), (P("data", "model"), P("data", "model"))
+
+        @jax.jit
+        @functools.partial(
+            jax.shard_map,
+            mesh=mesh,
+            in_specs=((rows,) * 4, state, (rows, *state)),
+            out_specs={
+                name: rows if name[0] in "o" or name in ("dq", "dk", "dv", "dlog_g") else state[0] for name in FLOAT32
+            },
+        )
+        def run(arrays, state, cotangents):
+            return run_vjp(arrays, state, cotangents, **case.options, implementation=self.implementation)
+
+        assert_close(run(case.arrays, case.state, case.cotangents), expected(case), self.dtypes[dtype])
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("length", LENGTHS)
+    @pytest.mark.parametrize("regime", params(REGIMES))
+    @pytest.mark.parametrize("normalize", [True, False])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize(("heads", "value_heads", "gate_heads"), [(4, 4, 4), (4, 1, 1), (4, 2, 4)])
+    def test_product(self, regime, length, normalize, dtype, heads, value_heads, gate_heads):
+        self._skip(regime, dtype)
+        case = make_case(
+            regime,
+            length=length,
+            heads=heads,
+            value_heads=value_heads,
+            gate_heads=gate_heads,
+            K=self.K,
+            V=self.V,
+            normalize=normalize,
+            state=length % 2 == 1,
+            dtype=dtype,
+        )
+        self.check(case, dtype)

@@ -1,0 +1,76 @@
+"""Float64 NumPy oracle of gated linear attention: token recurrence forward, hand-written token recurrence backward."""
+
+from __future__ import annotations
+
+import numpy as np
+
+EPS = 1e-10
+
+
+def _expand(x: np.ndarray, heads: int) -> np.ndarray:
+    return np.repeat(np.asarray(x, np.float64), heads // x.shape[2], axis=2)
+
+
+def gla(q, k, v, log_g, state=None, *, normalize=True, bound=None, cotangents=None):
+    """Outputs {o, S, z}, and with cotangents (do, dS, dz) also {dq, dk, dv, dlog_g, dS0, dz0}; grouped heads summed.
+
+    The gate bound is applied here, so that its zero gradient below the bound is part of what is tested.
+    """
+    heads, value_heads, gate_heads = q.shape[2], v.shape[2], log_g.shape[2]
+    raw = _expand(log_g, heads)
+    q, k, v = np.asarray(q, np.float64), np.asarray(k, np.float64), _expand(v, heads)
+    gates = raw if bound is None else np.where(raw < bound, bound, raw)
+    batch, length, _, features = q.shape
+    S = np.zeros((batch, heads, features, v.shape[3])) if state is None else np.asarray(state[0], np.float64)
+    z = np.zeros((batch, heads, features)) if state is None else np.asarray(state[1], np.float64)
+    decay = np.exp(gates)
+    states = [(S, z)]
+    o = np.zeros(v.shape)
+    for t in range(length):
+        S = decay[:, t, ..., None] * S + k[:, t, ..., None] * v[:, t, :, None, :]
+        z = decay[:, t] * z + k[:, t]
+        states.append((S, z))
+        num = np.einsum("bhkv,bhk->bhv", S, q[:, t])
+        o[:, t] = num / (np.sum(z * q[:, t], -1) + EPS)[..., None] if normalize else num
+    out = {"o": o, "S": S, "z": z}
+    if cotangents is None:
+        return out
+
+    do, dS, dz = (np.asarray(x, np.float64) for x in cotangents)
+    dq, dk, dv, dlog_g = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape), np.zeros(raw.shape)
+    for t in reversed(range(length)):
+        S, z = states[t + 1]
+        if normalize:
+            den = np.sum(z * q[:, t], -1) + EPS
+            dn = do[:, t] / den[..., None]
+            delta = -np.sum(dn * o[:, t], -1)
+        else:
+            dn, delta = do[:, t], np.zeros(do.shape[:1] + do.shape[2:3])
+        dq[:, t] = np.einsum("bhkv,bhv->bhk", S, dn) + delta[..., None] * z
+        dS = dS + q[:, t, ..., None] * dn[:, :, None, :]
+        dz = dz + delta[..., None] * q[:, t]
+        dk[:, t] = np.einsum("bhkv,bhv->bhk", dS, v[:, t]) + dz
+        dv[:, t] = np.einsum("bhkv,bhk->bhv", dS, k[:, t])
+        before_S, before_z = states[t]
+        dlog_g[:, t] = decay[:, t] * (np.sum(before_S * dS, -1) + before_z * dz)
+        dS, dz = decay[:, t, ..., None] * dS, decay[:, t] * dz
+    if bound is not None:
+        dlog_g = np.where(raw < bound, 0.0, dlog_g)
+
+    def group(x, count):
+        return x.reshape(batch, length, count, -1, x.shape[3]).sum(axis=3)
+
+    return out | {
+        "dq": dq,
+        "dk": dk,
+        "dv": group(dv, value_heads),
+        "dlog_g": group(dlog_g, gate_heads),
+        "dS0": dS,
+        "dz0": dz,
+    }
+
+
+def error(got, want) -> float:
+    """Relative root mean square error."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return float(np.sqrt(np.mean((got - want) ** 2) / max(np.mean(want**2), 1e-30)))

@@ -1,0 +1,189 @@
+"""Causal convolution and LAWCAT attention in plain XLA against NumPy in float64."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kernels_pallas as kp
+
+from . import oracle
+
+TAPS = 4
+
+
+def make_inputs(*, batch=2, length=20, heads=4, kv_heads=2, width=8, features=4, seed=0, scale=1.0):
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape, scale=1.0):
+        return jnp.asarray(rng.normal(size=shape) * scale, jnp.float32)
+
+    return {
+        "q": draw(batch, length, heads, width),
+        "k": draw(batch, length, kv_heads, width),
+        "v": draw(batch, length, kv_heads, width),
+        "gate_logits": draw(batch, length, kv_heads, 2 * features, scale=8 * scale),
+        "conv_q": draw(heads, TAPS, width, scale=0.5),
+        "conv_k": draw(heads, TAPS, width, scale=0.5),
+        "phi": draw(heads, width, features),
+        "initial_state": (
+            draw(batch, heads, 2 * features, width),
+            jnp.abs(draw(batch, heads, 2 * features)),
+        ),
+        "conv_state": (draw(batch, TAPS - 1, heads, width), draw(batch, TAPS - 1, kv_heads, width)),
+    }
+
+
+def layer(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, bound=-1.25):
+    """The layer in NumPy float64, with explicitly repeated heads (no padding)."""
+    q, k, v, gate_logits, conv_q, conv_k, phi = (
+        np.asarray(x, np.float64) for x in (q, k, v, gate_logits, conv_q, conv_k, phi)
+    )
+    group = q.shape[2] // k.shape[2]
+    tails = [np.asarray(x, np.float64) for x in conv_state]
+    k, tails[1], v, gate_logits = (np.repeat(x, group, axis=2) for x in (k, tails[1], v, gate_logits))
+
+    def features(x, tail, taps):
+        rows = np.concatenate([tail, x], axis=1)
+        u = sum(taps[None, None, :, j] * rows[:, j : j + x.shape[1]] for j in range(TAPS))
+        s = np.einsum("bthd,hdf->bthf", u, phi)
+        e, f = np.exp(s - s.max(-1, keepdims=True)), np.exp(s.min(-1, keepdims=True) - s)
+        return np.maximum(np.concatenate([e / e.sum(-1, keepdims=True), f / f.sum(-1, keepdims=True)], -1), 1e-12)
+
+    log_g = -np.logaddexp(0, -gate_logits) / 16
+    out = oracle.gla(features(q, tails[0], conv_q), features(k, tails[1], conv_k), v, log_g, initial_state, bound=bound)
+    return out["o"], out["S"], out["z"]
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_causal_conv1d(group):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 6, 2, 1, 5)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(TAPS, 2, group, 5)), jnp.float32)
+    y, tail = kp.causal_conv1d(x, w)
+    want = np.zeros((2, 6, 2, group, 5))
+    for t in range(6):
+        for j in range(TAPS):
+            if t - (TAPS - 1) + j >= 0:
+                want[:, t] += np.asarray(w)[j] * np.asarray(x)[:, t - (TAPS - 1) + j]
+    assert oracle.error(y, want) < 1e-6
+    np.testing.assert_array_equal(tail, x[:, -3:])
+    first, middle = kp.causal_conv1d(x[:, :1], w)
+    second, end = kp.causal_conv1d(x[:, 1:], w, initial_state=middle)
+    assert oracle.error(jnp.concatenate([first, second], axis=1), want) < 1e-6
+    np.testing.assert_array_equal(end, tail)
+
+
+def test_causal_conv1d_errors():
+    x = jnp.ones((1, 4, 6))
+    with pytest.raises(ValueError, match="w: channels"):
+        kp.causal_conv1d(x, jnp.ones((4, 5)))
+    with pytest.raises(ValueError, match="initial_state: expected"):
+        kp.causal_conv1d(x, jnp.ones((4, 6)), initial_state=jnp.ones((1, 4, 6)))
+
+
+def test_layer_equals_numpy():
+    inputs = make_inputs(length=70)
+    o, state, tails = jax.jit(kp.lawcat_attention)(**inputs)
+    for got, want in zip((o, *state), layer(**inputs), strict=True):
+        assert oracle.error(got, want) < 5e-6
+    np.testing.assert_array_equal(tails[0], inputs["q"][:, -3:])
+    np.testing.assert_array_equal(tails[1], inputs["k"][:, -3:])
+
+
+def test_reference_and_scan_have_the_same_gradients():
+    inputs = make_inputs(length=40, scale=3.0)
+
+    def loss(implementation, inputs):
+        leaves = jax.tree.leaves(kp.lawcat_attention(**inputs, implementation=implementation))
+        return sum(jnp.sum(x * jnp.sin(jnp.arange(x.size)).reshape(x.shape)) for x in leaves)
+
+    got, want = (jax.jit(jax.grad(functools.partial(loss, name)))(inputs) for name in ("scan", "reference"))
+    for (path, a), (_, b) in zip(*(jax.tree_util.tree_leaves_with_path(x) for x in (got, want)), strict=True):
+        assert oracle.error(a, b) < 2e-5, path
+
+
+def test_any_split_equals_the_whole():
+    inputs = make_inputs(length=9)
+    start = {name: inputs.pop(name) for name in ("initial_state", "conv_state")}
+    sequence = {name: inputs.pop(name) for name in ("q", "k", "v", "gate_logits")}
+    run = jax.jit(kp.lawcat_attention)
+    whole = run(**sequence, **inputs, **start)
+    for cut in (1, 2, 5, 8):
+        first, state, tails = run(**{n: x[:, :cut] for n, x in sequence.items()}, **inputs, **start)
+        rest = {n: x[:, cut:] for n, x in sequence.items()}
+        second, state, tails = run(**rest, **inputs, initial_state=state, conv_state=tails)
+        got = (jnp.concatenate([first, second], axis=1), state, tails)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(whole), strict=True):
+            assert oracle.error(a, b) < 2e-6
+
+
+@pytest.mark.parametrize("length", [6, 1])
+def test_padding_is_neutral(length):
+    inputs = make_inputs(length=length)
+    run = jax.jit(kp.lawcat_attention)
+    lengths = np.asarray([length - 1, length])
+    o, state, tails = run(**inputs, lengths=jnp.asarray(lengths))
+    for row, count in enumerate(lengths):
+        one = {
+            n: x if n in ("conv_q", "conv_k", "phi") else jax.tree.map(lambda y: y[row : row + 1], x)
+            for n, x in inputs.items()
+        }
+        assert not np.any(np.asarray(o)[row, count:])
+        want = (None, one["initial_state"], one["conv_state"])
+        if count:
+            cut = {n: one[n][:, :count] for n in ("q", "k", "v", "gate_logits")}
+            want = run(**(one | cut))
+            assert oracle.error(o[row, :count], want[0][0]) < 2e-6
+        for a, b in zip(jax.tree.leaves((state, tails)), jax.tree.leaves(want[1:]), strict=True):
+            assert oracle.error(a[row], b[0]) < 2e-6
+
+
+def test_identity_initialisation():
+    """Taps of one on the current token and phi = eye(d, f): features are softmaxes of the first f channels."""
+    from kernels_pallas.lawcat.xla import prepare
+
+    inputs = make_inputs()
+    taps = jnp.zeros((4, TAPS, 8)).at[:, -1].set(1.0)
+    phi = jnp.broadcast_to(jnp.eye(8, 4), (4, 8, 4))
+    q, _, _ = prepare(inputs["q"], inputs["k"], inputs["gate_logits"], taps, taps, phi, None, None, 16.0)
+    x = inputs["q"][..., :4]
+    want = jnp.concatenate([jax.nn.softmax(x), jax.nn.softmax(-x)], axis=-1)
+    assert oracle.error(q, want) < 1e-6
+
+
+def test_the_bound_is_the_papers_gate_above_minus_twenty():
+    inputs = make_inputs(length=33)
+    inputs["gate_logits"] = jnp.clip(inputs["gate_logits"], -19.99, None)
+
+    def loss(bound, logits):
+        o, _, _ = kp.lawcat_attention(**inputs | {"gate_logits": logits}, gate_lower_bound=bound)
+        return jnp.sum(jnp.sin(o)), o
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=1, has_aux=True), static_argnums=0)
+    (_, bounded), grad_bounded = run(-1.25, inputs["gate_logits"])
+    (_, free), grad_free = run(None, inputs["gate_logits"])
+    assert oracle.error(bounded, free) < 2e-6
+    assert oracle.error(grad_bounded, grad_free) < 2e-5
+    _, grad = run(-1.25, inputs["gate_logits"] - 40)
+    assert not np.any(np.asarray(grad)[inputs["gate_logits"] - 40 < -20.01])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("phi", jnp.ones((4, 8, 3)), "gate_logits: expected"),
+        ("conv_k", jnp.ones((2, 4, 8)), "conv_k: expected"),
+        ("conv_state", jnp.ones(3), "conv_state: expected a pair"),
+        ("lengths", jnp.ones((2,)), "lengths: expected int32"),
+        ("k", jnp.ones((2, 20, 3, 8)), "k: its 3 heads must divide"),
+        ("implementation", "fused", "implementation: unknown 'fused'"),
+    ],
+)
+def test_errors(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        kp.lawcat_attention(**make_inputs() | {name: value})
