@@ -232,7 +232,8 @@ class EvalConfig:
     """Evaluation at the end of a run, and the defaults of ``lawcat_jax.evaluate``.
 
     ``passkey_form`` is ``train`` (the wording of the training samples) or ``landmark`` (the paper's
-    evaluation prompt, method of Landmark attention and LongLoRA). ``lengths`` are tokens.
+    evaluation prompt, method of Landmark attention and LongLoRA). ``lengths`` are tokens. ``text`` is what
+    perplexity is measured on (a source as in :class:`DataConfig`).
     """
 
     enabled: bool = True
@@ -242,7 +243,23 @@ class EvalConfig:
     batch_size: int = 10
     passkey_form: str = "landmark"
     teacher: bool = True  # also evaluate the teacher
-    seed: int = 1_000_003  # disjoint from the training samples by construction
+    seed: int = 1_000_003  # of the form "train"; disjoint from the training samples by construction
+    text: str = ""
+    text_key: str = "text"
+
+    def problems(self, path: str = "config.eval") -> list[str]:
+        """Range problems."""
+        problems = []
+        for task in self.tasks:
+            problems += _one_of(f"{path}.tasks", task, ("passkey", "perplexity"))
+        problems += _one_of(f"{path}.passkey_form", self.passkey_form, ("train", "landmark"))
+        if self.samples < 1 or self.batch_size < 1 or any(n < 1 for n in self.lengths):
+            problems.append(f"{path}: samples, batch_size and every length must be at least 1")
+        if not self.lengths:
+            problems.append(f"{path}.lengths: name at least one length")
+        if "perplexity" in self.tasks and not self.text:
+            problems.append(f"{path}.text: name a text (tfds:..., hf:..., or a path) for the perplexity task")
+        return problems
 
 
 @dataclasses.dataclass
@@ -435,11 +452,7 @@ def _range_problems(c: Config):
     if c.log.every_steps < 1:
         yield f"config.log.every_steps: {c.log.every_steps} must be at least 1"
     yield from _one_of("config.log.progress", c.log.progress, ("auto", "bar", "lines", "off"))
-    for task in c.eval.tasks:
-        yield from _one_of("config.eval.tasks", task, ("passkey", "perplexity"))
-    yield from _one_of("config.eval.passkey_form", c.eval.passkey_form, ("train", "landmark"))
-    if c.eval.samples < 1 or c.eval.batch_size < 1 or any(n < 1 for n in c.eval.lengths):
-        yield "config.eval: samples, batch_size and every length must be at least 1"
+    yield from c.eval.problems()
 
 
 def from_dict(kind: type, values: dict, path: str = "config") -> Any:

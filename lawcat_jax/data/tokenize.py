@@ -20,7 +20,7 @@ _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
 def load_tokenizer(source: str | os.PathLike, *, revision: str | None = None) -> Tokenizer:
-    """Load a tokenizer from a directory, ``asset:<name>`` or a Hugging Face hub id.
+    """Load a tokenizer from a directory (also a model directory), ``asset:<name>`` or a Hugging Face hub id.
 
     Raises:
       UserError: when nothing usable is found; the message names the source.
@@ -33,6 +33,8 @@ def load_tokenizer(source: str | os.PathLike, *, revision: str | None = None) ->
         if not path.is_dir():
             raise UserError(f"tokenizer {name!r}: no such embedded asset (looked in {path})")
         name = str(path)
+    if (Path(name) / "model.json").exists():
+        name = str(Path(name) / "tokenizer")  # a model directory keeps its tokenizer in there
     local = Path(name).is_dir()
     if not local and (name.startswith((".", "/", "~")) or Path(name).exists()):
         raise UserError(f"tokenizer {name!r}: not a directory")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from absl import flags
 
+from lawcat_jax.command_line import no_arguments
 from lawcat_jax.data.passkey import HAY, LANDMARK_NEEDLE, LANDMARK_TASK, NEEDLE, QUESTION, TASK
 from lawcat_jax.data.text import documents
 from lawcat_jax.data.tokenize import Tokenizer
@@ -24,12 +25,6 @@ from lawcat_jax.errors import UserError, run_main
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
 _SMALLEST = 256 + len(SPECIAL_TOKENS)
-
-_INPUT = flags.DEFINE_string("input", None, "Text source: a file, directory or glob (.txt, .jsonl, .parquet).")
-_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 1024, f"Tokens in all, at least {_SMALLEST}.")
-_TARGET = flags.DEFINE_string("target", None, "Directory to write.")
-_TEXT_KEY = flags.DEFINE_string("text_key", "text", "Field of the text in JSONL and parquet rows.")
-_PASSKEY_REPEATS = flags.DEFINE_integer("passkey_repeats", 3000, "Weight of the passkey sentences in the text.")
 
 
 def passkey_sentences() -> list[str]:
@@ -117,16 +112,26 @@ def save_tokenizer(tokenizer: Tokenizer, target: str | Path) -> Path:
     return target
 
 
+def _define_flags() -> None:  # not at import: other command lines have flags of the same names
+    flags.DEFINE_string("input", None, "Text source: a file, directory or glob (.txt, .jsonl, .parquet).")
+    flags.DEFINE_integer("vocab_size", 1024, f"Tokens in all, at least {_SMALLEST}.")
+    flags.DEFINE_string("target", None, "Directory to write.")
+    flags.DEFINE_string("text_key", "text", "Field of the text in JSONL and parquet rows.")
+    flags.DEFINE_integer("passkey_repeats", 3000, "Weight of the passkey sentences in the text.", lower_bound=0)
+
+
 def main(argv: list[str]) -> None:
-    del argv
-    for name, value in (("--input", _INPUT.value), ("--target", _TARGET.value)):
-        if not value:
-            raise UserError(f"{name} is missing")
-    texts = documents(_INPUT.value, _TEXT_KEY.value)
-    tokenizer = train_tokenizer(texts, vocab_size=_VOCAB_SIZE.value, passkey_repeats=_PASSKEY_REPEATS.value)
-    target = save_tokenizer(tokenizer, _TARGET.value)
+    no_arguments(argv)
+    options = flags.FLAGS
+    for name in ("input", "target"):
+        if not options[name].value:
+            raise UserError(f"--{name} is missing")
+    texts = documents(options.input, options.text_key)
+    tokenizer = train_tokenizer(texts, vocab_size=options.vocab_size, passkey_repeats=options.passkey_repeats)
+    target = save_tokenizer(tokenizer, options.target)
     print(f"wrote {target}: {len(tokenizer)} tokens; the hay text takes {len(tokenizer(HAY)['input_ids']) - 1}")
 
 
 if __name__ == "__main__":
+    _define_flags()
     run_main(main)

@@ -25,28 +25,38 @@ class LengthResult:
     mean_tokens: float
 
 
+def _answer_in_text(answer: str, tokenizer: Tokenizer) -> tuple[list[int], bool]:
+    """Tokens of the answer as it follows a word, space included, and whether the space is a token of its own."""
+    tokens = encode(tokenizer, f"is {answer}")[len(encode(tokenizer, "is")) :]
+    return tokens, not decode(tokenizer, tokens[:1]).strip()
+
+
 def new_tokens(sample: PasskeySample, tokenizer: Tokenizer, form: str) -> int:
     """How many tokens to generate for a sample.
 
-    ``landmark``: one more than the answer's tokens, for the space that the prompt leaves to the model.
-    ``train``: the answer's tokens, since the training prompt ends with that space.
+    ``landmark``: one more than the answer's tokens. ``train``: the answer's tokens, since the training prompt
+    ends with the space before it.
     """
     if form == "train":
         return sample.answer_end - sample.answer_start
-    return len(encode(tokenizer, sample.answer)) + 1
+    in_text, own_space = _answer_in_text(sample.answer, tokenizer)
+    return (len(encode(tokenizer, sample.answer)) if own_space else len(in_text)) + 1
 
 
 def is_hit(sample: PasskeySample, generated: Sequence[int], tokenizer: Tokenizer, form: str) -> bool:
     """Whether new tokens answer the sample.
 
     ``landmark`` is the rule of the LAWCAT authors' code: of len(answer) + 1 new tokens, the decoded answer is
-    a substring of the decoded last len(answer). ``train``: the answer is in the len(answer) new tokens.
+    a substring of the decoded last len(answer). It takes for granted that the space before a number is a token
+    of its own (Llama, Mistral). Where a vocabulary merges the space with digits the rule would reject the right
+    answer, so all new tokens count there.
+
+    ``train``: the answer is in the len(answer) new tokens.
     """
     generated = list(generated)[: new_tokens(sample, tokenizer, form)]
-    if form == "train":
-        return sample.answer in decode(tokenizer, generated)
-    answer = encode(tokenizer, sample.answer)
-    return decode(tokenizer, answer).strip() in decode(tokenizer, generated[-len(answer) :])
+    if form == "landmark" and _answer_in_text(sample.answer, tokenizer)[1]:
+        generated = generated[-len(encode(tokenizer, sample.answer)) :]
+    return sample.answer in decode(tokenizer, generated)
 
 
 def evaluate_passkey(

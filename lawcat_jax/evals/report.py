@@ -116,9 +116,10 @@ def plot_passkey(
             f"training length {_short(training_length)}",
             (training_length, 0.5),
             xycoords=("data", "axes fraction"),
-            xytext=(4, 0),
+            xytext=(-4, 0),
             textcoords="offset points",
             rotation=90,
+            ha="right",
             va="center",
             fontsize=9,
             color="#555555",
@@ -127,7 +128,7 @@ def plot_passkey(
     axes.set_xticks(ticks, [_short(length) for length in ticks])
     axes.minorticks_off()
     shown = [*lengths, *([training_length] if training_length else [])]
-    axes.set_xlim(min(shown) / 1.15, max(shown) * 1.15)
+    axes.set_xlim(min(shown) / 1.3, max(shown) * 1.15)  # room for the label left of the line
     axes.set_ylim(0, 102)
     axes.set_xlabel("context length (tokens)")
     axes.set_ylabel("accuracy (%)")

@@ -1,0 +1,62 @@
+"""Continue a prompt, printing text as it is generated.
+
+python -m lawcat_jax.generate --checkpoint=<dir> --prompt='The sky is' [--max_new_tokens=64] [--temperature=0.7]
+"""
+
+from __future__ import annotations
+
+import sys
+
+from absl import flags
+
+from lawcat_jax.command_line import no_arguments
+from lawcat_jax.errors import UserError, run_main
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Model directory, folder of a run, Hugging Face directory or hub id, or asset:tiny_llama."
+)
+_PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; '-' reads it from standard input.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens to generate at most.", lower_bound=1)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token.", lower_bound=0.0)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draws at a temperature above 0.")
+_TEACHER = flags.DEFINE_bool("teacher", False, "Use the student's teacher (softmax attention).")
+_ECHO = flags.DEFINE_bool("echo", True, "Print the prompt first.")
+_REVISION = flags.DEFINE_string("revision", None, "Revision of a hub repository.")
+_DTYPE = flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Of the frozen weights.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer directory or hub id, instead of the checkpoint's.")
+
+
+def main(argv: list[str]) -> None:
+    no_arguments(argv)
+    if _PROMPT.value is None:
+        raise UserError("--prompt is missing: the text to continue, or - to read it from standard input")
+    prompt = sys.stdin.read() if _PROMPT.value == "-" else _PROMPT.value
+    from lawcat_jax.data.tokenize import encode_prompt, stream_text
+    from lawcat_jax.evals.loading import load_for_inference
+    from lawcat_jax.generation import stream
+
+    model = load_for_inference(
+        _CHECKPOINT.value, revision=_REVISION.value, dtype=_DTYPE.value, tokenizer=_TOKENIZER.value
+    )
+    ids = encode_prompt(model.tokenizer, prompt)
+    if not ids:
+        raise UserError("--prompt is empty, and this tokenizer has no bos token to start from")
+    if _ECHO.value:
+        print(prompt, end="", flush=True)
+    tokens = stream(
+        model.graphdef,
+        model.params,
+        ids,
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        eos_ids=model.eos_ids,
+        temperature=_TEMPERATURE.value,
+        seed=_SEED.value,
+        as_teacher=_TEACHER.value or not model.is_student,
+    )
+    for piece in stream_text(model.tokenizer, tokens, context=ids):
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)
