@@ -1,18 +1,21 @@
-"""Gated linear attention on TPUs (Pallas, Mosaic): forward kernel, chunk states, and the pieces the backward kernel shares.
+"""Gated linear attention on TPUs (Pallas, Mosaic): forward kernel, chunk states, and what the backward kernel shares.
 
-Grid (batch, blocks of heads, chunks); chunks run in order and the state stays in VMEM. Blocks are cut from [B, T, heads * width], so
-nothing is transposed in HBM. Arrays inside a kernel are *tiles* of 128 lanes: one head of 128 features, or ``pack`` narrower heads side
-by side. Heads of a tile share every elementwise operation; their scores come out side by side, [A_a | A_b], because the keys are stacked
-once per head with the other heads' lanes set to zero. The state of a tile is kept transposed (rows: value dimensions, lanes: features),
-so that a decay per feature is a row broadcast, and compact: ``width`` rows, where every lane belongs to the head of that lane.
+Grid (batch, blocks of heads, chunks); chunks run in order and the state stays in VMEM. Blocks are cut from
+[B, T, heads * width], so nothing is transposed in HBM. Arrays inside a kernel are *tiles* of 128 lanes: one head of 128
+features, or ``pack`` narrower heads side by side. Heads of a tile share every elementwise operation; their scores come
+out side by side, [A_a | A_b], because the keys are stacked once per head with the other heads' lanes set to zero. The
+state of a tile is kept transposed (rows: value dimensions, lanes: features), so that a decay per feature is a row
+broadcast, and compact: ``width`` rows, where every lane belongs to the head of that lane.
 
 Exponents (b is the inclusive cumulative sum of the log2-gates, C rows a chunk):
 
-* pairs: blocks of c rows with c |log_g| <= 80 nats take their own middle r = b_end / 2 as the reference, so that operands stay within
-  e^+-40; a later block meets an earlier one after a row-broadcast factor 2^(r_m - r_n), without further exponentials;
-* levels (weak or no bound): binary sub-blocks, each with the border between its halves as the reference, so that no exponent is positive.
+* pairs: blocks of c rows with c |log_g| <= 80 nats take their own middle r = b_end / 2 as the reference, so operands
+  stay within e^+-40; a later block meets an earlier one after a row factor 2^(r_m - r_n), with no further exponentials;
+* levels (weak or no bound): binary sub-blocks, each with the border between its halves as the reference, so that no
+  exponent is positive.
 
-All exponents are products of a 0/+-1/2/1 matrix with the gates (exact in bfloat16, on the MXU); no long cumulative sums are subtracted.
+All exponents are products of a 0/+-1/2/1 matrix with the gates (exact in bfloat16, on the MXU); no long cumulative sums
+are subtracted.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ INTERPRET: Any = True
 
 
 class Plan(NamedTuple):
-    """Static description of one call. ``heads`` query heads of padded width ``width``; ``pack`` of them share a tile."""
+    """Static description of one call: ``heads`` query heads of padded width ``width``, ``pack`` of them to a tile."""
 
     batch: int
     length: int
@@ -98,7 +101,7 @@ def _block_rows(lower_bound: float | None, chunk: int) -> int:
     if lower_bound is None:
         return 1
     rows = MAX_NATS / max(-lower_bound, 1e-30)
-    return min(chunk, 1 << int(math.floor(math.log2(max(1.0, min(rows, chunk))))))
+    return min(chunk, 1 << math.floor(math.log2(max(1.0, min(rows, chunk)))))
 
 
 def _heads_block_fits(heads: int, count: int, group: int, width: int) -> bool:
@@ -154,7 +157,8 @@ def supports(q, k, v, log_g, *, normalize: bool, lower_bound: float | None, diff
     if need > VMEM_BUDGET_BYTES:
         return (
             f"{plan.heads_block} heads of width {plan.width} a program need about {need >> 20} MiB of VMEM, more than "
-            f"{VMEM_BUDGET_BYTES >> 20} MiB (few wide groups: Hv = {v.shape[2]}, Hg = {log_g.shape[2]} of H = {plan.heads})"
+            f"{VMEM_BUDGET_BYTES >> 20} MiB "
+            f"(Hv = {v.shape[2]}, Hg = {log_g.shape[2]} of H = {plan.heads} heads leave no smaller block)"
         )
     return None
 
@@ -178,7 +182,7 @@ def unflat(x: jax.Array, heads: int, size: int, plan: Plan) -> jax.Array:
 
 
 def pack_state(S: jax.Array, z: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
-    """(S [B, H, K, V], z [B, H, K]) -> compact transposed tiles [B, H / pack, width, lanes] and [B, H / heads_block, tiles, lanes]."""
+    """(S [B, H, K, V], z [B, H, K]) -> [B, H / pack, width, lanes] (compact, transposed), [B, blocks, tiles, lanes]."""
     features, values = S.shape[2:]
     S = jnp.pad(S, ((0, 0), (0, 0), (0, plan.width - features), (0, plan.width - values)))
     S = S.reshape(plan.batch, plan.heads // plan.pack, plan.pack, plan.width, plan.width)
@@ -195,7 +199,7 @@ def unpack_state(S: jax.Array, z: jax.Array, plan: Plan) -> tuple[jax.Array, jax
 
 
 def gate_matrices(plan: Plan) -> np.ndarray:
-    """Matrices [n, C, C] whose products with the log2-gates are the exponents (:func:`decays` reads them in this order)."""
+    """Matrices [n, C, C] whose products with the log2-gates are the exponents, in the order of :func:`decays`."""
     chunk, block = plan.chunk, plan.block
     i, t = np.arange(chunk)[:, None], np.arange(chunk)[None, :]
     centred = np.where(i // block == t // block, np.where(t <= i, 0.5, -0.5), 0.0)
@@ -250,7 +254,7 @@ def stack_heads(x: jax.Array, plan: Plan) -> jax.Array:
 def _keep_head(x: jax.Array, plan: Plan, head: int) -> jax.Array:
     if x.dtype != jnp.bfloat16:
         return jnp.where(own_lanes(plan, head, x.shape[0]), x, jnp.zeros_like(x))
-    # Two bfloat16 rows share a 32-bit register row: one AND clears both, where a 16-bit select needs its mask laid out anew.
+    # Two bfloat16 rows share a 32-bit row: one AND clears both, where a 16-bit select needs its mask laid out anew.
     keep = jnp.where(own_lanes(plan, head, 1), jnp.int32(-1), jnp.int32(0))
     return pltpu.bitcast(pltpu.bitcast(x, jnp.int32) & keep, jnp.bfloat16)
 
@@ -295,8 +299,8 @@ def clean(x: jax.Array, valid: jax.Array | None) -> jax.Array:
 
 
 class Term(NamedTuple):
-    """Scores of one product: rows times ``q`` against columns times ``k`` (None: factor 1) where ``mask`` (None: the columns' own
-    triangle at the top, everything below)."""
+    """Scores of one product: rows times ``q`` against columns times ``k`` (None: factor 1) where ``mask`` holds (None: the
+    columns' own triangle at the top, everything below)."""
 
     q: jax.Array | None
     k: jax.Array | None
@@ -312,7 +316,8 @@ class Columns(NamedTuple):
 
 
 class Decays(NamedTuple):
-    """Factors of one tile. q * into_rows meets the state times ``into``; k * out_rows times ``out`` adds to it; ``total`` = 2^(b_C)."""
+    """Factors of one tile. q * into_rows meets the state times ``into``; k * out_rows, times ``out``, adds to it after it
+    was multiplied by ``total`` = 2^(b_C)."""
 
     columns: tuple[Columns, ...]
     into_rows: jax.Array
@@ -323,7 +328,7 @@ class Decays(NamedTuple):
 
 
 def decays(log_g: jax.Array, matrices, plan: Plan) -> Decays:
-    """Natural log-gates of a tile [C, lanes] (float32, rows beyond the sequence 0) -> factors; ``matrices`` is the ref of the constants."""
+    """Natural log-gates of a tile [C, lanes] (float32, 0 beyond the sequence) -> factors. ``matrices``: their ref."""
     lg = (log_g * LOG2E).astype(plan.dtype)
     return _pair_decays(lg, matrices, plan) if plan.by_pairs else _level_decays(lg, matrices, plan)
 
@@ -426,7 +431,7 @@ def scores(q: jax.Array, k: jax.Array, columns: Columns, plan: Plan) -> Scores:
 
 
 def state_operand(S: jax.Array, factor: jax.Array | None, plan: Plan) -> jax.Array:
-    """Compact state [width, lanes] times a row of factors -> block-diagonal operand [lanes, lanes] (rows: value dimensions)."""
+    """Compact state [width, lanes] times a row of factors -> block-diagonal [lanes, lanes] (rows: value dimensions)."""
     return stack_heads(scaled(S, factor, plan), plan)
 
 
@@ -437,7 +442,7 @@ def row_operand(z: jax.Array, factor: jax.Array | None, plan: Plan) -> jax.Array
 
 
 def read_out(q, k, v, S, z, decay: Decays, plan: Plan, normalize: bool):
-    """Numerator and denominator (float32 [C, lanes], the latter in every lane of its head, or None), with what they are made of.
+    """Numerator and denominator of a tile (float32 [C, lanes]; the latter in every lane of its head, or None).
 
     Returns (num, den, state operand of q, scores of every Columns).
     """
@@ -620,12 +625,12 @@ def state_shapes(plan: Plan, *like) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtyp
     return out_struct(S, jnp.float32, *like), out_struct(z, jnp.float32, *like)
 
 
-def _token_heads(plan: Plan) -> int:
+def token_heads(plan: Plan) -> int:
     return plan.batch * plan.chunks * plan.chunk * plan.heads
 
 
 def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: float | None, save_residuals: bool):
-    """See ``kernels_pallas.gla``. Residuals are the inputs: the backward pass recomputes everything else, chunk states included."""
+    """See ``kernels_pallas.gla``. Residuals are the inputs: backward recomputes everything else, chunk states included."""
     plan = make_plan(q, v, log_g, lower_bound)
     sp = specs(plan)
     inputs = [flat(x, plan) for x in (q, k, v, log_g)]
@@ -635,7 +640,7 @@ def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: floa
         inputs += pack_state(*initial_state, plan)
         in_specs += [sp.S, sp.z]
 
-    count = _token_heads(plan)
+    count = token_heads(plan)
     o, S, z = call(
         lambda *refs: _forward_kernel(*refs, plan=plan, normalize=normalize, has_state=initial_state is not None),
         plan,
@@ -652,7 +657,7 @@ def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: floa
 
 
 def chunk_states(inputs, packed_state, plan: Plan) -> tuple[jax.Array, jax.Array]:
-    """States at every chunk start: [B, chunks, H / pack, width, lanes] in the compute dtype and z [B, chunks, head blocks, tiles, lanes].
+    """States at every chunk start: [B, chunks, H / pack, width, lanes] (compute dtype), [B, chunks, blocks, tiles, lanes].
 
     ``inputs``: flat k, v, log_g and the gate matrices.
     """
@@ -662,7 +667,7 @@ def chunk_states(inputs, packed_state, plan: Plan) -> tuple[jax.Array, jax.Array
         inputs = [*inputs, *packed_state]
         in_specs += [sp.S, sp.z]
     S, z = state_shapes(plan, *inputs)
-    count = _token_heads(plan)
+    count = token_heads(plan)
     stacked = [
         out_struct((plan.batch, plan.chunks, *S.shape[1:]), plan.dtype, *inputs),
         out_struct((plan.batch, plan.chunks, *z.shape[1:]), jnp.float32, *inputs),
