@@ -23,28 +23,22 @@ def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
     Metrics: ``relative_mse`` [M], ``|student - teacher|^2 / |teacher|^2`` over counted positions: it compares layers.
     """
 
-    def layer_loss(teacher: jax.Array, student: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-        teacher = jax.lax.stop_gradient(teacher.astype(jnp.float32))
-        weight = mask.astype(jnp.float32).reshape(*mask.shape, *[1] * (teacher.ndim - mask.ndim))
-        error = jnp.sum(weight * jnp.square(student.astype(jnp.float32) - teacher))
-        return {"error": error, "power": jnp.sum(weight * jnp.square(teacher))}
+    def layer_loss(index: jax.Array, teacher: jax.Array, student: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+        del index  # every layer counts the same
+        weight = mask.astype(jnp.float32)[..., None]
+        error = jnp.sum(weight * jnp.square(student - teacher))
+        return {"error": error / teacher.shape[-1], "power": jnp.sum(weight * jnp.square(teacher)) / teacher.shape[-1]}
 
     def loss(params: dict, batch: Batch, key: jax.Array | None) -> Sums:
         del key  # nothing random
         decoder = models.bind(graphdef, params)
         mask = batch["mask"]
-        layers = decoder.teacher_forced(
-            batch["tokens"],
-            lengths=batch["lengths"],
-            layer_loss=lambda teacher, student: layer_loss(teacher, student, mask),
-        )
+        layers = decoder.teacher_forced(batch["tokens"], mask=mask, lengths=batch["lengths"], layer_loss=layer_loss)
         count = mask.size if stage.loss_denominator == "all" else jnp.sum(mask)
-        width = decoder.config.num_heads * decoder.config.head_dim
-        relative = (jax.lax.stop_gradient(layers["error"]), layers["power"])
         return Sums(
-            loss=stage.mse_weight * jnp.mean(layers["error"]) / width,
+            loss=stage.mse_weight * jnp.mean(layers["error"]),
             weight=jnp.asarray(count, jnp.float32),
-            metrics={"relative_mse": relative},
+            metrics={"relative_mse": (jax.lax.stop_gradient(layers["error"]), layers["power"])},
         )
 
     return loss

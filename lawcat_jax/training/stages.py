@@ -1,0 +1,140 @@
+"""From a configuration to the jitted steps of a stage. Works on shapes alone, so that dry runs need no weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lawcat_jax import models, sharding
+from lawcat_jax.config import AttentionConfig, Config, LoraConfig, ModelConfig, StageConfig
+from lawcat_jax.errors import UserError
+from lawcat_jax.training import attention_transfer, finetune, optim, pretrain
+from lawcat_jax.training.step import LossFn, TrainState, init_state, make_eval_step, make_train_step
+
+LOSSES: dict[str, Callable[[Any, StageConfig], LossFn]] = {
+    "pretrain": pretrain.make_loss,
+    "stage1": attention_transfer.make_loss,
+    "stage2": finetune.make_loss,
+}
+# Fixed numbers, so that the random streams of a stage do not depend on which other stages run.
+STREAMS = {"pretrain": 0, "stage1": 1, "stage2": 2}
+
+
+@dataclasses.dataclass
+class Stage:
+    """The compiled form of a stage. ``state`` and ``frozen`` are the shapes (with shardings) that the steps take."""
+
+    name: str
+    config: StageConfig
+    steps: int
+    graphdef: Any
+    state: TrainState
+    frozen: optim.Params
+    batch: dict[str, jax.ShapeDtypeStruct]
+    train_step: Any  # jitted (state [donated], frozen, batch, stage_key) -> (state, metrics)
+    eval_step: Any  # jitted (trainable, frozen, batch) -> Sums
+    mesh: Mesh
+
+    def key(self, seed: int) -> jax.Array:
+        """Root of the stage's random streams."""
+        return jax.device_put(
+            jax.random.fold_in(jax.random.key(seed), STREAMS[self.name]), sharding.replicated(self.mesh)
+        )
+
+    def split(self, params: optim.Params) -> tuple[TrainState, optim.Params]:
+        """(state before the first step, frozen parameters) on the mesh; ``params`` may have more than is needed."""
+        params = {name: value for name, value in params.items() if name in self._parts()}
+        trainable, frozen = optim.split(params, self.config.trainable, f"config.{self.name}.trainable")
+        make = jax.jit(lambda tree: init_state(tree, self.config), out_shardings=_shardings_of(self.state))
+        return make(trainable), place(frozen, self.mesh)
+
+    def _parts(self) -> set[str]:
+        return set(self.state.params) | set(self.frozen)
+
+    def merged(self, trainable: optim.Params, params: optim.Params) -> optim.Params:
+        """``params`` with the stage's result in it."""
+        return optim.unflatten(optim.flatten(params) | optim.flatten(trainable))
+
+
+def stage_steps(stage: StageConfig) -> int:
+    """Optimizer steps of a stage."""
+    return stage.steps or int(stage.epochs * stage.data.num_samples / stage.batch_size)
+
+
+def architecture(name: str, config: Config) -> tuple[AttentionConfig | None, LoraConfig | None]:
+    """What the decoder of a stage has beyond the teacher: nothing (pretrain), mixers (stage 1), or mixers and LoRA."""
+    if name == "pretrain":
+        return None, None
+    return config.attention, config.lora if name == "stage2" else None
+
+
+def build(name: str, config: Config, model: ModelConfig, mesh: Mesh, *, dtype: Any = jnp.float32) -> Stage:
+    """Shapes and jitted steps of stage ``name``; ``dtype`` is that of frozen pretrained weights.
+
+    Raises:
+      UserError: a trainable pattern without parameters, a batch that does not split over the mesh, a model that
+        cannot be (see :class:`lawcat_jax.models.Decoder`).
+    """
+    stage = getattr(config, name)
+    sharding.check_batch(stage.batch_size, stage.grad_accum, mesh, f"config.{name}")
+    needs_teacher = name != "stage2" or stage.kl_weight > 0
+    if needs_teacher and stage.seq_length > model.max_position_embeddings:
+        raise UserError(
+            f"config.{name}.seq_length: {stage.seq_length} does not fit the teacher, which has "
+            f"{model.max_position_embeddings} positions"
+        )
+    steps = stage_steps(stage)
+    attention, lora = architecture(name, config)
+    graphdef, shapes = models.abstract(model, attention, lora, dtype=dtype)
+    trainable, frozen = optim.split(shapes, stage.trainable, f"config.{name}.trainable")
+    loss_fn = LOSSES[name](graphdef, stage)
+    state = _with_shardings(jax.eval_shape(lambda tree: init_state(tree, stage), _real(trainable)), mesh)
+    frozen = _with_shardings(frozen, mesh)
+    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    state_shardings, frozen_shardings = _shardings_of(state), _shardings_of(frozen)
+    train_step = jax.jit(
+        make_train_step(loss_fn, stage, steps),
+        donate_argnums=0,
+        in_shardings=(state_shardings, frozen_shardings, rows, everywhere),
+        out_shardings=(state_shardings, everywhere),  # as they came in: otherwise the second step compiles again
+    )
+    eval_step = jax.jit(
+        make_eval_step(loss_fn),
+        in_shardings=(state_shardings.params, frozen_shardings, rows),
+        out_shardings=everywhere,
+    )
+    batch = batch_shapes(stage, mesh)
+    return Stage(name, stage, steps, graphdef, state, frozen, batch, train_step, eval_step, mesh)
+
+
+def batch_shapes(stage: StageConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """A global batch (see :func:`lawcat_jax.data.pipeline.make_dataset`)."""
+    rows = sharding.batch_sharding(mesh)
+    size = (stage.batch_size, stage.seq_length)
+    kinds = {"tokens": jnp.int32, "targets": jnp.int32, "loss_weights": jnp.float32, "mask": jnp.bool_}
+    shapes = {name: jax.ShapeDtypeStruct(size, kind, sharding=rows) for name, kind in kinds.items()}
+    return shapes | {"lengths": jax.ShapeDtypeStruct(size[:1], jnp.int32, sharding=rows)}
+
+
+def place(params: optim.Params, mesh: Mesh) -> optim.Params:
+    """Arrays (host or device) on the mesh, split as the table in :mod:`lawcat_jax.sharding` says."""
+    return jax.tree.map(jax.device_put, params, sharding.shardings(params, mesh))
+
+
+def _real(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _with_shardings(tree: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding.shardings(tree, mesh)
+    )
+
+
+def _shardings_of(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)

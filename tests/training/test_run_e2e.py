@@ -1,0 +1,171 @@
+"""Whole runs on a random tiny teacher: stages, resume through the command line's entry, model directory, evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lawcat_jax import model_dir, models, sharding
+from lawcat_jax.config import (
+    AttentionConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LogConfig,
+    LoraConfig,
+    ModelConfig,
+    StageConfig,
+    TeacherConfig,
+)
+from lawcat_jax.data.train_tokenizer import passkey_sentences, save_tokenizer, train_tokenizer
+from lawcat_jax.errors import UserError
+from lawcat_jax.training import loop, optim, run
+
+LENGTH = 128
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """The tests' process may simulate several devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    """A random Llama with a tokenizer of its own, as a model directory."""
+    folder = tmp_path_factory.mktemp("teacher")
+    tokenizer = train_tokenizer(passkey_sentences(), vocab_size=400, passkey_repeats=10)
+    path = save_tokenizer(tokenizer, folder / "tokenizer")
+    model = ModelConfig(
+        vocab_size=512,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_size=48,
+        max_position_embeddings=256,
+        tie_embeddings=True,
+    )
+    params = jax.device_get(models.init_params(model, seed=0))
+    model_dir.save_model(folder / "model", model=model, params=params, tokenizer_source=path)
+    return folder / "model"
+
+
+def make_config(teacher: Path, workdir: Path, **changes) -> Config:
+    data = DataConfig(passkey_words=0, min_length_fraction=0.8, num_samples=64, validation_samples=6)
+    stage = StageConfig(
+        steps=4, batch_size=4, grad_accum=2, seq_length=LENGTH, learning_rate=1e-2, eval_every=2, data=data
+    )
+    config = Config(
+        workdir=str(workdir),
+        teacher=TeacherConfig(source=str(teacher)),
+        attention=AttentionConfig(gate_rank=4),
+        lora=LoraConfig(rank=2, dropout=0.1),
+        stage1=dataclasses.replace(stage, trainable=("^mixers/",)),
+        stage2=dataclasses.replace(stage, trainable=("^lora/",), kl_weight=0.5, loss_chunk=48),
+        checkpoint=CheckpointConfig(every_steps=3),
+        log=LogConfig(every_steps=1, progress="off", tensorboard=False),
+        eval=EvalConfig(lengths=(LENGTH,), samples=2, batch_size=2, passkey_form="train"),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def numbers(workdir: Path) -> list[dict]:
+    skip = {"tokens_per_second", "first_step_seconds"}
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in skip} for line in lines if "first_step_seconds" not in line]
+
+
+@pytest.fixture(scope="module")
+def straight(teacher, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("run")
+    assert run.run(make_config(teacher, workdir)) == 0
+    return workdir
+
+
+def test_run_leaves_student_report_and_manifest(straight, teacher):
+    manifest = json.loads((straight / "manifest.json").read_text())
+    assert manifest["status"] == "finished"
+    assert manifest["versions"]["jax"] == jax.__version__
+    assert set(manifest["results"]["passkey"]) == {"student", "teacher"}
+    assert (straight / "eval" / "passkey.json").exists()
+    student = model_dir.load_model(straight / "student")
+    before = model_dir.load_model(teacher)
+    after = optim.flatten(student.params)
+    for path, value in optim.flatten(before.params).items():  # the teacher is untouched, bit for bit
+        np.testing.assert_array_equal(after[path], value)
+    assert np.abs(after["lora/q_proj/b"]).max() > 0
+    assert student.extra["training_length"] == LENGTH
+
+
+def test_losses_fall_and_are_logged(straight):
+    lines = numbers(straight)
+    stage1 = [line["loss"] for line in lines if line["stage"] == "stage1" and "loss" in line]
+    assert len(stage1) == 4
+    assert stage1[-1] < stage1[0]
+    first = next(line for line in lines if line["stage"] == "stage1" and "relative_mse" in line)
+    assert len(first["relative_mse"]) == 2
+    assert any("kl" in line for line in lines if line["stage"] == "stage2")
+
+
+def test_finished_run_exits_at_once(straight, teacher, capsys):
+    before = (straight / "metrics.jsonl").read_bytes()
+    assert run.run(make_config(teacher, straight)) == 0
+    assert "finished" in capsys.readouterr().out
+    assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+def test_interrupted_run_resumes_bit_for_bit(straight, teacher, tmp_path, monkeypatch):
+    running: list[str] = []
+    inner = loop.Loop.run
+
+    def named(self, stop):
+        running[:] = [self._stage.name]
+        return inner(self, stop)
+
+    monkeypatch.setattr(loop.Loop, "run", named)
+    for moment in [("stage1", 1), ("stage1", 3), ("stage2", 2)]:
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.StopSignal, "requested", lambda self, step, moment=moment: (running[0], step) == moment)
+            assert run.run(make_config(teacher, tmp_path)) == loop.EXIT_INTERRUPTED
+    assert run.run(make_config(teacher, tmp_path)) == 0
+    assert numbers(tmp_path) == numbers(straight)
+    a, b = (optim.flatten(model_dir.load_model(w / "student").params) for w in (tmp_path, straight))
+    for path in a:
+        np.testing.assert_array_equal(a[path], b[path])
+
+
+def test_other_config_in_the_workdir_is_refused(straight, teacher):
+    config = make_config(teacher, straight)
+    config.stage2.learning_rate = 5e-3
+    config.log.every_steps = 7  # harmless
+    with pytest.raises(
+        UserError, match=r"another configuration \(config.stage2.learning_rate: 0.01 there, 0.005 here\)"
+    ):
+        run.run(config)
+
+
+def test_declared_architecture_must_match(teacher, tmp_path):
+    config = make_config(teacher, tmp_path)
+    config.teacher.architecture = ModelConfig(num_layers=3)
+    with pytest.raises(UserError, match="num_layers: declared 3, found 2"):
+        run.run(config)
+
+
+def test_dry_run_writes_nothing(teacher, tmp_path, capsys):
+    config = make_config(teacher, tmp_path / "none", dry_run=True)
+    assert run.run(config) == 0
+    out = capsys.readouterr().out
+    assert "all checks passed" in out
+    assert "compiled in" in out
+    assert not (tmp_path / "none").exists()
