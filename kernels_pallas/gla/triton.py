@@ -35,6 +35,8 @@ from kernels_pallas.gla.triton_tiles import (
     centred,
     compiler_params,
     dot,
+    exp2,
+    feature_blocks,
     f32,
     load_rows,
     round_to,
@@ -45,6 +47,9 @@ from kernels_pallas.gla.triton_tiles import (
     store_vector,
     token_spec,
 )
+
+State = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
+"""(S^T [V, K], z [K]) in blocks of features, float32. Values first: then the decay is a row and no product needs a transposed copy."""
 
 PREFIX_SEGMENTS = 8
 """Up to this many segments each program adds up the earlier ones itself (from L2); more go through a ``combine`` launch."""
@@ -76,15 +81,14 @@ def sizes_for(kernel: str, q: Any, v: Any, lower_bound: float | None) -> BlockSi
     return dataclasses.replace(sizes, chunk=chunk, block_v=min(sizes.block_v, v.shape[-1]))
 
 
-def load_gates(ref: Any, start: Any, chunk: int, limit: int | None, dtype: Any) -> jax.Array:
+def load_gates(ref: Any, start: Any, chunk: int, limit: int | None, dtype: Any, block: tuple[int, int]) -> jax.Array:
     """log2 gates, rounded once to the operand type so that every sum of them is exact."""
-    return round_to(load_rows(ref, start, chunk, limit).astype(f32) * LOG2E, dtype)
+    return round_to(load_rows(ref, start, chunk, limit, block).astype(f32) * LOG2E, dtype)
 
 
-def decayed(lg: jax.Array, matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """2^(b - r), 2^(r - b) [C, K] and e = 2^r [K]."""
-    x = dot(matrix, lg)
-    return jnp.exp2(x), jnp.exp2(-x), jnp.exp2(0.5 * jnp.sum(lg.astype(f32), axis=0))
+def exponents(lg: jax.Array, matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """b - r [C, K] and r = b_C / 2 [K]."""
+    return dot(matrix, lg), 0.5 * jnp.sum(lg.astype(f32), axis=0)
 
 
 def chunks_of(split: Split, segment: Any) -> Any:
@@ -94,46 +98,108 @@ def chunks_of(split: Split, segment: Any) -> Any:
     return jnp.minimum(split.per_segment, split.count - segment * split.per_segment)
 
 
-def _prefix(S, z, L_ref, S_ref, z_ref, count):
+def zero_state(values: int, features: int) -> State:
+    blocks = feature_blocks(features)
+    return tuple(jnp.zeros((values, n), f32) for _, n in blocks), tuple(jnp.zeros((n,), f32) for _, n in blocks)
+
+
+def read_state(S_ref: Any, z_ref: Any, *, values_first: bool) -> State:
+    """A state ([V, K] when ``values_first``, else [K, V]; [K]) as blocks of features."""
+    blocks = feature_blocks(z_ref.shape[0])
+    if values_first:
+        S = tuple(S_ref[:, pl.ds(at, n)] for at, n in blocks)
+    else:
+        S = tuple(S_ref[pl.ds(at, n), :].T for at, n in blocks)
+    return S, tuple(z_ref[pl.ds(at, n)] for at, n in blocks)
+
+
+def write_state(S_ref: Any, z_ref: Any, state: State, *, values_first: bool, index: Any = None) -> None:
+    """The inverse of read_state; with ``index`` into that entry of refs [n, V, K] and [n, K] (values first only)."""
+    for (at, n), S, z in zip(feature_blocks(z_ref.shape[-1]), *state, strict=True):
+        if index is not None:
+            S_ref[index, :, pl.ds(at, n)], z_ref[index, pl.ds(at, n)] = round_to(S, S_ref.dtype), z
+            continue
+        if values_first:
+            S_ref[:, pl.ds(at, n)] = round_to(S, S_ref.dtype)
+        else:
+            S_ref[pl.ds(at, n), :] = round_to(S.T, S_ref.dtype)
+        z_ref[pl.ds(at, n)] = z
+
+
+def _prefix(state: State, L_ref, S_ref, z_ref, count) -> State:
     """The state after ``count`` segments, from their summaries."""
+    blocks = feature_blocks(L_ref.shape[1])
 
     def step(s, state):
         S, z = state
-        decay = jnp.exp2(L_ref[s, :])
-        return decay[:, None] * S + S_ref[s, :, :], decay * z + z_ref[s, :]
+        decay = [exp2(L_ref[s, pl.ds(at, n)]) for at, n in blocks]
+        S = tuple(
+            d[None, :] * x + S_ref[s, :, pl.ds(at, n)] for d, x, (at, n) in zip(decay, S, blocks, strict=True)
+        )
+        return S, tuple(d * x + z_ref[s, pl.ds(at, n)] for d, x, (at, n) in zip(decay, z, blocks, strict=True))
 
-    return lax.fori_loop(0, count, step, (S, z))
+    return lax.fori_loop(0, count, step, state)
 
 
-def _segment_state_kernel(k_ref, v_ref, g_ref, L_ref, S_ref, z_ref, *, split: Split, dtype: Any):
+def scaled(state: State, e: tuple[jax.Array, ...]) -> State:
+    """2^r S and 2^r z."""
+    S, z = state
+    return tuple(d[None, :] * x for d, x in zip(e, S, strict=True)), tuple(d * x for d, x in zip(e, z, strict=True))
+
+
+def add_chunk(state: State, k: tuple[jax.Array, ...], v: jax.Array, e: tuple[jax.Array, ...]) -> State:
+    """The state after a chunk from the scaled state before it: e (S~ + v^T k^), e (z~ + sum_j k^)."""
+    S, z = state
+    S = tuple(d[None, :] * (x + dot(v, y, ta=True)) for d, x, y in zip(e, S, k, strict=True))
+    z = tuple(d * (x + jnp.sum(y.astype(f32), axis=0)) for d, x, y in zip(e, z, k, strict=True))
+    return S, z
+
+
+def _segment_state_kernel(
+    k_ref, v_ref, g_ref, *refs, split: Split, dtype: Any, per_chunk: bool
+):
+    """P1: summary of a segment. With ``per_chunk`` (the backward pass) the scaled state before every chunk, from a given state."""
     segment = pl.program_id(2)
     chunk, limit = split.chunk, split.length if split.ragged else None
     matrix = centred(chunk, dtype)
+    blocks = feature_blocks(g_ref.shape[1])
+    if per_chunk:
+        *given, S_ref, z_ref = refs
+    else:
+        given, (L_ref, S_ref, z_ref) = (), refs
 
     def step(i, carry):
-        S, z, L = carry
-        start = (segment * split.per_segment + i) * chunk
-        k = load_rows(k_ref, start, chunk, limit)
+        state, L = carry
+        index = segment * split.per_segment + i
+        start = index * chunk
         v = load_rows(v_ref, start, chunk, limit)
-        lg = load_gates(g_ref, start, chunk, limit, dtype)
-        x = dot(matrix, lg)
-        total = jnp.sum(lg.astype(f32), axis=0)
-        e = jnp.exp2(0.5 * total)
-        k = round_to(k.astype(f32) * jnp.exp2(-x), dtype)
-        S = e[:, None] * (dot(k, v, ta=True) + e[:, None] * S)
-        z = e * (jnp.sum(k.astype(f32), axis=0) + e * z)
-        return S, z, L + total
+        ks, es, Ls = [], [], []
+        for block, before in zip(blocks, L, strict=True):
+            k = load_rows(k_ref, start, chunk, limit, block)
+            x, r = exponents(load_gates(g_ref, start, chunk, limit, dtype, block), matrix)
+            ks.append(round_to(k.astype(f32) * exp2(-x), dtype))
+            es.append(exp2(r))
+            Ls.append(before + 2.0 * r)
+        state = scaled(state, tuple(es))
+        if per_chunk:
+            write_state(S_ref, z_ref, state, values_first=True, index=index)
+        return add_chunk(state, tuple(ks), v, tuple(es)), tuple(Ls)
 
-    features, values = S_ref.shape
-    zeros = (jnp.zeros((features, values), f32), jnp.zeros((features,), f32), jnp.zeros((features,), f32))
-    S_ref[:, :], z_ref[:], L_ref[:] = lax.fori_loop(0, chunks_of(split, segment), step, zeros)
+    values, features = S_ref.shape[-2:]
+    state = read_state(*given, values_first=True) if given else zero_state(values, features)
+    zeros = tuple(jnp.zeros((n,), f32) for _, n in blocks)
+    state, L = lax.fori_loop(0, chunks_of(split, segment), step, (state, zeros))
+    if not per_chunk:
+        write_state(S_ref, z_ref, state, values_first=True)
+        for (at, n), total in zip(blocks, L, strict=True):
+            L_ref[pl.ds(at, n)] = total
 
 
 def _combine_kernel(L_ref, Sl_ref, zl_ref, *rest, segments: int, reverse: bool, initial: bool):
     """Exclusive prefix (suffix when reverse) of the segment summaries; ``initial`` is the state before the first one."""
     *before, S_ref, z_ref = rest
     if initial:
-        S, z = before[0][:, :], before[1][:]
+        S, z = before[0][:, :].T, before[1][:]
     else:
         S, z = jnp.zeros(Sl_ref.shape[1:], f32), jnp.zeros(zl_ref.shape[1:], f32)
 
@@ -141,13 +207,14 @@ def _combine_kernel(L_ref, Sl_ref, zl_ref, *rest, segments: int, reverse: bool, 
         S, z = state
         s = segments - 1 - i if reverse else i
         S_ref[s, :, :], z_ref[s, :] = S, z
-        decay = jnp.exp2(L_ref[s, :])
-        return decay[:, None] * S + Sl_ref[s, :, :], decay * z + zl_ref[s, :]
+        decay = exp2(L_ref[s, :])
+        return decay[None, :] * S + Sl_ref[s, :, :], decay * z + zl_ref[s, :]
 
     lax.fori_loop(0, segments, step, (S, z))
 
 
 def _segment_out_kernel(*refs, split: Split, normalize: bool, states: str, initial: bool, save_den: bool):
+    """P2: the outputs of a segment; the last one also writes the final state."""
     refs = iter(refs)
     q_ref, k_ref, v_ref, g_ref = (next(refs) for _ in range(4))
     given = tuple(next(refs) for _ in range(2)) if initial or states == "given" else None
@@ -160,62 +227,75 @@ def _segment_out_kernel(*refs, split: Split, normalize: bool, states: str, initi
     chunk, limit = split.chunk, split.length if split.ragged else None
     matrix, mask = centred(chunk, dtype), causal(chunk)
     features, values = S_ref.shape
-    if given is not None:
-        S, z = given[0][:, :], given[1][:]
-    else:
-        S, z = jnp.zeros((features, values), f32), jnp.zeros((features,), f32)
+    blocks = feature_blocks(features)
+    state = zero_state(values, features) if given is None else read_state(*given, values_first=states == "given")
     if summaries is not None:
-        S, z = _prefix(S, z, *summaries, segment)
+        state = _prefix(state, *summaries, segment)
 
     def step(i, state):
-        S, z = state
         start = (segment * split.per_segment + i) * chunk
-        q = load_rows(q_ref, start, chunk, limit)
-        k = load_rows(k_ref, start, chunk, limit)
+        qs, ks, es = [], [], []
+        for block in blocks:
+            x, r = exponents(load_gates(g_ref, start, chunk, limit, dtype, block), matrix)
+            q = load_rows(q_ref, start, chunk, limit, block)
+            k = load_rows(k_ref, start, chunk, limit, block)
+            qs.append(round_to(q.astype(f32) * exp2(x), dtype))
+            ks.append(round_to(k.astype(f32) * exp2(-x), dtype))
+            es.append(exp2(r))
         v = load_rows(v_ref, start, chunk, limit)
-        lg = load_gates(g_ref, start, chunk, limit, dtype)
-        grow, shrink, e = decayed(lg, matrix)
-        q = round_to(q.astype(f32) * grow, dtype)
-        k = round_to(k.astype(f32) * shrink, dtype)
-        o, den, S, z = chunk_step(q, k, v, e, S, z, mask, normalize)
+        o, den, state = chunk_step(tuple(qs), tuple(ks), v, tuple(es), state, mask, normalize)
         store_rows(o_ref, start, o, limit)
         if den_ref is not None:
             store_vector(den_ref, start, den, limit)
-        return S, z
+        return state
 
-    S, z = lax.fori_loop(0, chunks_of(split, segment), step, (S, z))
+    state = lax.fori_loop(0, chunks_of(split, segment), step, state)
 
     @pl.when(segment == split.segments - 1)
     def _():
-        S_ref[:, :], z_ref[:] = S, z
+        write_state(S_ref, z_ref, state, values_first=False)
 
 
-def chunk_step(q, k, v, e, S, z, mask, normalize: bool):
-    """One chunk from decayed, rounded q^ and k^ [C, K]: o [C, V] float32, den [C] (None unless normalize), S and z after the chunk."""
-    dtype = q.dtype
-    S, z = e[:, None] * S, e * z
-    A = round_to(jnp.where(mask, dot(q, k, tb=True), 0.0), dtype)
-    o = dot(q, round_to(S, dtype)) + dot(A, v)
+def scores(q: tuple[jax.Array, ...], k: tuple[jax.Array, ...], mask: jax.Array) -> jax.Array:
+    """A = where(i >= j, q^ k^T, 0), rounded."""
+    total = sum((dot(x, y, tb=True) for x, y in zip(q[1:], k[1:], strict=True)), start=dot(q[0], k[0], tb=True))
+    return round_to(jnp.where(mask, total, 0.0), q[0].dtype)
+
+
+def denominator(A: jax.Array, q: tuple[jax.Array, ...], z: tuple[jax.Array, ...]) -> jax.Array:
+    """sum_j A + q^ z~ + eps of the rounded A and q^."""
+    den = jnp.sum(A.astype(f32), axis=1) + EPS
+    for x, y in zip(q, z, strict=True):
+        den += jnp.sum(x.astype(f32) * y[None, :], axis=1)
+    return den
+
+
+def chunk_step(q, k, v, e, state: State, mask, normalize: bool):
+    """One chunk from decayed, rounded q^ and k^: o [C, V] float32, den [C] (None unless normalize), and the state after it."""
+    dtype = v.dtype
+    state = scaled(state, e)
+    A = scores(q, k, mask)
+    o = dot(A, v)
+    for x, S in zip(q, state[0], strict=True):
+        o += dot(x, round_to(S, dtype), tb=True)
     den = None
     if normalize:
-        den = jnp.sum(A.astype(f32), axis=1) + jnp.sum(q.astype(f32) * z[None, :], axis=1) + EPS
-        o = o / den[:, None]
-    S = e[:, None] * (S + dot(k, v, ta=True))
-    z = e * (z + jnp.sum(k.astype(f32), axis=0))
-    return o, den, S, z
+        den = denominator(A, q, state[1])
+        o = o * (1.0 / den)[:, None]
+    return o, den, add_chunk(state, k, v, e)
 
 
 def segment_states(k, v, log_g, heads: int, split: Split, sizes: BlockSizes):
-    """L, S, z of every segment: [B, H, n, K], [B, H, n, K, V], [B, H, n, K] float32, L in log2 units.
+    """L, S, z of every segment: [B, H, n, K], [B, H, n, V, K], [B, H, n, K] float32, L in log2 units.
 
     The last segment's entry is left unwritten: nothing that is used depends on it.
     """
     batch, _, _, features = k.shape
     values, count = v.shape[-1], split.segments
-    vectors, matrices = (batch, heads, count, features), (batch, heads, count, features, values)
+    vectors, matrices = (batch, heads, count, features), (batch, heads, count, values, features)
     width = sizes.block_v
     return pl.pallas_call(
-        functools.partial(_segment_state_kernel, split=split, dtype=k.dtype),
+        functools.partial(_segment_state_kernel, split=split, dtype=k.dtype, per_chunk=False),
         grid=(heads, values // width, count - 1, batch),
         in_specs=[token_spec(k, heads), token_spec(v, heads, width), token_spec(log_g, heads)],
         out_specs=[segment_spec(vectors), segment_spec(matrices, width), segment_spec(vectors)],
@@ -227,11 +307,11 @@ def segment_states(k, v, log_g, heads: int, split: Split, sizes: BlockSizes):
 
 
 def combine(L, S, z, initial, *, reverse: bool = False):
-    """State before every segment [B, H, n, K, V], [B, H, n, K] (after every segment when ``reverse``) from the summaries.
+    """State before every segment [B, H, n, V, K], [B, H, n, K] (after every segment when ``reverse``) from the summaries.
 
     The last (first when ``reverse``) summary is read but does not enter the result: it may be anything.
     """
-    batch, heads, count, features, values = S.shape
+    batch, heads, count, values, _ = S.shape
     width = min(32, values)
     initial_specs = [] if initial is None else [state_spec(initial[0].shape, width), state_spec(initial[1].shape)]
     return pl.pallas_call(
@@ -269,7 +349,7 @@ def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: floa
     residuals = None
     if save_residuals:
         segment = None if split.segments == 1 else given
-        residuals = (q, k, v, log_g, initial_state, o if split.segments > 1 and normalize else None, den, segment)
+        residuals = (q, k, v, log_g, initial_state, o if normalize else None, den, segment)
     return o, (S, z), residuals
 
 

@@ -36,6 +36,18 @@ def dot(a: jax.Array, b: jax.Array, *, ta: bool = False, tb: bool = False) -> ja
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=f32)
 
 
+def exp2(x: jax.Array) -> jax.Array:
+    """2^x by one special-function instruction (2 ulp, subnormal results become 0), not the several of the library function."""
+    if interpret_mode() or x.dtype != f32:
+        return jnp.exp2(x)
+    from jax.experimental.pallas import triton as plgpu
+
+    (y,) = plgpu.elementwise_inline_asm(
+        "ex2.approx.ftz.f32 $0, $1;", args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, f32)]
+    )
+    return y
+
+
 def iota(shape: tuple[int, int], axis: int) -> jax.Array:
     return lax.broadcasted_iota(jnp.int32, shape, axis)
 
@@ -49,25 +61,44 @@ def centred(size: int, dtype: Any) -> jax.Array:
     return jnp.where(causal(size), 0.5, -0.5).astype(dtype)
 
 
-def load_rows(ref: Any, start: Any, rows: int, limit: int | None) -> jax.Array:
-    """Rows [start, start + rows) of a [T, width] ref; ``limit`` = T masks the rows beyond it to zero, None loads without a mask."""
+def feature_blocks(features: int) -> tuple[tuple[int, int], ...]:
+    """(offset, width) of the feature blocks of at most 64 columns.
+
+    A product whose result feeds another product puts all warps along its rows, so a [64, 128] tile would take 64 registers a thread
+    however many warps there are; blocks of 64 keep every temporary at 32 with 4 warps.
+    """
+    width = min(features, 64)
+    return tuple((offset, width) for offset in range(0, features, width))
+
+
+def load_rows(ref: Any, start: Any, rows: int, limit: int | None, block: tuple[int, int] | None = None) -> jax.Array:
+    """Rows [start, start + rows), columns ``block`` = (offset, width) (None: all) of a [T, W] ref.
+
+    ``limit`` = T masks the rows beyond it to zero, None loads without a mask.
+    """
+    offset, width = block or (0, ref.shape[1])
+    columns = slice(None) if width == ref.shape[1] else pl.ds(offset, width)
     if limit is None:
-        return ref[pl.ds(start, rows), :]
+        return ref[pl.ds(start, rows), columns]
     from jax.experimental.pallas import triton as plgpu
 
-    mask = start + iota((rows, ref.shape[1]), 0) < limit
-    return plgpu.load(ref.at[pl.ds(start, rows), :], mask=mask, other=0.0)
+    mask = start + iota((rows, width), 0) < limit
+    return plgpu.load(ref.at[pl.ds(start, rows), columns], mask=mask, other=0.0)
 
 
-def store_rows(ref: Any, start: Any, value: jax.Array, limit: int | None) -> None:
+def store_rows(ref: Any, start: Any, value: jax.Array, limit: int | None, block: tuple[int, int] | None = None) -> None:
+    """The inverse of load_rows; casts to the ref's dtype."""
     rows = value.shape[0]
+    offset, width = block or (0, ref.shape[1])
+    columns = slice(None) if width == ref.shape[1] else pl.ds(offset, width)
+    value = round_to(value, ref.dtype)
     if limit is None:
-        ref[pl.ds(start, rows), :] = value.astype(ref.dtype)
+        ref[pl.ds(start, rows), columns] = value
         return
     from jax.experimental.pallas import triton as plgpu
 
     mask = start + iota(value.shape, 0) < limit
-    plgpu.store(ref.at[pl.ds(start, rows), :], value.astype(ref.dtype), mask=mask)
+    plgpu.store(ref.at[pl.ds(start, rows), columns], value, mask=mask)
 
 
 def load_vector(ref: Any, start: Any, rows: int, limit: int | None) -> jax.Array:
@@ -91,10 +122,25 @@ def store_vector(ref: Any, start: Any, value: jax.Array, limit: int | None) -> N
 
 
 def round_to(x: jax.Array, dtype: Any) -> jax.Array:
-    """``x`` in ``dtype``. In the interpreter XLA could drop a float32 -> bfloat16 -> float32 round trip; reduce_precision it keeps."""
-    if dtype == jnp.bfloat16 and interpret_mode():
-        x = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    return x.astype(dtype)
+    """float32 ``x`` in ``dtype``, to nearest even.
+
+    On the GPU two elements a conversion: single ones run at the rate of special functions. In the interpreter XLA could drop a
+    float32 -> bfloat16 -> float32 round trip; reduce_precision it keeps.
+    """
+    if x.dtype != f32 or dtype != jnp.bfloat16:
+        return x.astype(dtype)
+    if interpret_mode():
+        return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(dtype)
+    from jax.experimental.pallas import triton as plgpu
+
+    (y,) = plgpu.elementwise_inline_asm(
+        "cvt.rn.bf16x2.f32 $0, $2, $1;",
+        args=[x],
+        constraints="=r,f,f",
+        pack=2,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, dtype)],
+    )
+    return y
 
 
 def token_spec(x: Any, heads: int, width: int | None = None) -> pl.BlockSpec:
@@ -113,17 +159,17 @@ def _over(h: Any, group: int) -> Any:
 
 
 def segment_spec(shape: tuple[int, ...], width: int | None = None) -> pl.BlockSpec:
-    """The entry of this program's segment in [B, H, n, K, V] (``width`` columns of V) or [B, H, n, K]."""
+    """The entry of this program's segment in [B, H, n, V, K] (``width`` rows of V) or [B, H, n, K]."""
     if len(shape) == 4:
         return pl.BlockSpec((None, None, None, shape[3]), lambda h, c, s, b: (b, h, s, 0))
-    return pl.BlockSpec((None, None, None, shape[3], width or shape[4]), lambda h, c, s, b: (b, h, s, 0, c))
+    return pl.BlockSpec((None, None, None, width or shape[3], shape[4]), lambda h, c, s, b: (b, h, s, c, 0))
 
 
 def sequence_spec(shape: tuple[int, ...], width: int | None = None) -> pl.BlockSpec:
-    """All n entries of this program's head in [B, H, n, K, V] (``width`` columns of V) or [B, H, n, K]."""
+    """All n entries of this program's head in [B, H, n, V, K] (``width`` rows of V) or [B, H, n, K]."""
     if len(shape) == 4:
         return pl.BlockSpec((None, None, shape[2], shape[3]), lambda h, c, s, b: (b, h, 0, 0))
-    return pl.BlockSpec((None, None, shape[2], shape[3], width or shape[4]), lambda h, c, s, b: (b, h, 0, 0, c))
+    return pl.BlockSpec((None, None, shape[2], width or shape[3], shape[4]), lambda h, c, s, b: (b, h, 0, c, 0))
 
 
 def state_spec(shape: tuple[int, ...], width: int | None = None) -> pl.BlockSpec:
