@@ -1,11 +1,14 @@
 """Decoder of teacher and student, and how to make one from plain parameters.
 
-Parameters travel as plain nested dicts of arrays; kernels are [in, out]; L layers, of which M are linearised, stacked on axis 0::
+Parameters travel as plain nested dicts of arrays; kernels are [in, out]; L layers, of which M are linearised, stacked
+on axis 0::
 
     embed/embedding [V, D]                 final_norm/scale [D]          lm_head/kernel [D, V] (absent when tied)
     layers/{input_norm,post_attention_norm}/scale [L, D]
-    layers/attention/{q,k,v,o}_proj/kernel [L, in, out]                  layers/mlp/{gate,up,down}_proj/kernel [L, in, out]
-    mixers/...  [M, ...]  see LawcatMixer and LolcatsMixer               lora/{q,k,v,o}_proj/{a [M, in, r], b [M, r, out]}
+    layers/attention/{q,k,v,o}_proj/kernel [L, in, out]
+    layers/mlp/{gate,up,down}_proj/kernel [L, in, out]
+    mixers/... [M, ...]: see LawcatMixer and LolcatsMixer
+    lora/{q,k,v,o}_proj/{a [M, in, r], b [M, r, out]}
 
 The base part is the same in teacher and student.
 """
@@ -29,7 +32,7 @@ __all__ = ["Cache", "Decoder", "abstract", "bind", "init_params", "merge_lora", 
 def abstract(
     config: ModelConfig, attention: AttentionConfig | None = None, lora: LoraConfig | None = None, *, dtype=jnp.float32
 ) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    """(graphdef, nested dict of ``jax.ShapeDtypeStruct``) without allocating anything; base parameters have ``dtype``."""
+    """(graphdef, nested dict of ``jax.ShapeDtypeStruct``), nothing allocated; base parameters have ``dtype``."""
     model = nnx.eval_shape(lambda: Decoder(config, attention, lora, rngs=nnx.Rngs(0), dtype=dtype))
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
@@ -45,7 +48,8 @@ def init_params(
 ) -> dict[str, Any]:
     """Fresh parameters as a nested dict, float32.
 
-    With ``base`` (the parameters of a teacher) only mixers and adapters are drawn; they do not depend on whether it is given.
+    With ``base`` (the parameters of a teacher) only mixers and adapters are drawn; they do not depend on whether it is
+    given.
     """
     abstract(config, attention, lora)  # reports a bad config before anything is drawn
     keys = jax.random.split(jax.random.key(seed), 3)

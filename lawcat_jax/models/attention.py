@@ -27,9 +27,9 @@ def softmax_attention(
 ) -> Float[Array, "B T H d"]:
     """softmax(q k^T / sqrt(d)) v with a causal mask; query head h reads kv head h // (H / Hkv).
 
-    ``start`` None: keys and queries are the same tokens. Else key i stands at position i and query t at ``start[b] + t`` (a cache).
-    ``window``: a query sees the last ``window`` positions, its own included (Mistral), or all (None). Output in q's dtype; right
-    padding needs no mask, because no valid token looks to the right.
+    ``start`` None: keys and queries are the same tokens. Else key i stands at position i and query t at ``start[b] +
+    t`` (a cache). ``window``: a query sees the last ``window`` positions, its own included (Mistral), or all (None).
+    Output in q's dtype; right padding needs no mask, because no valid token looks to the right.
     """
     if start is None and _cudnn_serves(q):
         span = None if window is None else (window - 1, 0)

@@ -1,7 +1,8 @@
 """Decoding caches: a key-value buffer for softmax layers, and what the recurrent layers keep of the past.
 
-A cache is a plain pytree: ``position`` [B] int32 (tokens seen by each sequence), ``softmax`` {k, v} [N, B, S, Hkv, d] for the N
-softmax layers, ``linear`` the stacked states of the M linearised layers. Sequences of one batch may stand at different positions.
+A cache is a plain pytree: ``position`` [B] int32 (tokens seen by each sequence), ``softmax`` {k, v} [N, B, S, Hkv, d]
+for the N softmax layers, ``linear`` the stacked states of the M linearised layers. Sequences of one batch may stand at
+different positions.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def write_kv(
 ) -> Float[Array, "N B S Hkv d"]:
     """Put ``rows`` at positions start .. start + T - 1 of one layer.
 
-    Rows of padding land beyond the valid positions, where causality hides them until they are overwritten; rows beyond the buffer
-    are dropped.
+    Rows of padding land beyond the valid positions, where causality hides them until they are overwritten; rows beyond
+    the buffer are dropped.
     """
     batch, length = rows.shape[:2]
     positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
@@ -47,7 +48,9 @@ def extend(rows: Float[Array, "B R ..."] | None, x: Float[Array, "B T ..."], cou
 def last_rows(
     extended: Float[Array, "B R+T ..."], count: int, lengths: Int[Array, " B"] | None
 ) -> Float[Array, "B R ..."]:
-    """The last ``count`` valid rows of what :func:`extend` returned, where only ``lengths`` of the new tokens are valid."""
+    """The last ``count`` valid rows of what :func:`extend` returned, where only ``lengths`` of the new tokens are
+    valid.
+    """
     if lengths is None:
         return extended[:, extended.shape[1] - count :]
     index = lengths[:, None] + jnp.arange(count)

@@ -1,4 +1,6 @@
-"""Feature maps of linear attention: non-negative functions of one learned projection per query head (paper section 3; LoLCATs, T2R)."""
+"""Feature maps of linear attention: non-negative functions of one learned projection per query head (paper section 3;
+LoLCATs, T2R).
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def _exp_dim(s):
 
 
 class FeatureMap(NamedTuple):
-    """``function`` of the scores u^T Phi (f of them) gives ``copies`` * f features; ``bias``: the scores have a learned bias."""
+    """``function`` of the scores u^T Phi (f of them) gives ``copies`` * f features; ``bias``: the scores have a learned
+    bias.
+    """
 
     function: Callable[[jax.Array], jax.Array]
     copies: int

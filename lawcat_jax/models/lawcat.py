@@ -1,7 +1,9 @@
-"""LAWCAT attention: causal convolutions on q and k, Hedgehog features, a low-rank gate, normalised gated linear attention.
+"""LAWCAT attention: causal convolutions on q and k, Hedgehog features, a low-rank gate, normalised gated linear
+attention.
 
-Source: arXiv 2509.18467, section 3; the switches of AttentionConfig are its ablations. The default design is one call of
-``kernels_pallas.lawcat_attention``; variants compose the same parts around ``kernels_pallas.gated_linear_attention``.
+Source: arXiv 2509.18467, section 3; the switches of AttentionConfig are its ablations. The default design is one call
+of ``kernels_pallas.lawcat_attention``; variants compose the same parts around
+``kernels_pallas.gated_linear_attention``.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from flax import nnx
 import kernels_pallas as kernels
 from lawcat_jax.config import AttentionConfig, ModelConfig
 from lawcat_jax.models.cache import extend, last_rows
+from lawcat_jax.models.diagnostics import QUANTILES, entropy, quantiles, share
 from lawcat_jax.models.feature_maps import FEATURE_MAPS, feature_sizes, features
 from lawcat_jax.models.layers import Context, Linear, Stack, constant, normal, param, static_config
 from lawcat_jax.models.rope import rotate
@@ -45,8 +48,9 @@ class Recurrence(NamedTuple):
 def half_lives(config: ModelConfig, attention: AttentionConfig) -> np.ndarray:
     """Initial half-lives in tokens of the Hkv x K gate channels ([Hkv, 1] for a gate per head).
 
-    Without ``gate_half_life_max`` all are ``gate_half_life``; with it they grow geometrically, head after head and within a head
-    feature after feature, so that a single kv head also covers the range. The two halves of a two-sided map get the same values.
+    Without ``gate_half_life_max`` all are ``gate_half_life``; with it they grow geometrically, head after head and
+    within a head feature after feature, so that a single kv head also covers the range. The two halves of a two-sided
+    map get the same values.
     """
     scores, channels = feature_sizes(config, attention)
     if attention.gate_kind == "per_head":
@@ -103,9 +107,9 @@ class Gate(nnx.Module):
 class LawcatMixer(nnx.Module):
     """The linear-attention parameters of one layer, all float32, with leading ``stack`` axes.
 
-    conv_q, conv_k [H, W, d] (conv_k absent when shared; conv_q2, conv_k2 when stacked); feature_map [H, d, f] (untied: feature_map_q,
-    feature_map_k; with relu also *_bias [H, f]); gate_down/kernel [D, r] and gate_up/{kernel [r, Hkv K], bias [Hkv K]}, or gate/{kernel,
-    bias} at full rank; window_factor [H] with a window; output_gate/kernel [D, H d].
+    conv_q, conv_k [H, W, d] (conv_k absent when shared; conv_q2, conv_k2 when stacked); feature_map [H, d, f] (untied:
+    feature_map_q, feature_map_k; with relu also *_bias [H, f]); gate_down/kernel [D, r] and gate_up/{kernel [r, Hkv K],
+    bias [Hkv K]}, or gate/{kernel, bias} at full rank; window_factor [H] with a window; output_gate/kernel [D, H d].
     """
 
     def __init__(self, config: ModelConfig, attention: AttentionConfig, *, rngs: nnx.Rngs, stack: Stack = ()):
@@ -137,7 +141,9 @@ class LawcatMixer(nnx.Module):
 
     @staticmethod
     def empty_state(config: ModelConfig, attention: AttentionConfig, batch: int, dtype) -> State:
-        """The state of no tokens: S [B, H, K, d] and z [B, H, K] float32, raw rows for the convolutions, the window's rows."""
+        """The state of no tokens: S [B, H, K, d] and z [B, H, K] float32, raw rows for the convolutions, the window's
+        rows.
+        """
         _, channels = feature_sizes(config, attention)
         heads, width = config.num_heads, config.head_dim
         state: State = {"S": jnp.zeros((batch, heads, channels, width)), "z": jnp.zeros((batch, heads, channels))}
@@ -158,7 +164,9 @@ class LawcatMixer(nnx.Module):
         context: Context,
         state: State | None = None,
     ) -> tuple[Float[Array, "B T H d"], State]:
-        """(output of the heads before Wo, state after the last valid token); x is the layer input after its norm, q and k raw."""
+        """(output of the heads before Wo, state after the last valid token); x is the layer input after its norm, q and
+        k raw.
+        """
         a = self.attention
         linear_q, linear_k = q, k
         if a.rope_linear:
@@ -178,6 +186,36 @@ class LawcatMixer(nnx.Module):
             o = o * (2 * jax.nn.sigmoid(self.output_gate(x.astype(jnp.float32)))).reshape(o.shape)
         return o, new_state
 
+    def statistics(self, x, q, k, v, context: Context) -> dict[str, Array]:
+        """What to watch in training (per kv head for gates, per head for the rest), over the valid tokens of a batch.
+
+        half_life [Hkv, 5]: quantiles 0, 0.1, 0.5, 0.9, 1 in tokens. saturated [Hkv]: share of gates above 0.999 a
+        token. clamped [Hkv]: share at the lower bound. denominator [H, 2]: minimum and 1 % quantile of the linear
+        branch. entropy_q, entropy_k [H]: of the features as a distribution, nats. window_share [H]: sigmoid of the
+        factor, with a window.
+        """
+        a = self.attention
+        if a.rope_linear:
+            q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
+        parts, _ = self.recurrence(x, q, k, context, None)
+        _, denominator, _ = linear_terms(parts, v[..., :1], None, self._options(False))
+        heads = self.config.num_heads
+        out = {
+            "denominator": quantiles(denominator, context, heads, (0.0, 0.01)),
+            "entropy_q": entropy(parts.q, context),
+            "entropy_k": entropy(parts.k, context),
+        }
+        if a.gate_kind != "none":
+            kv_heads = self.config.num_kv_heads
+            bound = -math.inf if a.gate_lower_bound is None else a.gate_lower_bound
+            rates = jnp.maximum(parts.log_g, bound)
+            out["half_life"] = quantiles(-math.log(2) / jnp.minimum(rates, -1e-12), context, kv_heads, QUANTILES)
+            out["saturated"] = share(rates > math.log(0.999), context)
+            out["clamped"] = share(parts.log_g < bound, context)
+        if a.window_size:
+            out["window_share"] = jax.nn.sigmoid(self.window_factor[...])
+        return out
+
     def gate_logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T Hkv K"]:
         """Float32 logits per kv head ([B, T, Hkv, 1] for a gate per head)."""
         x = x.astype(jnp.float32)
@@ -189,7 +227,8 @@ class LawcatMixer(nnx.Module):
         return logits.reshape(*x.shape[:2], self.config.num_kv_heads, -1)
 
     def recurrence(self, x, q, k, context: Context, state: State | None) -> tuple[Recurrence, State]:
-        """Features and log-gates of the linear branch from (already rotated, if wanted) raw q and k, and the next convolution rows.
+        """Features and log-gates of the linear branch from (already rotated, if wanted) raw q and k, and the next
+        convolution rows.
 
         Padding gets phi(k) = 0 and a log-gate of 0, so that it leaves the state alone.
         """
@@ -226,7 +265,7 @@ class LawcatMixer(nnx.Module):
         return jnp.broadcast_to(log_g, (*log_g.shape[:3], channels))
 
     def _convolve(self, rows, which: str):
-        """One or two causal convolutions; k of Hkv heads comes out per query head, since the taps differ by query head."""
+        """One or two causal convolutions; k comes out as [B, T, Hkv, G, d], since its taps differ by query head."""
         heads, kv_heads = self.config.num_heads, self.config.num_kv_heads
         for name in _conv_names(self.attention, which):
             taps = getattr(self, name)[...].swapaxes(0, 1)

@@ -1,7 +1,7 @@
 """Building blocks of the decoder, and what every token mixer shares.
 
-Modules hold parameters that may carry leading ``stack`` axes: all layers of a model live in one module whose arrays have a leading
-layer axis, and ``jax.lax.scan`` hands the same module class one layer's slice at a time.
+Modules hold parameters that may carry leading ``stack`` axes: all layers of a model live in one module whose arrays
+have a leading layer axis, and ``jax.lax.scan`` hands the same module class one layer's slice at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def _hashable_type(kind: type) -> type:
 
 
 def static_config(config: T) -> T:
-    """A private copy of a config dataclass that hashes by content, so that a module holding it is a valid jit static argument."""
+    """A private copy of a config dataclass that hashes by content, so that a module holding it is a valid jit static
+    argument.
+    """
     if config is None:
         return config
     copied = copy.deepcopy(config)
@@ -39,7 +41,7 @@ def static_config(config: T) -> T:
 
 
 def param(rngs: nnx.Rngs, init: Initializer, stack: Stack, shape: tuple[int, ...], dtype=jnp.float32) -> nnx.Param:
-    """A parameter of ``stack + shape``; ``init`` sees the whole shape and must treat leading axes as independent draws."""
+    """A parameter of ``stack + shape``; ``init`` sees the whole shape and treats leading axes as independent draws."""
     return nnx.Param(init(rngs.params(), (*stack, *shape), dtype))
 
 
@@ -64,8 +66,8 @@ def constant(value: float) -> Initializer:
 class Context(NamedTuple):
     """What a token mixer knows about the tokens of one call, beside their values.
 
-    ``cos``, ``sin``: rotary table [B, T, d/2]. ``start``: tokens already in the cache, [B] int32. ``lengths``: valid tokens of this
-    call, [B] int32, or None when all are; padding is on the right.
+    ``cos``, ``sin``: rotary table [B, T, d/2]. ``start``: tokens already in the cache, [B] int32. ``lengths``: valid
+    tokens of this call, [B] int32, or None when all are; padding is on the right.
     """
 
     cos: Float[Array, "B T half"]

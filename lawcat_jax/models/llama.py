@@ -1,4 +1,6 @@
-"""The Llama/Mistral decoder, shared by the softmax teacher and the linear-attention student; the token mixer is what differs."""
+"""The Llama/Mistral decoder, shared by the softmax teacher and the linear-attention student; the token mixer is what
+differs.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from flax import nnx
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig, attention_problems, model_problems
 from lawcat_jax.errors import UserError
 from lawcat_jax.models import cache as caching
+from lawcat_jax.models import transfer
 from lawcat_jax.models.attention import softmax_attention
 from lawcat_jax.models.lawcat import LawcatMixer
 from lawcat_jax.models.layers import Context, Linear, RMSNorm, Stack, SwiGLU, normal, static_config
@@ -28,12 +31,17 @@ REMAT = ("none", "layer", "dots")
 
 
 class Segment(NamedTuple):
-    """A run of consecutive layers of one kind: layers start .. stop - 1, the first being number ``first`` of its kind."""
+    """Consecutive layers start .. stop - 1 of one kind, the first being number ``first`` of its kind."""
 
     linear: bool
     start: int
     stop: int
     first: int
+
+    @property
+    def mixers(self) -> slice:
+        """Where this segment's mixers, adapters and states lie in their stacks."""
+        return slice(self.first, self.first + self.stop - self.start)
 
 
 def split_segments(num_layers: int, softmax_layers: tuple[int, ...]) -> list[Segment]:
@@ -131,10 +139,11 @@ class Stacked:
 
 
 class Decoder(nnx.Module):
-    """Decoder of a Llama or Mistral checkpoint; with ``attention`` its linearised student, with ``lora`` adapters on that.
+    """Decoder of a Llama or Mistral checkpoint; with ``attention`` its linearised student, with ``lora`` adapters on
+    that.
 
-    Parameters are stacked over layers on axis 0 (see the module ``lawcat_jax.models``). Base parameters have ``dtype``; those of the
-    mixers and adapters are float32. Activations have the dtype of the embedding.
+    Parameters are stacked over layers on axis 0 (see the module ``lawcat_jax.models``). Base parameters have ``dtype``;
+    those of the mixers and adapters are float32. Activations have the dtype of the embedding.
 
     Raises:
       UserError: for a config out of range.
@@ -175,7 +184,8 @@ class Decoder(nnx.Module):
         dropout_rng: jax.Array | None = None,
         return_hidden: bool = False,
     ) -> Float[Array, "B T V"] | Float[Array, "B T D"]:
-        """Logits in float32 of every position, or with ``return_hidden`` the final-normed hidden states (for :meth:`head`).
+        """Logits in float32 of every position, or with ``return_hidden`` the final-normed hidden states (for
+        :meth:`head`).
 
         Args:
           tokens: int32; padding on the right, any id.
@@ -185,9 +195,9 @@ class Decoder(nnx.Module):
           remat: "none", "layer" (recompute each layer in the backward pass), "dots" (keep matrix products).
           dropout_rng: key of the adapters' dropout, None for evaluation.
         """
-        context = self._context(tokens, None, lengths, positions)
-        x = self._embed(tokens)
-        for segment in self._segments(as_teacher):
+        context = self.context(tokens, lengths=lengths, positions=positions)
+        x = self.embedded(tokens)
+        for segment in self.segments(as_teacher):
             x, _ = self._run(segment, x, context, remat=remat, dropout_rng=dropout_rng, as_teacher=as_teacher)
         hidden = self.final_norm(x)
         return hidden if return_hidden else self.head(hidden)
@@ -223,10 +233,10 @@ class Decoder(nnx.Module):
 
         A sequence of length 0 keeps its cache; its logits mean nothing.
         """
-        context = self._context(tokens, cache["position"], lengths)
-        x = self._embed(tokens)
+        context = self.context(tokens, cache["position"], lengths)
+        x = self.embedded(tokens)
         cache = dict(cache)
-        for segment in self._segments(as_teacher):
+        for segment in self.segments(as_teacher):
             x, cache = self._run(segment, x, context, cache=cache, as_teacher=as_teacher)
         added = tokens.shape[1] if lengths is None else lengths
         cache["position"] = cache["position"] + added
@@ -242,10 +252,12 @@ class Decoder(nnx.Module):
 
     # Parts
 
-    def _embed(self, tokens):
+    def embedded(self, tokens):
+        """Hidden states [B, T, D] before the first layer."""
         return jnp.take(self.embed.embedding[...], tokens, axis=0)
 
-    def _context(self, tokens, start, lengths, positions=None) -> Context:
+    def context(self, tokens, start=None, lengths=None, positions=None) -> Context:
+        """Rotary table and bookkeeping of one call; ``start`` [B] are the tokens before it."""
         batch, length = tokens.shape
         start = jnp.zeros((batch,), jnp.int32) if start is None else start
         if positions is None:
@@ -253,7 +265,8 @@ class Decoder(nnx.Module):
         cos, sin = rope_table(positions, self.config)
         return Context(cos, sin, start, lengths)
 
-    def _segments(self, as_teacher: bool) -> list[Segment]:
+    def segments(self, as_teacher: bool = False) -> list[Segment]:
+        """Runs of layers of one kind."""
         layers = self.config.num_layers
         if as_teacher or self.mixers is None:
             return split_segments(layers, tuple(range(layers)))
@@ -263,7 +276,8 @@ class Decoder(nnx.Module):
         run = self._run_linear if segment.linear else self._run_softmax
         return run(segment, x, context, **options)
 
-    def _teacher_attention(self, context: Context, q, k, v):
+    def teacher_attention(self, context: Context, q, k, v):
+        """Causal softmax attention of a whole sequence, with the rotary embedding."""
         q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
         return softmax_attention(q, k, v, window=self.config.sliding_window)
 
@@ -272,7 +286,7 @@ class Decoder(nnx.Module):
         layers = Stacked(self.layers, segment.start, segment.stop)
 
         def forward(x, params):
-            mix = lambda h, q, k, v: (self._teacher_attention(context, q, k, v), None)  # noqa: E731
+            mix = lambda h, q, k, v: (self.teacher_attention(context, q, k, v), None)  # noqa: E731
             return layers.layer(params)(x, mix)
 
         def cached(carry, xs):
@@ -294,36 +308,94 @@ class Decoder(nnx.Module):
             x, _ = jax.lax.scan(_remat(forward, remat), x, layers.params)
             return x, None
         # In the carry, the buffer is updated in place; as scanned input and output it would be copied at every token.
-        count = segment.stop - segment.start
-        indices = jnp.arange(segment.first, segment.first + count)
+        indices = jnp.arange(segment.first, segment.first + segment.stop - segment.start)
         carry = (x, cache["softmax"]["k"], cache["softmax"]["v"])
         (x, keys, values), _ = jax.lax.scan(cached, carry, (layers.params, indices))
         return x, {**cache, "softmax": {"k": keys, "v": values}}
 
     def _run_linear(self, segment, x, context, *, cache=None, remat="none", dropout_rng=None, as_teacher=False):
-        count = segment.stop - segment.start
-        kind = slice(segment.first, segment.first + count)
-        layers = Stacked(self.layers, segment.start, segment.stop)
-        mixers = Stacked(self.mixers, kind.start, kind.stop)
-        adapters = Stacked(self.lora, kind.start, kind.stop)
+        del as_teacher  # there are no linear segments then
 
-        def forward(x, xs):
-            params, mixer, adapter, index, state = xs
-            mixer, adapter = mixers.layer(mixer), adapters.layer(adapter)
-            key = None if dropout_rng is None else jax.random.fold_in(dropout_rng, index)
-            x, state = layers.layer(params)(
-                x, functools.partial(mixer, context=context, state=state), adapter, dropout_key=key
-            )
-            return x, None if cache is None else state
+        def mix(mixer, index, state, *projections):
+            del index
+            o, state = mixer(*projections, context, state)
+            return o, None if cache is None else state
 
+        kind = segment.mixers
         states = None if cache is None else jax.tree.map(lambda leaf: leaf[kind], cache["linear"])
-        indices = jnp.arange(segment.start, segment.stop)
-        xs = (layers.params, mixers.params, adapters.params, indices, states)
-        x, states = jax.lax.scan(_remat(forward, remat), x, xs)
+        x, states = self.scan_linear(segment, x, mix, states=states, remat=remat, dropout_rng=dropout_rng)
         if cache is None:
             return x, None
         linear = jax.tree.map(lambda old, new: old.at[kind].set(new), cache["linear"], states)
         return x, {**cache, "linear": linear}
+
+    def scan_linear(
+        self, segment: Segment, x, mix: Callable, *, states=None, remat="none", dropout_rng=None, adapted: bool = True
+    ):
+        """Run the linearised layers of a segment under one scan: (x, stacked extras).
+
+        ``mix(mixer, index, state, h, q, k, v) -> (o, extra)`` is the token mixing of layer ``index`` with its module
+        and its slice of ``states``; ``adapted`` False leaves the adapters out.
+        """
+        layers = Stacked(self.layers, segment.start, segment.stop)
+        mixers = Stacked(self.mixers, segment.mixers.start, segment.mixers.stop)
+        adapters = Stacked(self.lora if adapted else None, segment.mixers.start, segment.mixers.stop)
+
+        def body(x, xs):
+            params, mixer, adapter, index, state = xs
+            key = None if dropout_rng is None else jax.random.fold_in(dropout_rng, index)
+            step = functools.partial(mix, mixers.layer(mixer), index, state)
+            return layers.layer(params)(x, step, adapters.layer(adapter), dropout_key=key)
+
+        indices = jnp.arange(segment.start, segment.stop)
+        xs = (layers.params, mixers.params, adapters.params, indices, states)
+        return jax.lax.scan(_remat(body, remat), x, xs)
+
+    # What the stages look at
+
+    def teacher_forced(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        mask: Bool[Array, "B T"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
+        layer_loss: Callable,
+    ) -> Any:
+        """Compare student and teacher layer by layer on the teacher's hidden states (attention transfer).
+
+        ``layer_loss(layer_index, teacher_out, student_out, mask)`` gets float32 [B, T, H d] outputs before Wo and
+        returns a pytree of scalars; the result stacks it over the M linearised layers. Gradients reach the mixers only,
+        and the backward pass of a layer runs right behind its forward pass, so that memory holds one layer's
+        activations.
+
+        Args:
+          tokens: int32, padding on the right.
+          mask: handed to ``layer_loss``; None for all valid tokens.
+          lengths: valid tokens of each sequence, or None for all.
+
+        Raises:
+          UserError: without mixers, or when an output that depends on the student is no scalar.
+        """
+        return transfer.teacher_forced(self, tokens, mask, lengths, layer_loss)
+
+    def diagnostics(self, tokens: Int[Array, "B T"], *, lengths: Int[Array, " B"] | None = None) -> dict[str, Array]:
+        """Statistics of every linearised layer in a forward pass of the student, stacked over layers (see
+        ``statistics``).
+        """
+        context = self.context(tokens, lengths=lengths)
+        x, collected = self.embedded(tokens), []
+
+        def mix(mixer, index, state, *projections):
+            del index, state
+            return mixer(*projections, context)[0], mixer.statistics(*projections, context)
+
+        for segment in self.segments():
+            if segment.linear:
+                x, statistics = self.scan_linear(segment, x, mix)
+                collected.append(statistics)
+            else:
+                x, _ = self._run_softmax(segment, x, context)
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *collected) if collected else {}
 
 
 def _last_valid(x: Float[Array, "B T D"], lengths: Int[Array, " B"] | None) -> Float[Array, "B D"]:

@@ -2,19 +2,23 @@
 
 For query t with window W_t and its largest score m_t, one joint denominator::
 
-    o_t = [ s sum_{W_t} e^(q_t.k_s / sqrt(d) - m_t) v_s + sum_{before} phi_q(q_t).phi_k(k_s) v_s ] / [ the same with v_s = 1 ]
+    o_t = [ s sum_{W_t} e^(q_t.k_s / sqrt(d) - m_t) v_s + sum_{before} phi_q(q_t).phi_k(k_s) v_s ]
+          / [ the same with v_s = 1 ]
 
-with s = sigmoid(window_factor) per head (``affine_window``: the linear sums times 1 - s), RoPE on q and k, untied maps, no gate.
+with s = sigmoid(window_factor) per head (``affine_window``: the linear sums times 1 - s), RoPE on q and k, untied maps,
+no gate.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lawcat_jax.config import AttentionConfig, ModelConfig
+from lawcat_jax.models.diagnostics import entropy
 from lawcat_jax.models.feature_maps import FEATURE_MAPS, feature_sizes, features
 from lawcat_jax.models.lawcat import INITS, WINDOW_FACTOR, Recurrence, linear_terms
 from lawcat_jax.models.layers import Context, Stack, constant, param, static_config
@@ -28,7 +32,9 @@ if TYPE_CHECKING:
 
 
 class LolcatsMixer(nnx.Module):
-    """feature_map_q, feature_map_k [H, d, f] (with relu also *_bias [H, f]) and window_factor [H], float32, under ``stack`` axes."""
+    """feature_map_q, feature_map_k [H, d, f] (with relu also *_bias [H, f]) and window_factor [H], float32, under
+    ``stack`` axes.
+    """
 
     def __init__(self, config: ModelConfig, attention: AttentionConfig, *, rngs: nnx.Rngs, stack: Stack = ()):
         self.config, self.attention = static_config(config), static_config(attention)
@@ -61,7 +67,9 @@ class LolcatsMixer(nnx.Module):
         context: Context,
         state: State | None = None,
     ) -> tuple[Float[Array, "B T H d"], State]:
-        """(output of the heads before Wo, next state). Linear in T: what token t adds to (S, z) is the token t - w leaving the window."""
+        """(output of the heads before Wo, next state). Linear in T: what token t adds to (S, z) is the token t - w
+        leaving the window.
+        """
         del x
         q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
         old = None if state is None else state["window"]
@@ -73,8 +81,21 @@ class LolcatsMixer(nnx.Module):
         o = joint(window, numerator, denominator, factor, affine=self.attention.affine_window)
         return o.astype(v.dtype), {"S": S, "z": z, "window": new_window}
 
+    def statistics(self, x, q, k, v, context: Context) -> dict[str, Array]:
+        """entropy_q, entropy_k [H]: of the features of q and k, nats; window_share [H]: sigmoid of the factor."""
+        del x, v
+        q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
+        k = jnp.repeat(k, self.config.num_heads // self.config.num_kv_heads, axis=2)
+        return {
+            "entropy_q": entropy(self._features("feature_map_q", q), context),
+            "entropy_k": entropy(self._features("feature_map_k", k), context),
+            "window_share": jax.nn.sigmoid(self.window_factor[...]),
+        }
+
     def recurrence(self, q, evicted, context: Context) -> Recurrence:
-        """Features of the rotated q, and of the keys leaving the window (0 where none leaves, or it is a sink); no decay."""
+        """Features of the rotated q, and of the keys leaving the window (0 where none leaves, or it is a sink); no
+        decay.
+        """
         length = q.shape[1]
         positions = context.start[:, None] + jnp.arange(length) - self.attention.window_size
         leaving = context.valid() & (positions >= self.attention.sinks)

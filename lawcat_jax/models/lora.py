@@ -68,8 +68,9 @@ class Lora(nnx.Module):
 def merge_lora(params: dict, lora: LoraConfig, attention: AttentionConfig) -> dict:
     """Fold the adapters into the base projections.
 
-    ``params`` is the nested dict of a student; the result is a new dict without ``lora`` whose student logits are the same up to
-    rounding (the sum is formed in float32 and cast to the base dtype). The softmax layers of a hybrid are left alone.
+    ``params`` is the nested dict of a student; the result is a new dict without ``lora`` whose student logits are the
+    same up to rounding (the sum is formed in float32 and cast to the base dtype). The softmax layers of a hybrid are
+    left alone.
 
     Raises:
       UserError: if ``params`` has no adapters.

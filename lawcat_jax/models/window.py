@@ -1,4 +1,5 @@
-"""Softmax over a sliding window (and the first tokens), as the numerator and denominator of a joint softmax-plus-linear attention.
+"""Softmax over a sliding window (and the first tokens), as the numerator and denominator of a joint softmax-plus-linear
+attention.
 
 The state keeps constant size: the last w rotated keys and their values, and those of the first ``sinks`` tokens.
 """
@@ -57,10 +58,11 @@ def window_attention(
     context: Context,
     state: WindowState | None,
 ) -> tuple[WindowTerms, Extended, WindowState]:
-    """Terms over the last ``window_size`` tokens (the current one included) and the first ``sinks``; q and k already rotated.
+    """Terms over the last ``window_size`` tokens (the current one included) and the first ``sinks``; q and k already
+    rotated.
 
-    Memory is linear in T: queries go in blocks, each with its own slice of keys. Returns also the extended rows (for what leaves the
-    window) and the next state.
+    Memory is linear in T: queries go in blocks, each with its own slice of keys. Returns also the extended rows (for
+    what leaves the window) and the next state.
     """
     size, sinks = attention.window_size, attention.sinks
     state = state or {}
@@ -100,7 +102,9 @@ def window_attention(
 
 
 def _band(index, block: int, size: int, sinks: int, context: Context) -> Bool[Array, "B n i j"]:
-    """Which rows of its slice each query sees: the last ``size`` up to itself, from the start of the sequence, sinks excluded."""
+    """Which rows of its slice each query sees: the last ``size`` up to itself, from the start of the sequence, sinks
+    excluded.
+    """
     distance = jnp.arange(block)[:, None] + size - jnp.arange(block + size)
     positions = context.start[:, None, None] - size + index
     # The current token must stay visible in padded rows too, or their empty softmax would be NaN.
@@ -126,7 +130,9 @@ def joint(
     *,
     affine: bool,
 ) -> Float[Array, "B T H d"]:
-    """One denominator over both branches: [s W + l L v] / [s W + l L], s = sigmoid(factor), l = 1 or (affine) 1 - s; float32."""
+    """One denominator over both branches: [s W + l L v] / [s W + l L], s = sigmoid(factor), l = 1 or (affine) 1 - s;
+    float32.
+    """
     share = jax.nn.sigmoid(factor)
     rest = 1 - share if affine else jnp.ones_like(share)
     numerator = share[:, None] * window.numerator + rest[:, None] * linear_numerator

@@ -1,0 +1,56 @@
+"""Tiny models, and jitted forward, prefill and decode shared by the tests of this folder."""
+
+import functools
+
+import jax
+import numpy as np
+from lawcat_jax import models
+from lawcat_jax.config import AttentionConfig, ModelConfig
+
+TINY = ModelConfig(
+    vocab_size=40,
+    hidden_size=24,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_size=32,
+    tie_embeddings=True,
+)
+LAWCAT = AttentionConfig(gate_rank=4)
+
+
+def tokens(batch=2, length=9, seed=0, vocab=40):
+    return np.random.default_rng(seed).integers(0, vocab, (batch, length)).astype(np.int32)
+
+
+def noisy(params, seed=0, scale=0.3, only=None):
+    """Perturb parameters, so that nothing sits at a special initial value (identity maps, zero adapters)."""
+    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+    generator = np.random.default_rng(seed)
+    leaves = []
+    for path, leaf in paths:
+        touched = only is None or path[0].key in only
+        leaves.append(leaf + scale * generator.standard_normal(leaf.shape).astype(np.float32) if touched else leaf)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def build(config=TINY, attention=None, lora=None, seed=0):
+    """(graphdef, params) with everything perturbed."""
+    graphdef, _ = models.abstract(config, attention, lora)
+    return graphdef, noisy(models.init_params(config, attention, lora, seed=seed), seed)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher"))
+def forward(params, tokens, *, graphdef, lengths=None, as_teacher=False):
+    return models.bind(graphdef, params)(tokens, lengths=lengths, as_teacher=as_teacher)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher"))
+def prefill(params, tokens, cache, *, graphdef, lengths=None, as_teacher=False):
+    return models.bind(graphdef, params).prefill(tokens, cache, lengths=lengths, all_logits=True, as_teacher=as_teacher)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher"))
+def decode(params, token, cache, *, graphdef, as_teacher=False):
+    return models.bind(graphdef, params).decode(token, cache, as_teacher=as_teacher)
