@@ -81,7 +81,8 @@ def test_shellcheck():
 def test_help(root, name):
     done = call(root, name, "--help")
     assert done.returncode == 0, done.stderr
-    assert f"launch/{name}" in done.stdout and "--print" in done.stdout
+    assert f"launch/{name}" in done.stdout
+    assert "--print" in done.stdout
     assert "#" not in done.stdout.replace("#if", "")
     assert "set -euo pipefail" in (LAUNCH / name).read_text()
 
@@ -122,7 +123,8 @@ def test_bad_input_is_one_line(root, name, arguments, says):
     done = call(root, name, *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
     assert says in done.stderr
 
 
@@ -176,9 +178,12 @@ def test_print_cloud_tpu_without_queue_deletes_nothing(root):
         root, "cloud_tpu.sh", *TPU, "--no-queue", "--repo=https://example.com/l.git", "--ref=v1", "--print", *TRAINING
     )
     assert done.returncode == 0, done.stderr
-    assert "tpu-vm create lawcat" in done.stdout and "queued" not in done.stdout
-    assert "git\\ clone" in done.stdout and "scp" not in done.stdout
-    assert "delete" not in done.stdout and "--spot" not in done.stdout
+    assert "tpu-vm create lawcat" in done.stdout
+    assert "queued" not in done.stdout
+    assert "git\\ clone" in done.stdout
+    assert "scp" not in done.stdout
+    assert "delete" not in done.stdout
+    assert "--spot" not in done.stdout
 
 
 def test_print_gke(root):
@@ -204,12 +209,14 @@ def test_print_gke_one_host_and_own_image(root):
     job = yaml.safe_load(done.stdout)["spec"]["replicatedJobs"][0]["template"]["spec"]
     pod = job["template"]["spec"]
     assert job["parallelism"] == 1
-    assert pod["serviceAccountName"] == "trainer" and "cloud.google.com/gke-spot" not in pod["nodeSelector"]
+    assert pod["serviceAccountName"] == "trainer"
+    assert "cloud.google.com/gke-spot" not in pod["nodeSelector"]
     assert pod["containers"][0]["command"][2] == 'cd /lawcat\nexec python -m lawcat_jax.train "$@"\n'
     assert pod["containers"][0]["command"][4:] == TRAINING[1:]
     # Every placeholder and every mark is gone.
     body = done.stdout.split("kind: JobSet")[1]
-    assert not re.search("@[A-Z]", body) and "#if" not in body
+    assert not re.search("@[A-Z]", body)
+    assert "#if" not in body
 
 
 def test_print_the_others(root):
@@ -226,7 +233,8 @@ def test_print_the_others(root):
     ]
     done = call(root, "multi_gpu.sh", "--gpus=0,2", "--print", *TRAINING, PYTHON="python3")
     words = shlex.split(done.stdout)
-    assert words[0].endswith("launch/restart.sh") and "CUDA_VISIBLE_DEVICES=0,2" in words
+    assert words[0].endswith("launch/restart.sh")
+    assert "CUDA_VISIBLE_DEVICES=0,2" in words
     assert words[-5:] == ["python3", "-m", "lawcat_jax.train", *TRAINING[1:]]
     done = call(root, "restart.sh", "--print", "--", "python", "a b")
     assert done.stdout.splitlines()[-1] == "python a\\ b"
@@ -312,7 +320,8 @@ time.sleep(60)
     done = call(root, "local_multiprocess.sh", "--processes=3", "--grace=1", "--", sys.executable, "-c", code)
     assert time.monotonic() - began < 10
     assert done.returncode == status
-    assert f"ended with status {status}" in done.stderr and done.stderr.count("\n") == 1
+    assert f"ended with status {status}" in done.stderr
+    assert done.stderr.count("\n") == 1
     for file in tmp_path.iterdir():
         with pytest.raises(ProcessLookupError):
             os.kill(int(file.read_text()), 0)
