@@ -1,0 +1,86 @@
+"""The notebook: a valid file without outputs, and code that runs."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+NOTEBOOK = ROOT / "launch/colab.ipynb"
+
+
+def code_cells():
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    return [(cell, "".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_format():
+    notebook = json.loads(NOTEBOOK.read_text())
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    ids = [cell["id"] for cell in notebook["cells"]]
+    assert len(set(ids)) == len(ids)
+    for cell in notebook["cells"]:
+        assert re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", cell["id"])
+        assert cell["cell_type"] in ("code", "markdown")
+        assert all(isinstance(line, str) for line in cell["source"])
+        allowed = {"cell_type", "id", "metadata", "source"}
+        if cell["cell_type"] == "code":
+            allowed |= {"execution_count", "outputs"}
+            assert cell["outputs"] == []
+            assert cell["execution_count"] is None
+        assert set(cell) == allowed
+
+
+def test_cells_are_plain_python():
+    for cell, source in code_cells():
+        lines = source.splitlines()
+        if "colab-only" in cell["metadata"].get("tags", []):
+            lines = [line for line in lines if not line.startswith("%pip ")]
+        compile("\n".join(lines), cell["id"], "exec")
+
+
+# A process of its own: the cells import jax, change nothing here, and IPython need not be installed.
+RUN = """
+import json, sys, types
+try:
+    import IPython.display
+except ImportError:
+    shown = types.ModuleType("IPython.display")
+    shown.Image = str
+    shown.display = print
+    sys.modules["IPython"] = types.ModuleType("IPython")
+    sys.modules["IPython.display"] = shown
+space = {"__name__": "__main__"}
+for name, source in json.load(sys.stdin):
+    exec(compile(source, name, "exec"), space)
+assert set(space["results"]) == {"teacher"}
+assert all(result.n == 2 for result in space["results"]["teacher"].values())
+"""
+
+
+@pytest.mark.slow
+def test_runs_on_the_embedded_model(tmp_path):
+    cells = [
+        (cell["id"], re.sub(r"SAMPLES = \d+", "SAMPLES = 2", source))
+        for cell, source in code_cells()
+        if "colab-only" not in cell["metadata"].get("tags", [])
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN],
+        input=json.dumps(cells),
+        cwd=tmp_path,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "lawcat_colab/passkey.png").stat().st_size > 1000
+    assert "Passkey retrieval" in done.stdout
+    assert "The grass is green." in done.stdout
