@@ -33,6 +33,7 @@ from lawcat_jax.hf.read import TOKENIZER_FILES, Checkpoint, Progress, Shardings,
 from lawcat_jax.hf.write import check_leaves, copy_tokenizer
 
 FORMAT_VERSION = 1
+_RESTORE_BYTES = 256 << 20
 MODEL_JSON, PARAMS, TOKENIZER = "model.json", "params", "tokenizer"
 ASSETS = Path(__file__).parent / "assets"
 DTYPES = {
@@ -285,10 +286,28 @@ def _restore_params(
     with _checkpointer() as checkpointer, _damage_reported(path):
         stored = dict(flatten(checkpointer.metadata(path).item_metadata.tree))
         check_leaves(stored, expected, str(path))
-        arguments = unflatten({name: restore_args(name, leaf) for name, leaf in stored.items()})
-        leaves = dict(flatten(checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))))
+        leaves: dict[str, Any] = {}
+        for names in _groups(stored):
+            arguments = unflatten({name: restore_args(name, stored[name]) for name in names})
+            item = unflatten({name: stored[name] for name in names})
+            request = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
+            leaves |= flatten(checkpointer.restore(path, args=request))
     check_leaves(leaves, expected, str(path))
     return leaves
+
+
+def _groups(stored: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Parameter names in groups read at once: tensorstore holds every array of a read a second time."""
+    group: list[str] = []
+    size = 0
+    for name, leaf in stored.items():
+        count = int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        if group and size + count > _RESTORE_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += count
+    yield group
 
 
 @contextlib.contextmanager
