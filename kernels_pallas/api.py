@@ -240,8 +240,8 @@ def _check_sharding(name: str, x: Any) -> None:
             return
     if len(spec) > 1 and spec[1]:
         raise ValueError(
-            f"{name}: its sequence axis is sharded over {spec[1]!r}; call kernels_pallas.context_parallel under jax.shard_map, "
-            "or shard batch and heads instead"
+            f"{name}: its sequence axis is sharded over {spec[1]!r}; call kernels_pallas.context_parallel "
+            "under jax.shard_map, or shard batch and heads instead"
         )
 
 

@@ -53,7 +53,7 @@ What a backend can do (both Pallas backends define it in the forward module; it 
 
 The platform is checked by api (``kernels_pallas.common.target_platform``), not by ``supports``. Backends ask
 ``kernels_pallas.common.interpret_mode()`` whether to pass ``interpret=True``, and build ``out_shape`` entries with
-``kernels_pallas.common.out_struct(shape, dtype, *inputs)`` so that they carry the varying mesh axes under ``shard_map``.
+``kernels_pallas.common.out_struct(shape, dtype, *inputs)``, which carries the varying mesh axes under ``shard_map``.
 
 Optional, used by ``context_parallel`` (plain XLA stands in for a backend without them)::
 

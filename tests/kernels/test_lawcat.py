@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -129,10 +130,10 @@ def test_padding_is_neutral(length):
     lengths = np.asarray([length - 1, length])
     o, state, tails = run(**inputs, lengths=jnp.asarray(lengths))
     for row, count in enumerate(lengths):
-        one = {
-            n: x if n in ("conv_q", "conv_k", "phi") else jax.tree.map(lambda y: y[row : row + 1], x)
-            for n, x in inputs.items()
-        }
+        one = {}
+        for name, x in inputs.items():
+            shared = name in ("conv_q", "conv_k", "phi")
+            one[name] = x if shared else jax.tree.map(operator.itemgetter(slice(row, row + 1)), x)
         assert not np.any(np.asarray(o)[row, count:])
         want = (None, one["initial_state"], one["conv_state"])
         if count:
