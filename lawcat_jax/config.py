@@ -137,7 +137,8 @@ class DataConfig:
     Loss weights: answer tokens 1; the other tokens of a passkey sample ``prompt_weight`` (1 when ``answer_only``
     is off); text tokens ``text_weight``. ``num_samples`` is the size of a passkey set, and how many sequences of
     a remote text source are read (local text is read whole). Without ``validation_source`` the last
-    ``validation_samples`` sequences of a text are held out. ``num_workers`` threads prepare batches ahead.
+    ``validation_samples`` sequences of a text are held out (0: no validation). ``num_workers`` threads prepare
+    batches ahead.
     """
 
     kind: str = "passkey"
@@ -408,10 +409,9 @@ def _stage_problems(stage: StageConfig, path: str) -> list[str]:
     for name in ("passkey_fraction", "min_length_fraction"):
         if not 0 <= getattr(data, name) <= 1:
             problems.append(f"{path}.data.{name}: {getattr(data, name)} is outside [0, 1]")
-    for name in ("num_samples", "validation_samples"):
-        if getattr(data, name) < 1:
-            problems.append(f"{path}.data.{name}: {getattr(data, name)} must be at least 1")
-    for name in ("passkey_words", "prompt_weight", "text_weight", "num_workers"):
+    if data.num_samples < 1:
+        problems.append(f"{path}.data.num_samples: {data.num_samples} must be at least 1")
+    for name in ("validation_samples", "passkey_words", "prompt_weight", "text_weight", "num_workers"):
         if getattr(data, name) < 0:
             problems.append(f"{path}.data.{name}: {getattr(data, name)} must not be negative")
     return problems

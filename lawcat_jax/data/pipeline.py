@@ -90,11 +90,11 @@ class Samples:
             self._num_passkey = round(share)
         else:
             self._num_passkey = wanted
+        if len(self) < 1:
+            raise UserError(f"data: the {split} split has no samples (validation_samples {data.validation_samples})")
         if self._num_passkey:
             self._passkey = PasskeyGenerator(tokenizer, add_bos=data.add_bos)
             self._sample_passkey(0)  # a length that does not fit fails here, not in the middle of a run
-        if len(self) < 1:
-            raise UserError(f"data: the {split} split has no samples (validation_samples {data.validation_samples})")
 
     def __len__(self) -> int:
         return len(self._text_indices) + self._num_passkey
@@ -129,21 +129,17 @@ class Samples:
         bos = self._tokenizer.bos_token_id if data.add_bos else None
         self._text = text_data.PackedText(tokens, self._seq_length, bos_id=bos, source=source)
         total = len(self._text)
-        # a mixed validation split keeps validation_samples in all
-        held = max(1, round(data.validation_samples * (1 - passkey_fraction)))
+        held = round(data.validation_samples * (1 - passkey_fraction))  # of a mixed split, which keeps its total
         if own:
             self._text_indices = range(min(held, total)) if validation else range(total)
             return
         held = min(held, max(1, total // 10))
-        if validation:
-            self._text_indices = range(total - held, total)
-        elif total - held < 1:
+        if total == held and not validation:
             raise UserError(
                 f"text source {source!r} gives a single sequence of {self._seq_length} tokens, none is left to hold "
                 "out: give more text, a smaller seq_length, or a validation_source"
             )
-        else:
-            self._text_indices = range(total - held)
+        self._text_indices = range(total - held, total) if validation else range(total - held)
 
     def _sample_text(self, index: int) -> dict[str, np.ndarray]:
         window = self._text[index]

@@ -49,8 +49,11 @@ def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def greedy(graphdef: Any, params: Any, *, as_teacher: bool) -> Generate:
-    """Greedy continuation by a decoder. It never stops at an eos: scoring counts tokens."""
+def greedy(graphdef: Any, params: Any, *, as_teacher: bool, batch_size: int) -> Generate:
+    """Greedy continuation by a decoder, in batches of one size, so that a short last batch compiles nothing new.
+
+    It never stops at an eos: scoring counts tokens.
+    """
     from lawcat_jax.generation import generate
 
     def call(prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
@@ -63,7 +66,7 @@ def greedy(graphdef: Any, params: Any, *, as_teacher: bool) -> Generate:
             temperature=0.0,
             seed=0,
             as_teacher=as_teacher,
-            batch_size=len(prompts),
+            batch_size=batch_size,
         )
 
     return call
@@ -186,7 +189,10 @@ def evaluate_model(
         tokenizer,
         model=model,
         output=output,
-        generators={role: greedy(graphdef, params, as_teacher=role == "teacher") for role in roles},
+        generators={
+            role: greedy(graphdef, params, as_teacher=role == "teacher", batch_size=settings.batch_size)
+            for role in roles
+        },
         nlls={role: model_nll(graphdef, params, as_teacher=role == "teacher") for role in roles},
         training_length=training_length,
         write=write,

@@ -208,3 +208,13 @@ def test_bad_requests(text_file):
         _make(DataConfig(kind="text"))
     with pytest.raises(UserError, match="do not fill one sequence"):
         _make(DataConfig(kind="text", source=str(text_file)), seq_length=10**6)
+
+
+def test_no_validation(text_file):
+    data = DataConfig(kind="text", source=str(text_file), validation_samples=0)
+    assert len(Samples(data, small.byte_level(), seq_length=64, seed=0, split="train")) > 100
+    with pytest.raises(UserError, match="validation split has no samples"):
+        _make(data, split="validation", repeat=False)
+    (tmp := text_file.with_name("b.txt")).write_text("The sky is blue. " * 12)
+    with pytest.raises(UserError, match="single sequence"):
+        _make(DataConfig(kind="text", source=str(tmp)), seq_length=40)
