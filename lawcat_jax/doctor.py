@@ -64,7 +64,7 @@ class Machine:
 
 def release(version: str) -> tuple[int, ...]:
     """The numbers of a version, without trailing zeros: ``0.12.0.dev1`` is (0, 12)."""
-    numbers = [int(part) for part in re.match(r"[0-9.]*", version)[0].split(".") if part]
+    numbers = [int(part) for part in re.split(r"[^0-9.]", version)[0].split(".") if part]
     while numbers and numbers[-1] == 0:
         numbers.pop()
     return tuple(numbers)
@@ -74,7 +74,8 @@ def satisfies(version: str, specifiers: str) -> bool:
     """Whether a version meets comma-separated specifiers such as ``>=0.10.2,<0.13`` or ``==0.0.42.*``."""
     have = release(version)
     for specifier in filter(None, (part.strip() for part in specifiers.split(","))):
-        operator, wanted = re.match(r"(==|!=|<=|>=|~=|<|>)?\s*(.*)", specifier).groups()
+        wanted = specifier.lstrip("<>=!~")
+        operator, wanted = specifier.removesuffix(wanted), wanted.strip()
         if wanted.endswith(".*"):
             prefix = tuple(int(part) for part in wanted[:-2].split("."))
             fits = (have + (0,) * len(prefix))[: len(prefix)] == prefix
@@ -223,7 +224,7 @@ def device_problems(
             remedy += " -U; then JAX_PLATFORMS=tpu python -c 'import jax; jax.devices()' gives the reason"
         return [Problem(what, remedy)], notes
     plugin = next((name for name in CUDA_PLUGINS if name in versions), None)
-    major = int(re.match(r"\d+", machine.driver)[0]) if machine.driver[:1].isdigit() else 0
+    major = (release(machine.driver) or (0,))[0]
     if not machine.driver:
         remedy = "install the NVIDIA driver (nvidia-smi does not work), version 580 or newer"
     elif plugin is None and major >= OLDEST_DRIVER["jax-cuda13-plugin"]:
