@@ -142,6 +142,7 @@ class Samples:
         self._text_indices = range(total - held, total) if validation else range(total - held)
 
     def _sample_text(self, index: int) -> dict[str, np.ndarray]:
+        assert self._text is not None  # an index below the number of sequences implies it
         window = self._text[index]
         weights = np.full(len(window) - 1, self._data.text_weight, np.float32)
         return self._arrays(window[:-1], window[1:], weights)
@@ -179,6 +180,6 @@ class Samples:
             "tokens": fill(tokens, constant_values=pad).astype(np.int32),
             "targets": fill(targets, constant_values=pad).astype(np.int32),
             "loss_weights": fill(weights).astype(np.float32),
-            "lengths": np.int32(length),
+            "lengths": np.asarray(length, np.int32),
             "mask": fill(mask),
         }
