@@ -28,7 +28,7 @@ class _OrNone(flags.ArgumentParser):
         return self._inner.flag_type()
 
 
-def define_config(default: str | None = None) -> flags.FlagHolder:
+def define_config(default: str | None = None, *, flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
     """Define ``--config=<file.py>[:variant]`` with ``--config.<field>=<value>`` overrides."""
     for kind, parser in (
         (float, flags.FloatParser()),
@@ -37,23 +37,24 @@ def define_config(default: str | None = None) -> flags.FlagHolder:
     ):
         config_flags.register_flag_parser_for_type(kind, _OrNone(parser))
     return config_flags.DEFINE_config_file(
-        "config", default, "Experiment file, e.g. configs/tiny.py", lock_config=False
+        "config", default, "Experiment file, e.g. configs/tiny.py", lock_config=False, flag_values=flag_values
     )
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
+def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """absl's flag parsing, with every mistake of the user as one line.
 
     Raises:
       UserError: unknown flag or field, a value of the wrong type, a config file that is missing or broken.
     """
     try:
-        return flags.FLAGS(list(argv))
+        return flag_values(list(argv))
+    except OSError as problem:  # from config_flags, at the first override of a file that is not there
+        raise UserError("--config: no such file, or it cannot be read") from problem
     except KeyError as problem:  # config_flags: a field that the dataclass does not have
         raise UserError(_unknown_field(problem)) from problem
     except (
         flags.Error,
-        OSError,
         ValueError,
         TypeError,
         IndexError,
@@ -75,8 +76,7 @@ def load_config(holder: flags.FlagHolder) -> Config:
     if config is None:
         raise UserError("--config: name an experiment file, for example --config=configs/tiny.py")
     if type(config).__name__ == "_ErrorConfig":  # config_flags keeps a missing file until its first use
-        name = flags.FLAGS["config"].config_filename
-        raise UserError(f"--config={name}: no such file, or it cannot be read")
+        raise UserError("--config: no such file, or it cannot be read")
     if not isinstance(config, Config):
         raise UserError(f"--config: get_config() must return a lawcat_jax.config.Config, not {type(config).__name__}")
     config.validate()

@@ -41,7 +41,8 @@ class StageRun:
 
     ``train_step(state, batch) -> (state, metrics)`` takes the host's batch and donates the state;
     ``evaluate(params) -> {"loss": ..., ...}`` or None; ``batches`` has ``__next__``, ``get_state`` (JSON values) and
-    ``set_state``; ``tokens(batch)`` counts the tokens of a batch over all processes.
+    ``set_state``; ``tokens(batch)`` counts the tokens of a batch over all processes; ``diagnose(params)`` gives numbers
+    to log about the result.
     """
 
     name: str
@@ -52,6 +53,7 @@ class StageRun:
     evaluate: Callable[[Params], dict[str, Any]] | None
     batches: Any
     tokens: Callable[[Any], int]
+    diagnose: Callable[[Params], dict[str, Any]] | None = None
 
 
 class StopSignal:
@@ -164,6 +166,8 @@ class Loop:
                     self._checkpointer.wait()
                     raise InterruptedRunError(f"{stage.name}: interrupted, saved at step {self._step}")
             self._validate()
+            if stage.diagnose is not None:
+                self._writer.write(stage.name, self._step, stage.diagnose(self._result()))
             self._finished = True
             self._save()
             self._checkpointer.wait()

@@ -258,6 +258,7 @@ def run_stage(
                 evaluate=validation(stage.eval_step, frozen, held_out) if held_out else None,
                 batches=training_batches(stage.config, student.tokenizer, seed),
                 tokens=lambda batch: int(batch["lengths"].sum()) * jax.process_count(),
+                diagnose=_diagnostics(stage, config, frozen, held_out),
             ),
             checkpointer=checkpointer,
             checkpoint_config=config.checkpoint,
@@ -269,24 +270,24 @@ def run_stage(
         trainable = loop.run(stop)
     finally:
         checkpointer.close()
-    if config.log.diagnostics and held_out:
-        diagnose(stage, trainable, frozen, held_out[0], writer)
     return stage.merged(trainable, student.params)
 
 
-def diagnose(stage: stages.Stage, trainable, frozen, batch: dict[str, Any], writer: MetricsWriter) -> None:
-    """Log the decoder's own statistics (gates, denominators, convolutions), if it has any, on one batch."""
-    if stage.name == "pretrain" or not hasattr(models.Decoder, "diagnostics"):
-        return
+def _diagnostics(stage: stages.Stage, config: Config, frozen: optim.Params, batches: list) -> Any:
+    """The decoder's own statistics (gates, denominators, ...) on one batch, as a function of the trainables."""
+    if not (config.log.diagnostics and batches) or stage.name == "pretrain":
+        return None
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(stage.mesh))
     def statistics(trainable, frozen, batch):
         decoder = models.bind(stage.graphdef, optim.merge(trainable, frozen))
         return decoder.diagnostics(batch["tokens"], lengths=batch["lengths"])
 
-    values = jax.device_get(statistics(trainable, frozen, batch))
-    flat = {f"diagnostics/{sharding.path_name(path)}": x for path, x in jax.tree_util.tree_leaves_with_path(values)}
-    writer.write(stage.name, stage.steps, flat)
+    def diagnose(trainable: optim.Params) -> dict[str, Any]:
+        values = jax.device_get(statistics(trainable, frozen, batches[0]))
+        return {f"diagnostics/{sharding.path_name(path)}": x for path, x in jax.tree_util.tree_leaves_with_path(values)}
+
+    return diagnose
 
 
 def host_params(params: optim.Params) -> optim.Params:

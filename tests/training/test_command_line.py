@@ -1,0 +1,114 @@
+"""Mistakes on the command line of train: one line, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from lawcat_jax import command_line
+from lawcat_jax.config import Config, ConfigError
+from lawcat_jax.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "configs" / "tiny.py")
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Parse as a fresh process would."""
+
+    def run(*arguments: str) -> Config:
+        values = flags.FlagValues()
+        argv = ["train", *arguments]
+        monkeypatch.setattr(sys, "argv", argv)
+        holder = command_line.define_config(flag_values=values)
+        command_line.parse_flags(argv, values)
+        return command_line.load_config(holder)
+
+    return run
+
+
+def test_overrides_of_every_kind(parse):
+    config = parse(
+        f"--config={TINY}",
+        "--config.stage1.learning_rate=1e-3",
+        "--config.stage1.steps=7",
+        "--config.eval.lengths=256,512",
+        "--config.stage2.trainable=^lora/",
+        "--config.attention.gate_lower_bound=None",
+        "--config.attention.gate_half_life_max=64",
+        "--config.attention.softmax_layers=(1,)",
+        "--config.teacher.revision=main",
+        "--config.teacher.architecture=build",
+        "--config.teacher.architecture.head_dim=32",
+        "--config.dry_run",
+        "--noconfig.attention.normalize",
+    )
+    assert (config.stage1.learning_rate, config.stage1.steps) == (1e-3, 7)
+    assert config.eval.lengths == (256, 512)
+    assert config.stage2.trainable == ("^lora/",)
+    assert config.attention.gate_lower_bound is None
+    assert config.attention.gate_half_life_max == 64
+    assert config.attention.softmax_layers == (1,)
+    assert config.teacher.revision == "main"
+    assert config.teacher.architecture.head_dim == 32
+    assert config.dry_run is True
+    assert config.attention.normalize is False
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.stage1.foo=2", "unknown configuration field config.stage1.foo"),
+        ("--config.stage3.steps=2", "unknown configuration field config.stage3.steps"),
+        ("--config.stage1.steps=abc", "config.stage1.steps=abc"),
+        ("--config.stage1.steps=1.5", "config.stage1.steps=1.5"),
+        ("--config.dry_run=maybe", "config.dry_run=maybe"),
+        ("--config.stage1.steps=None", "config.stage1.steps: None is not a int"),
+        ("--config.eval.lengths=a,b", "config.eval.lengths"),
+        ("--config.stage1.schedule=linear", "'linear' is not one of 'cosine', 'constant', 'plateau'"),
+        ("--config.stage1.batch_size=-1", "config.stage1.batch_size: -1 must be at least 1"),
+        ("--bogus=1", "bogus"),
+    ],
+)
+def test_mistakes_are_one_line(parse, override, message):
+    with pytest.raises((UserError, ConfigError)) as caught:
+        parse(f"--config={TINY}", override)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--config=nowhere.py",), ("--config=nowhere.py", "--config.seed=1")])
+def test_missing_config_file(parse, arguments):
+    with pytest.raises(UserError, match="--config"):
+        parse(*arguments)
+
+
+def test_broken_config_file(parse, tmp_path):
+    for text, message in (
+        ("x = (", "never closed"),
+        ("def get_config(): return 3", "must return"),
+        ("x = 1", "get_config"),
+    ):
+        (tmp_path / "c.py").write_text(text)
+        with pytest.raises(UserError, match=message):
+            parse(f"--config={tmp_path / 'c.py'}")
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "configs").glob("*.py"))])
+def test_every_experiment_file_is_valid(parse, name):
+    parse(f"--config={ROOT / 'configs' / name}.py")
+
+
+def test_exit_code_and_stderr():
+    command = [sys.executable, "-m", "lawcat_jax.train", f"--config={TINY}", "--config.stage1.foo=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [
+        "error: unknown configuration field config.stage1.foo (see lawcat_jax/config.py for all fields)"
+    ]
