@@ -102,7 +102,8 @@ def save_model(
 ) -> None:
     """Write a model directory; it appears whole or not at all.
 
-    Host arrays are written without a copy, so they must not change until this returns.
+    Host arrays are written without a copy, so they must not change until this returns. With several
+    processes all of them call this; sharded arrays are gathered and process 0 writes.
 
     Args:
       target: the directory to create.
@@ -126,10 +127,13 @@ def save_model(
         # So that a load can check every array without opening it, and so that a reader sees what is inside.
         "params": {path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in leaves.items()},
     }
-    with new_directory(target, overwrite=overwrite) as directory:
-        _save_params(directory / PARAMS, leaves)
-        copy_tokenizer(tokenizer_source, directory / TOKENIZER)
-        write_json(directory / MODEL_JSON, values)
+    leaves = {path: _on_host(leaf) for path, leaf in leaves.items()}
+    if _process_index() == 0:
+        with new_directory(target, overwrite=overwrite) as directory:
+            _save_params(directory / PARAMS, leaves)
+            copy_tokenizer(tokenizer_source, directory / TOKENIZER)
+            write_json(directory / MODEL_JSON, values)
+    _barrier("save_model")
 
 
 def load_model(
@@ -229,7 +233,7 @@ def _tokenizer_path(directory: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def _checkpointer() -> Iterator[Any]:
+def _checkpointer(**options: Any) -> Iterator[Any]:
     import jax
     import orbax.checkpoint as ocp
     from absl import logging as absl_logging
@@ -242,25 +246,50 @@ def _checkpointer() -> Iterator[Any]:
         (jax.Array, type_handlers.ArrayHandler()),
     )
     verbosity = absl_logging.get_verbosity()
-    if verbosity == absl_logging.INFO:  # the default of a command: orbax then logs every step it takes
-        absl_logging.set_verbosity(absl_logging.WARNING)
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+    if verbosity == absl_logging.INFO:  # the default of a command: orbax logs every step, and warns before it fails
+        absl_logging.set_verbosity(absl_logging.ERROR)
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False, **options)
     try:
-        with ocp.Checkpointer(handler) as checkpointer:
+        with ocp.Checkpointer(handler, **options) as checkpointer:
             yield checkpointer
     finally:
         absl_logging.set_verbosity(verbosity)
 
 
-def _save_params(path: Path, leaves: Mapping[str, Any]) -> None:
-    import jax
+def _save_params(path: Path, leaves: Mapping[str, np.ndarray]) -> None:
     import orbax.checkpoint as ocp
 
-    def host(leaf: Any) -> Any:
-        return np.asarray(leaf) if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable else leaf
+    # Process 0 alone: without this orbax waits for the other processes.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=0, active_processes={0}, barrier_sync_key_prefix="save_model"
+    )
+    with _checkpointer(multiprocessing_options=alone) as checkpointer:
+        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(unflatten(leaves)))
 
-    with _checkpointer() as checkpointer:
-        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(unflatten({p: host(x) for p, x in leaves.items()})))
+
+def _on_host(leaf: Any) -> np.ndarray:
+    import jax
+
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(leaf)
+
+
+def _process_index() -> int:
+    import jax
+
+    return jax.process_index()
+
+
+def _barrier(name: str) -> None:
+    import jax
+
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
 
 
 def _restore_params(
@@ -284,7 +313,10 @@ def _restore_params(
         )
 
     with _checkpointer() as checkpointer, _damage_reported(path):
-        stored = dict(flatten(checkpointer.metadata(path).item_metadata.tree))
+        metadata = checkpointer.metadata(path).item_metadata
+        if metadata is None:
+            raise UserError(f"{path}: damaged or incomplete (its list of arrays cannot be read); convert or save again")
+        stored = dict(flatten(metadata.tree))
         check_leaves(stored, expected, str(path))
         leaves: dict[str, Any] = {}
         for names in _groups(stored):

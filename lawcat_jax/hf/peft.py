@@ -159,5 +159,5 @@ def _lora_config(values: dict[str, Any], source: Path) -> LoraConfig:
     rank, alpha = values.get("r"), values.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise UserError(f"{where}: r {rank!r} and lora_alpha {alpha!r} should be numbers, r at least 1")
-    ordered = tuple(name for name in _PROJECTIONS if name in targets)
+    ordered = tuple(name for name in _PROJECTIONS if name in (targets or ()))
     return LoraConfig(rank=rank, alpha=float(alpha), dropout=float(values.get("lora_dropout") or 0.0), targets=ordered)

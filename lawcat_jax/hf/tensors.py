@@ -102,7 +102,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
             code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             sound = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)) and begin <= end
         except (TypeError, KeyError, ValueError):
-            sound = False
+            raise UserError(f"{path}: bad header entry for tensor {name!r}") from None
         if not sound:
             raise UserError(f"{path}: bad header entry for tensor {name!r}")
         if 8 + length + end > size:

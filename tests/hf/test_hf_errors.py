@@ -183,9 +183,13 @@ def test_command_line_errors(source, tmp_path):
         )
 
     target = tmp_path / "out"
+    convert(str(source), str(tmp_path / "hf" / "model"))
+    for file in (tmp_path / "hf" / "model" / "params").rglob("d/*"):
+        truncate(file, 0.3)
     truncate(source / "model.safetensors", 0.5)
     for arguments, message in (
         ([f"--source={source}", f"--target={target}"], "truncated"),
+        ([f"--source={source}/model", f"--target={target}"], "damaged or incomplete"),
         (["--source=nobody/nothing-here", f"--target={target}"], "no directory of that name here, and the"),
     ):
         done = run(*arguments)
