@@ -58,15 +58,13 @@ def single_reference_limit(lower_bound: float | None) -> int:
 
 def default_sizes(kernel: str, dtype: Any, features: int, values: int) -> BlockSizes:
     """Rules for shapes that no table lists: the state of one program stays within 32 (forward) or 64 registers a thread."""
-    large = features * values > 64 * 64
+    # More warps do not help: a product that feeds another puts all warps along its 64 rows, where four are enough.
     if jnp.dtype(dtype) == jnp.float32:
-        # float32 tiles are twice as large in shared memory and three products each: small chunks keep them within 227 KB.
-        return BlockSizes(32, min(values, 64), 8 if large else 4, 1, 256)
-    if kernel in ("backward", "segment_dstate"):
-        return BlockSizes(64, values, 8 if large else 4, 1, 256)
-    if kernel in ("prefill", "prefill_state"):
-        return BlockSizes(64, values if features < 256 else 64, 8 if large else 4, 1, 256)
-    return BlockSizes(64, values if features < 256 else 64, 8 if large else 4, 2, 256)
+        # float32 tiles are twice as large in shared memory and take three products each.
+        return BlockSizes(32, min(values, 64 if kernel != "backward" else values), 4, 1, 256)
+    if kernel == "backward":
+        return BlockSizes(64, values, 4, 1, 256)
+    return BlockSizes(64, min(values, 64), 4, 2 if kernel == "forward" else 1, 256)
 
 
 @functools.lru_cache

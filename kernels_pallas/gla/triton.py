@@ -31,14 +31,19 @@ from kernels_pallas.common import EPS, LOG2E, interpret_mode, out_struct
 from kernels_pallas.gla import block_sizes
 from kernels_pallas.gla.block_sizes import BlockSizes, Split
 from kernels_pallas.gla.triton_tiles import (
+    LANES,
     causal,
     centred,
+    column,
     compiler_params,
     dot,
+    dot_exact,
     exp2,
-    feature_blocks,
     f32,
+    feature_blocks,
+    lanes,
     load_rows,
+    ones,
     round_to,
     segment_spec,
     sequence_spec,
@@ -49,7 +54,7 @@ from kernels_pallas.gla.triton_tiles import (
 )
 
 State = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
-"""(S^T [V, K], z [K]) in blocks of features, float32. Values first: then the decay is a row and no product needs a transposed copy."""
+"""(S [K, V], z [K, 8]) in blocks of features, float32. Features are rows: a decay is then two registers a thread, not sixteen."""
 
 PREFIX_SEGMENTS = 8
 """Up to this many segments each program adds up the earlier ones itself (from L2); more go through a ``combine`` launch."""
@@ -82,13 +87,18 @@ def sizes_for(kernel: str, q: Any, v: Any, lower_bound: float | None) -> BlockSi
 
 
 def load_gates(ref: Any, start: Any, chunk: int, limit: int | None, dtype: Any, block: tuple[int, int]) -> jax.Array:
-    """log2 gates, rounded once to the operand type so that every sum of them is exact."""
-    return round_to(load_rows(ref, start, chunk, limit, block).astype(f32) * LOG2E, dtype)
+    """Natural-log gates, rounded once to the operand type so that every sum of them is exact."""
+    return round_to(load_rows(ref, start, chunk, limit, block), dtype)
 
 
-def exponents(lg: jax.Array, matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """b - r [C, K] and r = b_C / 2 [K]."""
-    return dot(matrix, lg), 0.5 * jnp.sum(lg.astype(f32), axis=0)
+def exponents(g: jax.Array, matrix: jax.Array) -> jax.Array:
+    """b - r [C, K] in log2 units."""
+    return dot(matrix, g) * LOG2E
+
+
+def half_total(g: jax.Array) -> jax.Array:
+    """r = b_C / 2 [K, 8] in log2 units: as rows, where the state has its features."""
+    return dot(g, ones(g.shape[0], g.dtype), ta=True) * (0.5 * LOG2E)
 
 
 def chunks_of(split: Split, segment: Any) -> Any:
@@ -100,30 +110,30 @@ def chunks_of(split: Split, segment: Any) -> Any:
 
 def zero_state(values: int, features: int) -> State:
     blocks = feature_blocks(features)
-    return tuple(jnp.zeros((values, n), f32) for _, n in blocks), tuple(jnp.zeros((n,), f32) for _, n in blocks)
+    return tuple(jnp.zeros((n, values), f32) for _, n in blocks), tuple(jnp.zeros((n, LANES), f32) for _, n in blocks)
 
 
-def read_state(S_ref: Any, z_ref: Any, *, values_first: bool) -> State:
-    """A state ([V, K] when ``values_first``, else [K, V]; [K]) as blocks of features."""
+def read_state(S_ref: Any, z_ref: Any) -> State:
+    """A state (refs [K, V] and [K]) as blocks of features."""
     blocks = feature_blocks(z_ref.shape[0])
-    if values_first:
-        S = tuple(S_ref[:, pl.ds(at, n)] for at, n in blocks)
-    else:
-        S = tuple(S_ref[pl.ds(at, n), :].T for at, n in blocks)
-    return S, tuple(z_ref[pl.ds(at, n)] for at, n in blocks)
+    return tuple(S_ref[pl.ds(at, n), :] for at, n in blocks), tuple(lanes(z_ref[pl.ds(at, n)]) for at, n in blocks)
 
 
-def write_state(S_ref: Any, z_ref: Any, state: State, *, values_first: bool, index: Any = None) -> None:
-    """The inverse of read_state; with ``index`` into that entry of refs [n, V, K] and [n, K] (values first only)."""
+def write_state(S_ref: Any, z_ref: Any, state: State, index: Any = None) -> None:
+    """The inverse of read_state; with ``index`` into that entry of refs [n, K, V] and [n, K]."""
+    entry = () if index is None else (index,)
     for (at, n), S, z in zip(feature_blocks(z_ref.shape[-1]), *state, strict=True):
-        if index is not None:
-            S_ref[index, :, pl.ds(at, n)], z_ref[index, pl.ds(at, n)] = round_to(S, S_ref.dtype), z
-            continue
-        if values_first:
-            S_ref[:, pl.ds(at, n)] = round_to(S, S_ref.dtype)
-        else:
-            S_ref[pl.ds(at, n), :] = round_to(S.T, S_ref.dtype)
-        z_ref[pl.ds(at, n)] = z
+        S_ref[(*entry, pl.ds(at, n), slice(None))] = round_to(S, S_ref.dtype)
+        z_ref[(*entry, pl.ds(at, n))] = column(z)
+
+
+def write_totals(L_ref: Any, L: tuple[jax.Array, ...]) -> None:
+    for (at, n), total in zip(feature_blocks(L_ref.shape[0]), L, strict=True):
+        L_ref[pl.ds(at, n)] = column(total)
+
+
+def zero_totals(features: int) -> tuple[jax.Array, ...]:
+    return tuple(jnp.zeros((n, LANES), f32) for _, n in feature_blocks(features))
 
 
 def _prefix(state: State, L_ref, S_ref, z_ref, count) -> State:
@@ -131,33 +141,32 @@ def _prefix(state: State, L_ref, S_ref, z_ref, count) -> State:
     blocks = feature_blocks(L_ref.shape[1])
 
     def step(s, state):
-        S, z = state
-        decay = [exp2(L_ref[s, pl.ds(at, n)]) for at, n in blocks]
-        S = tuple(
-            d[None, :] * x + S_ref[s, :, pl.ds(at, n)] for d, x, (at, n) in zip(decay, S, blocks, strict=True)
-        )
-        return S, tuple(d * x + z_ref[s, pl.ds(at, n)] for d, x, (at, n) in zip(decay, z, blocks, strict=True))
+        e = tuple(lanes(exp2(L_ref[s, pl.ds(at, n)])) for at, n in blocks)
+        S, z = scaled(state, e)
+        S = tuple(x + S_ref[s, pl.ds(at, n), :] for x, (at, n) in zip(S, blocks, strict=True))
+        return S, tuple(x + lanes(z_ref[s, pl.ds(at, n)]) for x, (at, n) in zip(z, blocks, strict=True))
 
     return lax.fori_loop(0, count, step, state)
 
 
 def scaled(state: State, e: tuple[jax.Array, ...]) -> State:
-    """2^r S and 2^r z."""
+    """e S and e z; e [K, 8] per block."""
     S, z = state
-    return tuple(d[None, :] * x for d, x in zip(e, S, strict=True)), tuple(d * x for d, x in zip(e, z, strict=True))
+    return (
+        tuple(column(d)[:, None] * x for d, x in zip(e, S, strict=True)),
+        tuple(d * x for d, x in zip(e, z, strict=True)),
+    )
 
 
 def add_chunk(state: State, k: tuple[jax.Array, ...], v: jax.Array, e: tuple[jax.Array, ...]) -> State:
-    """The state after a chunk from the scaled state before it: e (S~ + v^T k^), e (z~ + sum_j k^)."""
+    """The state after a chunk from the scaled state before it: e (S~ + k^T v), e (z~ + sum_j k^)."""
     S, z = state
-    S = tuple(d[None, :] * (x + dot(v, y, ta=True)) for d, x, y in zip(e, S, k, strict=True))
-    z = tuple(d * (x + jnp.sum(y.astype(f32), axis=0)) for d, x, y in zip(e, z, k, strict=True))
-    return S, z
+    S = tuple(x + dot(y, v, ta=True) for x, y in zip(S, k, strict=True))
+    z = tuple(x + dot(y, ones(y.shape[0], y.dtype), ta=True) for x, y in zip(z, k, strict=True))
+    return scaled((S, z), e)
 
 
-def _segment_state_kernel(
-    k_ref, v_ref, g_ref, *refs, split: Split, dtype: Any, per_chunk: bool
-):
+def _segment_state_kernel(k_ref, v_ref, g_ref, *refs, split: Split, dtype: Any, per_chunk: bool):
     """P1: summary of a segment. With ``per_chunk`` (the backward pass) the scaled state before every chunk, from a given state."""
     segment = pl.program_id(2)
     chunk, limit = split.chunk, split.length if split.ragged else None
@@ -176,30 +185,29 @@ def _segment_state_kernel(
         ks, es, Ls = [], [], []
         for block, before in zip(blocks, L, strict=True):
             k = load_rows(k_ref, start, chunk, limit, block)
-            x, r = exponents(load_gates(g_ref, start, chunk, limit, dtype, block), matrix)
-            ks.append(round_to(k.astype(f32) * exp2(-x), dtype))
+            g = load_gates(g_ref, start, chunk, limit, dtype, block)
+            r = half_total(g)
+            ks.append(round_to(k.astype(f32) * exp2(-exponents(g, matrix)), dtype))
             es.append(exp2(r))
             Ls.append(before + 2.0 * r)
         state = scaled(state, tuple(es))
         if per_chunk:
-            write_state(S_ref, z_ref, state, values_first=True, index=index)
+            write_state(S_ref, z_ref, state, index)
         return add_chunk(state, tuple(ks), v, tuple(es)), tuple(Ls)
 
-    values, features = S_ref.shape[-2:]
-    state = read_state(*given, values_first=True) if given else zero_state(values, features)
-    zeros = tuple(jnp.zeros((n,), f32) for _, n in blocks)
-    state, L = lax.fori_loop(0, chunks_of(split, segment), step, (state, zeros))
+    features, values = S_ref.shape[-2:]
+    state = read_state(*given) if given else zero_state(values, features)
+    state, L = lax.fori_loop(0, chunks_of(split, segment), step, (state, zero_totals(features)))
     if not per_chunk:
-        write_state(S_ref, z_ref, state, values_first=True)
-        for (at, n), total in zip(blocks, L, strict=True):
-            L_ref[pl.ds(at, n)] = total
+        write_state(S_ref, z_ref, state)
+        write_totals(L_ref, L)
 
 
 def _combine_kernel(L_ref, Sl_ref, zl_ref, *rest, segments: int, reverse: bool, initial: bool):
     """Exclusive prefix (suffix when reverse) of the segment summaries; ``initial`` is the state before the first one."""
     *before, S_ref, z_ref = rest
     if initial:
-        S, z = before[0][:, :].T, before[1][:]
+        S, z = before[0][:, :], before[1][:]
     else:
         S, z = jnp.zeros(Sl_ref.shape[1:], f32), jnp.zeros(zl_ref.shape[1:], f32)
 
@@ -208,7 +216,7 @@ def _combine_kernel(L_ref, Sl_ref, zl_ref, *rest, segments: int, reverse: bool, 
         s = segments - 1 - i if reverse else i
         S_ref[s, :, :], z_ref[s, :] = S, z
         decay = exp2(L_ref[s, :])
-        return decay[None, :] * S + Sl_ref[s, :, :], decay * z + zl_ref[s, :]
+        return decay[:, None] * S + Sl_ref[s, :, :], decay * z + zl_ref[s, :]
 
     lax.fori_loop(0, segments, step, (S, z))
 
@@ -228,7 +236,7 @@ def _segment_out_kernel(*refs, split: Split, normalize: bool, states: str, initi
     matrix, mask = centred(chunk, dtype), causal(chunk)
     features, values = S_ref.shape
     blocks = feature_blocks(features)
-    state = zero_state(values, features) if given is None else read_state(*given, values_first=states == "given")
+    state = zero_state(values, features) if given is None else read_state(*given)
     if summaries is not None:
         state = _prefix(state, *summaries, segment)
 
@@ -236,12 +244,13 @@ def _segment_out_kernel(*refs, split: Split, normalize: bool, states: str, initi
         start = (segment * split.per_segment + i) * chunk
         qs, ks, es = [], [], []
         for block in blocks:
-            x, r = exponents(load_gates(g_ref, start, chunk, limit, dtype, block), matrix)
+            g = load_gates(g_ref, start, chunk, limit, dtype, block)
+            x = exponents(g, matrix)
             q = load_rows(q_ref, start, chunk, limit, block)
             k = load_rows(k_ref, start, chunk, limit, block)
             qs.append(round_to(q.astype(f32) * exp2(x), dtype))
             ks.append(round_to(k.astype(f32) * exp2(-x), dtype))
-            es.append(exp2(r))
+            es.append(exp2(half_total(g)))
         v = load_rows(v_ref, start, chunk, limit)
         o, den, state = chunk_step(tuple(qs), tuple(ks), v, tuple(es), state, mask, normalize)
         store_rows(o_ref, start, o, limit)
@@ -253,7 +262,7 @@ def _segment_out_kernel(*refs, split: Split, normalize: bool, states: str, initi
 
     @pl.when(segment == split.segments - 1)
     def _():
-        write_state(S_ref, z_ref, state, values_first=False)
+        write_state(S_ref, z_ref, state)
 
 
 def scores(q: tuple[jax.Array, ...], k: tuple[jax.Array, ...], mask: jax.Array) -> jax.Array:
@@ -263,11 +272,11 @@ def scores(q: tuple[jax.Array, ...], k: tuple[jax.Array, ...], mask: jax.Array) 
 
 
 def denominator(A: jax.Array, q: tuple[jax.Array, ...], z: tuple[jax.Array, ...]) -> jax.Array:
-    """sum_j A + q^ z~ + eps of the rounded A and q^."""
-    den = jnp.sum(A.astype(f32), axis=1) + EPS
+    """sum_j A + q^ z~ + eps [C] of the rounded A and q^; z~ [K, 8] per block."""
+    den = dot(A, ones(A.shape[1], A.dtype))
     for x, y in zip(q, z, strict=True):
-        den += jnp.sum(x.astype(f32) * y[None, :], axis=1)
-    return den
+        den += dot_exact(x, y)
+    return column(den) + EPS
 
 
 def chunk_step(q, k, v, e, state: State, mask, normalize: bool):
@@ -277,7 +286,7 @@ def chunk_step(q, k, v, e, state: State, mask, normalize: bool):
     A = scores(q, k, mask)
     o = dot(A, v)
     for x, S in zip(q, state[0], strict=True):
-        o += dot(x, round_to(S, dtype), tb=True)
+        o += dot(x, round_to(S, dtype))
     den = None
     if normalize:
         den = denominator(A, q, state[1])
@@ -286,13 +295,13 @@ def chunk_step(q, k, v, e, state: State, mask, normalize: bool):
 
 
 def segment_states(k, v, log_g, heads: int, split: Split, sizes: BlockSizes):
-    """L, S, z of every segment: [B, H, n, K], [B, H, n, V, K], [B, H, n, K] float32, L in log2 units.
+    """L, S, z of every segment: [B, H, n, K], [B, H, n, K, V], [B, H, n, K] float32, L in log2 units.
 
     The last segment's entry is left unwritten: nothing that is used depends on it.
     """
     batch, _, _, features = k.shape
     values, count = v.shape[-1], split.segments
-    vectors, matrices = (batch, heads, count, features), (batch, heads, count, values, features)
+    vectors, matrices = (batch, heads, count, features), (batch, heads, count, features, values)
     width = sizes.block_v
     return pl.pallas_call(
         functools.partial(_segment_state_kernel, split=split, dtype=k.dtype, per_chunk=False),
@@ -307,15 +316,15 @@ def segment_states(k, v, log_g, heads: int, split: Split, sizes: BlockSizes):
 
 
 def combine(L, S, z, initial, *, reverse: bool = False):
-    """State before every segment [B, H, n, V, K], [B, H, n, K] (after every segment when ``reverse``) from the summaries.
+    """State before every segment [B, H, n, K, V], [B, H, n, K] (after every segment when ``reverse``) from the summaries.
 
     The last (first when ``reverse``) summary is read but does not enter the result: it may be anything.
     """
-    batch, heads, count, values, _ = S.shape
+    batch, heads, _, _, values = S.shape
     width = min(32, values)
     initial_specs = [] if initial is None else [state_spec(initial[0].shape, width), state_spec(initial[1].shape)]
     return pl.pallas_call(
-        functools.partial(_combine_kernel, segments=count, reverse=reverse, initial=initial is not None),
+        functools.partial(_combine_kernel, segments=S.shape[2], reverse=reverse, initial=initial is not None),
         grid=(heads, values // width, 1, batch),
         in_specs=[sequence_spec(L.shape), sequence_spec(S.shape, width), sequence_spec(z.shape), *initial_specs],
         out_specs=[sequence_spec(S.shape, width), sequence_spec(z.shape)],

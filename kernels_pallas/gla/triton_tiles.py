@@ -43,7 +43,11 @@ def exp2(x: jax.Array) -> jax.Array:
     from jax.experimental.pallas import triton as plgpu
 
     (y,) = plgpu.elementwise_inline_asm(
-        "ex2.approx.ftz.f32 $0, $1;", args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, f32)]
+        "ex2.approx.ftz.f32 $0, $1;",
+        args=[x],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, f32)],
     )
     return y
 
@@ -121,6 +125,33 @@ def store_vector(ref: Any, start: Any, value: jax.Array, limit: int | None) -> N
     plgpu.store(ref.at[pl.ds(start, rows)], value, mask=start + lax.iota(jnp.int32, rows) < limit)
 
 
+LANES = 8
+"""Columns of the narrow tiles that replace reductions: the narrowest product of the tensor cores."""
+
+
+def lanes(x: jax.Array) -> jax.Array:
+    """[n] as [n, 8], the same value in every column."""
+    return jnp.broadcast_to(x[:, None], (x.shape[0], LANES))
+
+
+def column(x: jax.Array) -> jax.Array:
+    """The inverse of lanes."""
+    return jnp.max(x, axis=1)
+
+
+def ones(rows: int, dtype: Any) -> jax.Array:
+    """[rows, 8]: ``x @ ones`` sums the rows of x on the tensor cores, where a reduction would take a shuffle per element and step."""
+    return jnp.ones((rows, LANES), dtype)
+
+
+def dot_exact(a: jax.Array, x: jax.Array, *, ta: bool = False) -> jax.Array:
+    """a @ x (or a.T @ x) for float32 x: bfloat16 a meets x as two bfloat16 parts (2^-17)."""
+    if a.dtype == f32:
+        return dot(a, x, ta=ta)
+    high = round_to(x, a.dtype)
+    return dot(a, round_to(x - high.astype(f32), a.dtype), ta=ta) + dot(a, high, ta=ta)
+
+
 def round_to(x: jax.Array, dtype: Any) -> jax.Array:
     """float32 ``x`` in ``dtype``, to nearest even.
 
@@ -159,17 +190,17 @@ def _over(h: Any, group: int) -> Any:
 
 
 def segment_spec(shape: tuple[int, ...], width: int | None = None) -> pl.BlockSpec:
-    """The entry of this program's segment in [B, H, n, V, K] (``width`` rows of V) or [B, H, n, K]."""
+    """The entry of this program's segment in [B, H, n, K, V] (``width`` columns of V) or [B, H, n, K]."""
     if len(shape) == 4:
         return pl.BlockSpec((None, None, None, shape[3]), lambda h, c, s, b: (b, h, s, 0))
-    return pl.BlockSpec((None, None, None, width or shape[3], shape[4]), lambda h, c, s, b: (b, h, s, c, 0))
+    return pl.BlockSpec((None, None, None, shape[3], width or shape[4]), lambda h, c, s, b: (b, h, s, 0, c))
 
 
 def sequence_spec(shape: tuple[int, ...], width: int | None = None) -> pl.BlockSpec:
-    """All n entries of this program's head in [B, H, n, V, K] (``width`` rows of V) or [B, H, n, K]."""
+    """All n entries of this program's head in [B, H, n, K, V] (``width`` columns of V) or [B, H, n, K]."""
     if len(shape) == 4:
         return pl.BlockSpec((None, None, shape[2], shape[3]), lambda h, c, s, b: (b, h, 0, 0))
-    return pl.BlockSpec((None, None, shape[2], width or shape[3], shape[4]), lambda h, c, s, b: (b, h, 0, c, 0))
+    return pl.BlockSpec((None, None, shape[2], shape[3], width or shape[4]), lambda h, c, s, b: (b, h, 0, 0, c))
 
 
 def state_spec(shape: tuple[int, ...], width: int | None = None) -> pl.BlockSpec:

@@ -33,29 +33,33 @@ from kernels_pallas.common import interpret_mode, out_struct
 from kernels_pallas.gla import block_sizes
 from kernels_pallas.gla.block_sizes import BlockSizes, Split
 from kernels_pallas.gla.triton import (
-    State,
     _segment_state_kernel,
     chunks_of,
     combine,
     denominator,
     exponents,
+    half_total,
     load_gates,
     plan_forward,
     read_state,
     scaled,
     scores,
     write_state,
+    write_totals,
     zero_state,
+    zero_totals,
 )
 from kernels_pallas.gla.triton_tiles import (
     causal,
     centred,
     compiler_params,
     dot,
+    dot_exact,
     exp2,
     f32,
     feature_blocks,
     iota,
+    lanes,
     load_rows,
     load_vector,
     round_to,
@@ -67,11 +71,11 @@ from kernels_pallas.gla.triton_tiles import (
 )
 
 
-def _dstates_kernel(*refs, split: Split, normalize: bool, per_chunk: bool, given: str):
+def _dstates_kernel(*refs, split: Split, normalize: bool, per_chunk: bool, given: bool):
     """Reverse sweep of one segment. ``per_chunk``: writes every dS~, dz~, and the cotangent of the sequence's initial state."""
     refs = iter(refs)
     q_ref, g_ref, do_ref = (next(refs) for _ in range(3))
-    o_ref, den_ref = (next(refs), next(refs)) if normalize else (None, None)
+    den_ref, delta_ref = (next(refs), next(refs)) if normalize else (None, None)
     final = tuple(next(refs) for _ in range(2)) if given else None
     L_ref = None if per_chunk else next(refs)
     S_ref, z_ref = next(refs), next(refs)
@@ -88,53 +92,38 @@ def _dstates_kernel(*refs, split: Split, normalize: bool, per_chunk: bool, given
         state, L = carry
         index = segment * split.per_segment + count - 1 - i
         start = index * chunk
-        do = load_rows(do_ref, start, chunk, limit)
-        inverse = delta = None
+        dn = load_rows(do_ref, start, chunk, limit)
         if normalize:
+            delta = lanes(load_vector(delta_ref, start, chunk, limit))
             inverse = 1.0 / load_vector(den_ref, start, chunk, limit)
-            o = load_rows(o_ref, start, chunk, limit)
-            delta = -jnp.sum(do.astype(f32) * o.astype(f32), axis=1) * inverse
-        es, Ls, dS, dz = [], [], [], []
-        qs = []
+            dn = round_to(dn.astype(f32) * inverse[:, None], dtype)
+        qs, es, Ls = [], [], []
         for block, before in zip(blocks, L, strict=True):
             q = load_rows(q_ref, start, chunk, limit, block)
-            x, r = exponents(load_gates(g_ref, start, chunk, limit, dtype, block), matrix)
-            qs.append(q.astype(f32) * exp2(x))
+            g = load_gates(g_ref, start, chunk, limit, dtype, block)
+            r = half_total(g)
+            qs.append(round_to(q.astype(f32) * exp2(exponents(g, matrix)), dtype))
             es.append(exp2(r))
             Ls.append(before + 2.0 * r)
         S, z = scaled(state, tuple(es))
         if per_chunk:
-            write_state(S_ref, z_ref, (S, z), values_first=True, index=index)
-        for q, e, a, b in zip(qs, es, S, z, strict=True):
-            if normalize:
-                b += jnp.sum(q * delta[:, None], axis=0)
-                # The division by den goes to q^: do stays a plain operand that needs no copy to be transposed.
-                q = q * inverse[:, None]
-            dS.append(e[None, :] * (a + dot(do, round_to(q, dtype), ta=True)))
-            dz.append(e * b)
-        return (tuple(dS), tuple(dz)), tuple(Ls)
+            write_state(S_ref, z_ref, (S, z), index)
+        S = tuple(x + dot(q, dn, ta=True) for x, q in zip(S, qs, strict=True))
+        if normalize:
+            z = tuple(x + dot_exact(q, delta, ta=True) for x, q in zip(z, qs, strict=True))
+        return scaled((S, z), tuple(es)), tuple(Ls)
 
-    values, features = S_ref.shape[-2:]
-    state = read_state(*final, values_first=given == "segment") if given else zero_state(values, features)
-    zeros = tuple(jnp.zeros((n,), f32) for _, n in blocks)
-    state, L = lax.fori_loop(0, count, step, (state, zeros))
+    features, values = S_ref.shape[-2:]
+    state = read_state(*final) if final is not None else zero_state(values, features)
+    state, L = lax.fori_loop(0, count, step, (state, zero_totals(features)))
     if not per_chunk:
-        write_state(S_ref, z_ref, state, values_first=True)
-        for (at, n), total in zip(blocks, L, strict=True):
-            L_ref[pl.ds(at, n)] = total
+        write_state(S_ref, z_ref, state)
+        write_totals(L_ref, L)
         return
 
     @pl.when(segment == 0)
     def _():
-        write_state(*first, state, values_first=False)
-
-
-def _reverse_sum(upper: jax.Array, w: jax.Array) -> jax.Array:
-    """upper @ w with a 0/1 matrix; float32 w as two bfloat16 parts (2^-17)."""
-    if upper.dtype == f32:
-        return dot(upper, w)
-    high = round_to(w, upper.dtype)
-    return dot(upper, high) + dot(upper, round_to(w - high.astype(f32), upper.dtype))
+        write_state(*first, state)
 
 
 def _chunk_vjp_kernel(*refs, split: Split, normalize: bool):
@@ -149,7 +138,7 @@ def _chunk_vjp_kernel(*refs, split: Split, normalize: bool):
     do = load_rows(do_ref, start, chunk, limit)
     xs, qs, ks = [], [], []
     for block in blocks:
-        x, _ = exponents(load_gates(g_ref, start, chunk, limit, dtype, block), matrix)
+        x = exponents(load_gates(g_ref, start, chunk, limit, dtype, block), matrix)
         q = load_rows(q_ref, start, chunk, limit, block)
         k = load_rows(k_ref, start, chunk, limit, block)
         xs.append(x)
@@ -159,10 +148,10 @@ def _chunk_vjp_kernel(*refs, split: Split, normalize: bool):
     z = tuple(z_ref[pl.ds(at, n)] for at, n in blocks)
     dn = do
     if normalize:
-        inverse = 1.0 / denominator(A, tuple(qs), z)
+        inverse = 1.0 / denominator(A, tuple(qs), tuple(lanes(x) for x in z))
         dn = round_to(do.astype(f32) * inverse[:, None], dtype)
     P = dot(dn, v, tb=True)
-    R = [dot(dn, S_ref[:, pl.ds(at, n)]) for at, n in blocks]
+    R = [dot(dn, S_ref[pl.ds(at, n), :], tb=True) for at, n in blocks]
     if normalize:
         total = jnp.sum(A.astype(f32) * P, axis=1)
         for q, r in zip(qs, R, strict=True):
@@ -170,39 +159,40 @@ def _chunk_vjp_kernel(*refs, split: Split, normalize: bool):
         delta = -total * inverse
         P += delta[:, None]
     dA = round_to(jnp.where(mask, P, 0.0), dtype)
+    # One output after the other, each stored at once: few tiles live at a time.
     dv = dot(A, dn, ta=True)
+    for (at, n), k_hat in zip(blocks, ks, strict=True):
+        dv += dot(k_hat, dS_ref[pl.ds(at, n), :])
+    store_rows(dv_ref, start, dv, limit)
 
     upper = (iota((chunk, chunk), 0) <= iota((chunk, chunk), 1)).astype(dtype)
     before = (iota((chunk, chunk), 0) > iota((chunk, chunk), 1)).astype(dtype)
     for block, x, q_hat, k_hat, r, z_hat in zip(blocks, xs, qs, ks, R, z, strict=True):
         at, n = block
-        dS, dz = dS_ref[:, pl.ds(at, n)], dz_ref[pl.ds(at, n)]
-        S = S_ref[:, pl.ds(at, n)]
-        dv += dot(k_hat, dS, tb=True)
-        grow, shrink = exp2(x), exp2(-x)
         r += dot(dA, k_hat)
         if normalize:
             r += delta[:, None] * z_hat[None, :]
-        dq = grow * r
-        local = shrink * dot(dA, q_hat, ta=True)
-        later = shrink * (dot(v, dS) + dz[None, :])
+        dq = exp2(x) * r
         store_rows(dq_ref, start, dq, limit, block)
-        store_rows(dk_ref, start, local + later, limit, block)
-        q = load_rows(q_ref, start, chunk, limit, block).astype(f32)
+        w = load_rows(q_ref, start, chunk, limit, block).astype(f32) * dq
+        shrink = exp2(-x)
         k = load_rows(k_ref, start, chunk, limit, block).astype(f32)
-        anchor = jnp.sum(S.astype(f32) * dS.astype(f32), axis=0) + z_hat * dz
-        dg = _reverse_sum(upper, q * dq - k * local) + _reverse_sum(before, k * later) + anchor[None, :]
-        store_rows(dg_ref, start, dg, limit, block)
-    store_rows(dv_ref, start, dv, limit)
+        S, dS, dz = S_ref[pl.ds(at, n), :], dS_ref[pl.ds(at, n), :], dz_ref[pl.ds(at, n)]
+        local = shrink * dot(dA, q_hat, ta=True)
+        dg = dot_exact(upper, w - k * local)
+        later = shrink * (dot(v, dS, tb=True) + dz[None, :])
+        store_rows(dk_ref, start, local + later, limit, block)
+        anchor = jnp.sum(S.astype(f32) * dS.astype(f32), axis=1) + z_hat * dz
+        store_rows(dg_ref, start, dg + dot_exact(before, k * later) + anchor[None, :], limit, block)
 
 
 def _chunk_shapes(q, v, split: Split) -> tuple[tuple[int, ...], tuple[int, ...]]:
     batch, _, heads, features = q.shape
-    return (batch, heads, split.count, v.shape[-1], features), (batch, heads, split.count, features)
+    return (batch, heads, split.count, features, v.shape[-1]), (batch, heads, split.count, features)
 
 
 def _states(k, v, log_g, given, heads: int, split: Split, sizes: BlockSizes, shapes):
-    """B0: S~ [B, H, n, V, K] in k's dtype and z~ [B, H, n, K] float32 before every chunk; ``given`` (S^T, z) before every segment."""
+    """B0: S~ [B, H, n, K, V] in k's dtype and z~ [B, H, n, K] float32 before every chunk; ``given`` (S, z) before every segment."""
     batch, values, width = k.shape[0], v.shape[-1], sizes.block_v
     inputs, specs = [k, v, log_g], [token_spec(k, heads), token_spec(v, heads, width), token_spec(log_g, heads)]
     if given is not None:
@@ -220,37 +210,38 @@ def _states(k, v, log_g, given, heads: int, split: Split, sizes: BlockSizes, sha
     )(*inputs)
 
 
-def _dstates(q, log_g, do, o, den, final, split: Split, sizes: BlockSizes, shapes, normalize: bool, per_chunk: bool):
+def _dstates(
+    q, log_g, do, den, delta, final, split: Split, sizes: BlockSizes, shapes, normalize: bool, per_chunk: bool
+):
     """The reverse sweep. per_chunk: (dS~, dz~ after every chunk, dS0, dz0); else (L, dS, dz) of every segment but the first."""
     batch, _, heads, features = q.shape
-    values = do.shape[-1]
-    # delta sums over all of V, so columns are not split over programs here.
-    inputs, specs = [q, log_g, do], [token_spec(q, heads), token_spec(log_g, heads), token_spec(do, heads)]
+    values, width = do.shape[-1], sizes.block_v
+    inputs, specs = [q, log_g, do], [token_spec(q, heads), token_spec(log_g, heads), token_spec(do, heads, width)]
     if normalize:
-        inputs += [o, den]
-        specs += [token_spec(o, heads), pl.BlockSpec((None, q.shape[1], None), lambda h, c, s, b: (b, 0, h))]
-    given = ""
-    if final is not None:
+        inputs += [den, delta]
+        specs += [pl.BlockSpec((None, q.shape[1], None), lambda h, c, s, b: (b, 0, h))] * 2
+    given = final is not None
+    if given:
         inputs += list(final)
-        given = "segment" if final[0].ndim == 5 else "sequence"
         spec = segment_spec if final[0].ndim == 5 else state_spec
-        specs += [spec(final[0].shape), spec(final[1].shape)]
+        specs += [spec(final[0].shape, width), spec(final[1].shape)]
     if per_chunk:
         initial = ((batch, heads, features, values), (batch, heads, features))
-        out_specs = [sequence_spec(shapes[0]), sequence_spec(shapes[1]), *(state_spec(s) for s in initial)]
+        out_specs = [sequence_spec(shapes[0], width), sequence_spec(shapes[1])]
+        out_specs += [state_spec(initial[0], width), state_spec(initial[1])]
         out_shape = [out_struct(shapes[0], q.dtype, *inputs), out_struct(shapes[1], f32, *inputs)]
         out_shape += [out_struct(s, f32, *inputs) for s in initial]
         programs = split.segments
     else:
-        vectors, matrices = (batch, heads, split.segments, features), (batch, heads, split.segments, values, features)
+        vectors, matrices = (batch, heads, split.segments, features), (batch, heads, split.segments, features, values)
         later = pl.BlockSpec((None, None, None, features), lambda h, c, s, b: (b, h, s + 1, 0))
-        matrix = pl.BlockSpec((None, None, None, values, features), lambda h, c, s, b: (b, h, s + 1, 0, 0))
+        matrix = pl.BlockSpec((None, None, None, features, width), lambda h, c, s, b: (b, h, s + 1, 0, c))
         out_specs = [later, matrix, later]
         out_shape = [out_struct(s, f32, *inputs) for s in (vectors, matrices, vectors)]
         programs = split.segments - 1
     return pl.pallas_call(
         functools.partial(_dstates_kernel, split=split, normalize=normalize, per_chunk=per_chunk, given=given),
-        grid=(heads, 1, programs, batch),
+        grid=(heads, values // width, programs, batch),
         in_specs=specs,
         out_specs=out_specs,
         out_shape=out_shape,
@@ -307,17 +298,18 @@ def backward(residuals, do, dstate, *, normalize: bool, lower_bound: float | Non
 
     given = segment_state
     if given is None and initial_state is not None:
-        given = (jnp.swapaxes(initial_state[0], 2, 3)[:, :, None], initial_state[1][:, :, None])
+        given = (initial_state[0][:, :, None], initial_state[1][:, :, None])
     states = _states(k, v, log_g, given, heads, split, sizes("states"), shapes)
 
+    # From the stored o: it only reaches other chunks. Where dA is formed, delta is recomputed from what is there (see chunk_vjp).
+    delta = -jnp.sum(do.astype(f32) * o.astype(f32), axis=-1) / den if normalize else None
     final: Any = dstate
-    sweep = functools.partial(_dstates, q, log_g, do, o, den, split=split, sizes=sizes("segment_dstate"), shapes=shapes)
+    own, rest = sizes("segment_dstate"), dict(split=split, shapes=shapes, normalize=normalize)
+    sweep = functools.partial(_dstates, q, log_g, do, den, delta, sizes=own, **rest)
     if split.segments > 1:
-        final = combine(*sweep(None, normalize=normalize, per_chunk=False), dstate, reverse=True)
-    dS, dz, dS0, dz0 = sweep(final, normalize=normalize, per_chunk=True)
-    dq, dk, dv, dlog_g = _chunk_vjp(
-        q, k, v, log_g, do, states, (dS, dz), split, sizes("backward"), normalize
-    )
+        final = combine(*sweep(None, per_chunk=False), dstate, reverse=True)
+    dS, dz, dS0, dz0 = sweep(final, per_chunk=True)
+    dq, dk, dv, dlog_g = _chunk_vjp(q, k, v, log_g, do, states, (dS, dz), split, sizes("backward"), normalize)
     dv = _group_sum(dv, v.shape[2], v.dtype)
     dlog_g = _group_sum(dlog_g, log_g.shape[2], log_g.dtype)
     return dq, dk, dv, dlog_g, (dS0, dz0) if initial_state is not None else (None, None)
