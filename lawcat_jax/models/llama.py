@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,125 +17,17 @@ from lawcat_jax.errors import UserError
 from lawcat_jax.models import cache as caching
 from lawcat_jax.models import transfer
 from lawcat_jax.models.attention import softmax_attention
+from lawcat_jax.models.blocks import DecoderLayer, Embed, Segment, Stacked, rematerialized, split_segments
 from lawcat_jax.models.lawcat import LawcatMixer
-from lawcat_jax.models.layers import Context, Linear, RMSNorm, Stack, SwiGLU, normal, static_config
+from lawcat_jax.models.layers import Context, Linear, RMSNorm, static_config
 from lawcat_jax.models.lolcats import LolcatsMixer
-from lawcat_jax.models.lora import Lora, projection_sizes
+from lawcat_jax.models.lora import Lora
 from lawcat_jax.models.rope import rope_table, rotate
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
 MIXERS = {"lawcat": LawcatMixer, "lolcats": LolcatsMixer}
-REMAT = ("none", "layer", "dots")
-
-
-class Segment(NamedTuple):
-    """Consecutive layers start .. stop - 1 of one kind, the first being number ``first`` of its kind."""
-
-    linear: bool
-    start: int
-    stop: int
-    first: int
-
-    @property
-    def mixers(self) -> slice:
-        """Where this segment's mixers, adapters and states lie in their stacks."""
-        return slice(self.first, self.first + self.stop - self.start)
-
-
-def split_segments(num_layers: int, softmax_layers: tuple[int, ...]) -> list[Segment]:
-    """Maximal runs of softmax or linearised layers, in order."""
-    segments: list[Segment] = []
-    counts = {True: 0, False: 0}
-    for layer in range(num_layers):
-        linear = layer not in softmax_layers
-        if segments and segments[-1].linear == linear:
-            segments[-1] = segments[-1]._replace(stop=layer + 1)
-        else:
-            segments.append(Segment(linear, layer, layer + 1, counts[linear]))
-        counts[linear] += 1
-    return segments
-
-
-class Attention(nnx.Module):
-    """The pretrained projections of one layer, with an optional adapter added to each."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Stack, dtype):
-        self.config = static_config(config)
-        for name, (inputs, outputs) in projection_sizes(config).items():
-            setattr(self, name, Linear(inputs, outputs, rngs=rngs, stack=stack, dtype=dtype))
-
-    def _apply(self, name: str, x, adapter: Lora | None, dropout_key):
-        y = getattr(self, name)(x)
-        return y if adapter is None else y + adapter.delta(name, x, dropout_key)
-
-    def qkv(self, x: Float[Array, "B T D"], adapter: Lora | None = None, dropout_key: jax.Array | None = None):
-        """q [B, T, H, d], k and v [B, T, Hkv, d], before any rotation."""
-        heads = {
-            "q_proj": self.config.num_heads,
-            "k_proj": self.config.num_kv_heads,
-            "v_proj": self.config.num_kv_heads,
-        }
-        return tuple(
-            self._apply(name, x, adapter, dropout_key).reshape(*x.shape[:2], count, self.config.head_dim)
-            for name, count in heads.items()
-        )
-
-    def output(self, o: Float[Array, "B T H d"], adapter: Lora | None = None, dropout_key: jax.Array | None = None):
-        """Concatenated heads through Wo."""
-        return self._apply("o_proj", o.reshape(*o.shape[:2], -1), adapter, dropout_key)
-
-
-class DecoderLayer(nnx.Module):
-    """Pre-norm attention and SwiGLU; the mixer is handed in by the decoder."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Stack, dtype):
-        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, stack=stack, dtype=dtype)
-        self.attention = Attention(config, rngs=rngs, stack=stack, dtype=dtype)
-        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, stack=stack, dtype=dtype)
-        self.mlp = SwiGLU(config.hidden_size, config.mlp_size, rngs=rngs, stack=stack, dtype=dtype)
-
-    def __call__(self, x, mix: Callable, adapter: Lora | None = None, dropout_key: jax.Array | None = None):
-        """(next hidden state, what ``mix(h, q, k, v) -> (o, extra)`` returned beside its output)."""
-        h = self.input_norm(x)
-        o, extra = mix(h, *self.attention.qkv(h, adapter, dropout_key))
-        x = x + self.attention.output(o.astype(x.dtype), adapter, dropout_key)
-        return x + self.mlp(self.post_attention_norm(x)), extra
-
-
-class Embed(nnx.Module):
-    """Token embedding [V, D]; also the output head of a model with tied embeddings."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype):
-        self.embedding = nnx.Param(normal(0.02)(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
-
-
-def _remat(function: Callable, remat: str) -> Callable:
-    if remat == "none":
-        return function
-    if remat == "layer":
-        return jax.checkpoint(function)
-    if remat == "dots":
-        return jax.checkpoint(function, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    raise UserError(f"remat: {remat!r} is not one of {', '.join(REMAT)}")
-
-
-class Stacked:
-    """The stacked parameters of a module, cut to some layers, and the way back from one layer's slice to the module."""
-
-    def __init__(self, module: nnx.Module | None, start: int = 0, stop: int | None = None):
-        if module is None:
-            self.graphdef, self.params = None, None
-            return
-        self.graphdef, params = nnx.split(module)
-        whole = stop is None or (start == 0 and stop == jax.tree.leaves(params)[0].shape[0])
-        # A slice of stacked weights is a copy; a model whose layers are all of one kind needs none.
-        self.params = params if whole else jax.tree.map(lambda leaf: leaf[start:stop], params)
-
-    def layer(self, params: Any) -> Any:
-        """The module of one layer."""
-        return None if self.graphdef is None else nnx.merge(self.graphdef, params)
 
 
 class Decoder(nnx.Module):
@@ -305,7 +197,7 @@ class Decoder(nnx.Module):
             return (x, keys, values), None
 
         if cache is None:
-            x, _ = jax.lax.scan(_remat(forward, remat), x, layers.params)
+            x, _ = jax.lax.scan(rematerialized(forward, remat), x, layers.params)
             return x, None
         # In the carry, the buffer is updated in place; as scanned input and output it would be copied at every token.
         indices = jnp.arange(segment.first, segment.first + segment.stop - segment.start)
@@ -349,7 +241,7 @@ class Decoder(nnx.Module):
 
         indices = jnp.arange(segment.start, segment.stop)
         xs = (layers.params, mixers.params, adapters.params, indices, states)
-        return jax.lax.scan(_remat(body, remat), x, xs)
+        return jax.lax.scan(rematerialized(body, remat), x, xs)
 
     # What the stages look at
 
@@ -423,6 +315,10 @@ def _check(config: ModelConfig, attention: AttentionConfig | None, lora: LoraCon
     problems = model_problems(config)
     if attention is not None:
         problems += attention_problems(attention, "attention")
+        if attention.kind == "lolcats" and attention.window_size == 0:
+            problems.append("attention.window_size: lolcats needs a window of at least 1 token (64 in the paper)")
+        if attention.kind == "lawcat" and attention.window_size and not attention.normalize:
+            problems.append("attention.normalize: a window shares the denominator; turn it on, or set window_size=0")
         problems += [
             f"attention.softmax_layers: layer {layer} does not exist, the model has layers 0 to {config.num_layers - 1}"
             for layer in attention.softmax_layers

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+
 from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig, ModelConfig
 
@@ -24,21 +25,23 @@ def tokens(batch=2, length=9, seed=0, vocab=40):
     return np.random.default_rng(seed).integers(0, vocab, (batch, length)).astype(np.int32)
 
 
-def noisy(params, seed=0, scale=0.3, only=None):
-    """Perturb parameters, so that nothing sits at a special initial value (identity maps, zero adapters)."""
-    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
+def drawn(shapes, seed=0, scale=0.3):
+    """Random parameters of these shapes (around 1 for norms): nothing at a special initial value, and nothing to
+    compile.
+    """
     generator = np.random.default_rng(seed)
-    leaves = []
-    for path, leaf in paths:
-        touched = only is None or path[0].key in only
-        leaves.append(leaf + scale * generator.standard_normal(leaf.shape).astype(np.float32) if touched else leaf)
-    return jax.tree.unflatten(treedef, leaves)
+
+    def draw(path, shape):
+        center = 1.0 if path[-1].key == "scale" else 0.0
+        return (center + scale * generator.standard_normal(shape.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def build(config=TINY, attention=None, lora=None, seed=0):
-    """(graphdef, params) with everything perturbed."""
-    graphdef, _ = models.abstract(config, attention, lora)
-    return graphdef, noisy(models.init_params(config, attention, lora, seed=seed), seed)
+    """(graphdef, random params)."""
+    graphdef, shapes = models.abstract(config, attention, lora)
+    return graphdef, drawn(shapes, seed)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher"))

@@ -3,16 +3,18 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from lawcat_jax import models
 from lawcat_jax.config import ModelConfig, RopeScaling
-
 from tests.models.helpers import decode, forward, prefill, tokens
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 SIZES = dict(vocab_size=40, hidden_size=24, num_layers=2, num_heads=4, head_dim=8, mlp_size=32)
-LLAMA3 = RopeScaling("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+LLAMA3 = RopeScaling(
+    "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+)
 CASES = {
     "grouped_tied_llama3": ModelConfig(
         **SIZES, num_kv_heads=2, tie_embeddings=True, rope_theta=500.0, rope_scaling=LLAMA3

@@ -1,0 +1,133 @@
+"""The repeated parts of the decoder: projections, one layer, and how stacks of layers are cut and scanned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from lawcat_jax.config import ModelConfig
+from lawcat_jax.errors import UserError
+from lawcat_jax.models.layers import Linear, RMSNorm, Stack, SwiGLU, normal, static_config
+from lawcat_jax.models.lora import Lora, projection_sizes
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+REMAT = ("none", "layer", "dots")
+
+
+class Segment(NamedTuple):
+    """Consecutive layers start .. stop - 1 of one kind, the first being number ``first`` of its kind."""
+
+    linear: bool
+    start: int
+    stop: int
+    first: int
+
+    @property
+    def mixers(self) -> slice:
+        """Where this segment's mixers, adapters and states lie in their stacks."""
+        return slice(self.first, self.first + self.stop - self.start)
+
+
+def split_segments(num_layers: int, softmax_layers: tuple[int, ...]) -> list[Segment]:
+    """Maximal runs of softmax or linearised layers, in order."""
+    segments: list[Segment] = []
+    counts = {True: 0, False: 0}
+    for layer in range(num_layers):
+        linear = layer not in softmax_layers
+        if segments and segments[-1].linear == linear:
+            segments[-1] = segments[-1]._replace(stop=layer + 1)
+        else:
+            segments.append(Segment(linear, layer, layer + 1, counts[linear]))
+        counts[linear] += 1
+    return segments
+
+
+class Attention(nnx.Module):
+    """The pretrained projections of one layer, with an optional adapter added to each."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Stack, dtype):
+        self.config = static_config(config)
+        for name, (inputs, outputs) in projection_sizes(config).items():
+            setattr(self, name, Linear(inputs, outputs, rngs=rngs, stack=stack, dtype=dtype))
+
+    def _apply(self, name: str, x, adapter: Lora | None, dropout_key):
+        y = getattr(self, name)(x)
+        return y if adapter is None else y + adapter.delta(name, x, dropout_key)
+
+    def qkv(self, x: Float[Array, "B T D"], adapter: Lora | None = None, dropout_key: jax.Array | None = None):
+        """q [B, T, H, d], k and v [B, T, Hkv, d], before any rotation."""
+        heads = {
+            "q_proj": self.config.num_heads,
+            "k_proj": self.config.num_kv_heads,
+            "v_proj": self.config.num_kv_heads,
+        }
+        return tuple(
+            self._apply(name, x, adapter, dropout_key).reshape(*x.shape[:2], count, self.config.head_dim)
+            for name, count in heads.items()
+        )
+
+    def output(self, o: Float[Array, "B T H d"], adapter: Lora | None = None, dropout_key: jax.Array | None = None):
+        """Concatenated heads through Wo."""
+        return self._apply("o_proj", o.reshape(*o.shape[:2], -1), adapter, dropout_key)
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and SwiGLU; the mixer is handed in by the decoder."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Stack, dtype):
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, stack=stack, dtype=dtype)
+        self.attention = Attention(config, rngs=rngs, stack=stack, dtype=dtype)
+        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, stack=stack, dtype=dtype)
+        self.mlp = SwiGLU(config.hidden_size, config.mlp_size, rngs=rngs, stack=stack, dtype=dtype)
+
+    def __call__(self, x, mix: Callable, adapter: Lora | None = None, dropout_key: jax.Array | None = None):
+        """(next hidden state, what ``mix(h, q, k, v) -> (o, extra)`` returned beside its output)."""
+        h = self.input_norm(x)
+        o, extra = mix(h, *self.attention.qkv(h, adapter, dropout_key))
+        x = x + self.attention.output(o.astype(x.dtype), adapter, dropout_key)
+        return x + self.mlp(self.post_attention_norm(x)), extra
+
+
+class Embed(nnx.Module):
+    """Token embedding [V, D]; also the output head of a model with tied embeddings."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype):
+        self.embedding = nnx.Param(normal(0.02)(rngs.params(), (config.vocab_size, config.hidden_size), dtype))
+
+
+def rematerialized(function: Callable, remat: str) -> Callable:
+    """``function`` with its activations recomputed in the backward pass: "none", "layer" (all) or "dots" (all but
+    matrix products).
+
+    Raises:
+      UserError: for another name.
+    """
+    if remat == "none":
+        return function
+    if remat == "layer":
+        return jax.checkpoint(function)
+    if remat == "dots":
+        return jax.checkpoint(function, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    raise UserError(f"remat: {remat!r} is not one of {', '.join(REMAT)}")
+
+
+class Stacked:
+    """The stacked parameters of a module, cut to some layers, and the way back from one layer's slice to the module."""
+
+    def __init__(self, module: nnx.Module | None, start: int = 0, stop: int | None = None):
+        if module is None:
+            self.graphdef, self.params = None, None
+            return
+        self.graphdef, params = nnx.split(module)
+        whole = stop is None or (start == 0 and stop == jax.tree.leaves(params)[0].shape[0])
+        # A slice of stacked weights is a copy; a model whose layers are all of one kind needs none.
+        self.params = params if whole else jax.tree.map(lambda leaf: leaf[start:stop], params)
+
+    def layer(self, params: Any) -> Any:
+        """The module of one layer."""
+        return None if self.graphdef is None else nnx.merge(self.graphdef, params)

@@ -1,0 +1,83 @@
+"""Generation equals a plain loop that recomputes the whole prefix for every token."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from lawcat_jax import generation
+from lawcat_jax.errors import UserError
+from tests.models.helpers import LAWCAT, TINY, build, forward
+
+CONFIG = dataclasses.replace(TINY, num_layers=2)
+HYBRID = dataclasses.replace(LAWCAT, softmax_layers=(1,))
+NEW = 5
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(CONFIG, HYBRID)
+
+
+def naive(graphdef, params, prompt, as_teacher=False):
+    """Greedy continuation; one padded shape, so that it compiles once."""
+    row = list(prompt)
+    for _ in range(NEW):
+        padded = np.zeros((1, 64), np.int32)
+        padded[0, : len(row)] = row
+        logits = forward(params, padded, graphdef=graphdef, as_teacher=as_teacher)
+        row.append(int(np.argmax(logits[0, len(row) - 1])))
+    return row[len(prompt) :]
+
+
+def prompts():
+    generator = np.random.default_rng(5)
+    return [generator.integers(0, CONFIG.vocab_size, length).tolist() for length in (21, 1, 33, 18, 40)]
+
+
+@pytest.mark.parametrize("as_teacher", [False, True])
+def test_greedy_batches_equal_full_recomputation(model, as_teacher):
+    graphdef, params = model
+    options = dict(max_new_tokens=NEW, as_teacher=as_teacher)
+    expected = [naive(graphdef, params, prompt, as_teacher) for prompt in prompts()]
+    got = generation.generate(graphdef, params, prompts(), **options, batch_size=2, prefill_chunk=16)
+    assert got == expected
+    if not as_teacher:
+        streamed = generation.stream(graphdef, params, prompts()[2], **options, prefill_chunk=16)
+        assert list(streamed) == expected[2]
+
+
+def test_stops_at_the_end_token_and_compiles_once(model):
+    graphdef, params = model
+    full = [naive(graphdef, params, prompt) for prompt in prompts()]
+    eos = full[0][2]
+    cut = [row[: row.index(eos) + 1] if eos in row else row for row in full]
+    options = dict(max_new_tokens=NEW, eos_ids=(eos,), batch_size=2, prefill_chunk=16)
+    assert generation.generate(graphdef, params, prompts(), **options) == cut
+    compiled = generation._prefill._cache_size(), generation._decode_loop._cache_size()
+    shorter = [prompt[:length] for prompt, length in zip(prompts(), (20, 1, 30, 17, 38), strict=True)]
+    generation.generate(graphdef, params, shorter, **options)
+    assert (generation._prefill._cache_size(), generation._decode_loop._cache_size()) == compiled
+
+
+def test_sampling_depends_on_seed_and_prompt_only(model):
+    graphdef, params = model
+    options = dict(max_new_tokens=NEW, temperature=1.5, batch_size=2, prefill_chunk=16)
+    first = generation.generate(graphdef, params, prompts(), seed=1, **options)
+    assert first == generation.generate(graphdef, params, prompts(), seed=1, **options)
+    assert first != generation.generate(graphdef, params, prompts(), seed=2, **options)
+    assert first[:2] == generation.generate(graphdef, params, prompts()[:2], seed=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": [[1], []]}, "prompt 1 is empty"),
+        ({"prompts": [[40]]}, "vocabulary of 40"),
+        ({"prompts": [[1]], "max_new_tokens": 0}, "max_new_tokens"),
+        ({"prompts": [[1]], "batch_size": 0}, "batch_size"),
+    ],
+)
+def test_bad_requests_are_refused(model, arguments, message):
+    with pytest.raises(UserError, match=message):
+        generation.generate(*model, **{"max_new_tokens": NEW, **arguments})
