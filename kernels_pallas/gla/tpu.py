@@ -435,37 +435,69 @@ def state_operand(S: jax.Array, factor: jax.Array | None, plan: Plan) -> jax.Arr
     return stack_heads(scaled(S, factor, plan), plan)
 
 
-def row_operand(z: jax.Array, factor: jax.Array | None, plan: Plan) -> jax.Array:
-    """Row [1, lanes] -> operand [lanes, lanes] whose product "nt" with q puts z.q of its head into every lane."""
-    z = scaled(z, factor, plan)
-    return stack_heads(jnp.broadcast_to(z, (plan.width, plan.lanes)), plan)
+def head_sums(x: jax.Array, plan: Plan, per_head: int | None = None) -> list[jax.Array]:
+    """[C, pack * per_head] -> one column [C, 1] per packed head: the sum over its lanes."""
+    if plan.pack == 1:
+        return [jnp.sum(x, axis=1, keepdims=True)]
+    rows = x.shape[0]
+    return [
+        jnp.sum(jnp.where(own_lanes(plan, h, rows, per_head), x, 0.0), axis=1, keepdims=True) for h in range(plan.pack)
+    ]
+
+
+def spread_columns(columns: list[jax.Array], plan: Plan, per_head: int | None = None) -> jax.Array:
+    """One column per packed head -> [C, pack * per_head] (just the column [C, 1] when there is one head)."""
+    spread = columns[0]
+    for h in range(1, plan.pack):
+        spread = jnp.where(own_lanes(plan, h, spread.shape[0], per_head), columns[h], spread)
+    return spread
+
+
+def reciprocal(x: jax.Array, plan: Plan) -> jax.Array:
+    """1 / x; for bfloat16 operands the hardware estimate and one Newton step (relative 2^-16), a third of the work."""
+    if plan.dtype == jnp.float32:
+        return 1.0 / x
+    estimate = pl.reciprocal(x, approx=True)
+    return estimate * (2.0 - x * estimate)
 
 
 def read_out(q, k, v, S, z, decay: Decays, plan: Plan, normalize: bool):
-    """Numerator and denominator of a tile (float32 [C, lanes]; the latter in every lane of its head, or None).
+    """Numerator of a tile (float32 [C, lanes]) and 1 / denominator ([C, lanes], or [C, 1] for one head, or None).
 
-    Returns (num, den, state operand of q, scores of every Columns).
+    Returns (num, inverse, state operand of q, scores of every Columns). The denominator sums the rounded scores and the
+    rounded q of the numerator; it does so outside the matrix unit, which is the busier one here.
     """
     shared = decay.columns[0].terms[0].q is decay.into_rows
     found = [scores(q, k, columns, plan) for columns in decay.columns]
     q_in = found[0].operands[0][0] if shared else scaled(q, decay.into_rows, plan)
     num = dot(q_in, state_operand(S, decay.into, plan), "nt")
-    den = dot(q_in, row_operand(z, decay.into, plan), "nt") if normalize else None
     for columns, score in zip(decay.columns, found, strict=True):
         rows = slice(columns.start, columns.start + columns.size)
         num = add_rows(num, columns.start, dot(score.a, stack_heads(v[rows], plan), "nn"))
-        if den is not None:
-            ones = stack_heads(jnp.ones((columns.size, plan.lanes), plan.dtype), plan)
-            den = add_rows(den, columns.start, dot(score.a, ones, "nn"))
-    return num, None if den is None else den + EPS, q_in, found
+    if not normalize:
+        return num, None, q_in, found
+
+    weighted = q_in.astype(jnp.float32) * (z if decay.into is None else z * decay.into)
+    size = decay.columns[0].size
+    total = None
+    for columns, score in zip(decay.columns, found, strict=True):
+        a = score.a.astype(jnp.float32)
+        total = a if total is None else add_rows(total, columns.start, a)
+    if plan.pack == 1 and size != plan.lanes:
+        den = [jnp.sum(weighted, axis=1, keepdims=True) + jnp.sum(total, axis=1, keepdims=True)]
+    elif size == plan.width:
+        den = head_sums(weighted + total, plan)
+    else:
+        sums = zip(head_sums(weighted, plan), head_sums(total, plan, size), strict=True)
+        den = [state + scores for state, scores in sums]
+    return num, reciprocal(spread_columns(den, plan) + EPS, plan), q_in, found
 
 
 def next_state(k: jax.Array, v: jax.Array, S: jax.Array, z: jax.Array, decay: Decays, plan: Plan):
     """State after the chunk; k float32 tile, v tile in the compute dtype."""
     k_out = scaled(k, decay.out_rows, plan)
     update = pick_heads(dot(v, k_out, "tn"), plan)
-    # The same rounded keys for S and z; summed on the matrix unit, which has time.
-    total = dot(jnp.ones((16, plan.chunk), plan.dtype), k_out, "nn")[:1]
+    total = jnp.sum(k_out.astype(jnp.float32), axis=0, keepdims=True)
     if decay.out is not None:
         update, total = update * decay.out, total * decay.out
     return decay.total * S + update, decay.total * z + total
@@ -523,8 +555,8 @@ def _forward_kernel(*refs, plan: Plan, normalize: bool, has_state: bool):
         q, k = tile_of(q_ref, tile, shared.valid, plan), tile_of(k_ref, tile, shared.valid, plan)
         v, decay = shared.values(tile, plan), shared.decays(tile, plan)
         S, z = S_ref[0, tile], z_ref[0, 0, tile : tile + 1]
-        num, den, _, _ = read_out(q, k, v, S, z, decay, plan, normalize)
-        out = num if den is None else num / den
+        num, inverse, _, _ = read_out(q, k, v, S, z, decay, plan, normalize)
+        out = num if inverse is None else num * inverse
         o_ref[0, :, tile * plan.lanes : (tile + 1) * plan.lanes] = out.astype(o_ref.dtype)
         S_ref[0, tile], z_ref[0, 0, tile : tile + 1] = next_state(k, v, S, z, decay, plan)
 

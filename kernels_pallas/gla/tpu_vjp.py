@@ -25,15 +25,16 @@ from kernels_pallas.gla.tpu import (
     clean,
     dot,
     flat,
+    head_sums,
     gate_matrices,
     make_plan,
     mask_scores,
-    own_lanes,
     pack_state,
     pick_heads,
     read_out,
     scaled,
     specs,
+    spread_columns,
     stack_heads,
     state_operand,
     state_shapes,
@@ -44,22 +45,6 @@ from kernels_pallas.gla.tpu import (
     unflat,
     unpack_state,
 )
-
-
-def _head_sums(x: jax.Array, plan: Plan) -> list[jax.Array]:
-    """[C, lanes] -> one column [C, 1] per packed head: the sum over its lanes."""
-    if plan.pack == 1:
-        return [jnp.sum(x, axis=1, keepdims=True)]
-    rows = x.shape[0]
-    return [jnp.sum(jnp.where(own_lanes(plan, h, rows), x, 0.0), axis=1, keepdims=True) for h in range(plan.pack)]
-
-
-def _spread_columns(columns: list[jax.Array], plan: Plan, per_head: int) -> jax.Array:
-    """One column per packed head -> [C, pack * per_head] (just the column [C, 1] when there is one head)."""
-    spread = columns[0]
-    for h in range(1, plan.pack):
-        spread = jnp.where(own_lanes(plan, h, spread.shape[0], per_head), columns[h], spread)
-    return spread
 
 
 class _Rows:
@@ -95,13 +80,14 @@ class _TileGrads:
         self.dq, self.dk, self.dv, self.dgate, self.anchor, self.dS, self.dz = dq, dk, dv, dgate, anchor, dS, dz
 
 
-def _normalised(do: jax.Array, num: jax.Array, den: jax.Array | None, plan: Plan):
+def _normalised(do: jax.Array, num: jax.Array, inverse: jax.Array | None, plan: Plan):
     """Rounded dn = do / den (compute dtype) and delta = -(dn . num) / den as one column per packed head, or None."""
-    if den is None:
+    if inverse is None:
         return do.astype(plan.dtype), None
-    inverse = 1.0 / den
     dn = (do * inverse).astype(plan.dtype)
-    return dn, _head_sums(dn.astype(jnp.float32) * num * -inverse, plan)
+    if plan.pack == 1:
+        return dn, [-inverse * x for x in head_sums(dn.astype(jnp.float32) * num, plan)]
+    return dn, head_sums(dn.astype(jnp.float32) * num * -inverse, plan)
 
 
 def _score_grads(score: Scores, decay_columns, dn, delta, v, dq: _Rows, dk: _Rows, plan: Plan) -> jax.Array:
@@ -110,7 +96,7 @@ def _score_grads(score: Scores, decay_columns, dn, delta, v, dq: _Rows, dk: _Row
     rows, columns = slice(start, plan.chunk), slice(start, start + size)
     grad = dot(dn[rows], stack_heads(v[columns], plan), "nt")
     if delta is not None:
-        grad = grad + _spread_columns([d[rows] for d in delta], plan, size)
+        grad = grad + spread_columns([d[rows] for d in delta], plan, size)
     for term, (left, right) in zip(decay_columns.terms, score.operands, strict=True):
         masked = mask_scores(grad, term.mask, decay_columns, plan).astype(plan.dtype)
         dq.add(start, term.q, dot(masked, right, "nn"))
@@ -120,13 +106,13 @@ def _score_grads(score: Scores, decay_columns, dn, delta, v, dq: _Rows, dk: _Row
 
 def _tile_grads(q, k, v, do, S, z, dS, dz, decay: Decays, plan: Plan, normalize: bool) -> _TileGrads:
     """Gradients of a tile; S, z the state at the chunk's start, dS, dz the cotangents (compact, float32) of the state at its end."""
-    num, den, q_in, found = read_out(q, k, v, S, z, decay, plan, normalize)
-    dn, delta = _normalised(do, num, den, plan)
+    num, inverse, q_in, found = read_out(q, k, v, S, z, decay, plan, normalize)
+    dn, delta = _normalised(do, num, inverse, plan)
 
     dq, dk = _Rows(plan), _Rows(plan)
     into = dot(dn, state_operand(S, decay.into, plan), "nn")
     if delta is not None:
-        spread = _spread_columns(delta, plan, plan.width)
+        spread = spread_columns(delta, plan, plan.width)
         into = into + spread * (z if decay.into is None else z * decay.into)
     dq.add(0, decay.into_rows, into)
     parts = [
