@@ -1,7 +1,11 @@
 """Linearize the embedded teacher on a laptop: ``python -m lawcat_jax.train --config=configs/tiny.py``.
 
-Hardware: a 2-core CPU is enough. The teacher (``lawcat_jax/assets/tiny_llama``, trained by ``configs/tiny_teacher.py``)
-solves passkey retrieval within its context of 256 tokens and fails beyond it; the student is evaluated up to 16x.
+The teacher (``lawcat_jax/assets/tiny_llama``, trained by ``configs/tiny_teacher.py``) solves passkey retrieval within its
+context of 128 tokens and fails beyond it. The student is trained on samples of 128 tokens as well, starting from the
+paper's initialisation, and evaluated up to 16x. Conv, feature map and gate go on learning beside the adapters in stage 2:
+in a model of this size the adapters alone reach less far.
+
+Hardware: a 2-core CPU; time and accuracy as measured are in the README.
 """
 
 from lawcat_jax.config import (
@@ -15,37 +19,18 @@ from lawcat_jax.config import (
     TeacherConfig,
 )
 
-LENGTH = 256
+LENGTH = 128
 
 
 def get_config() -> Config:
     """The experiment."""
-    data = DataConfig(
-        kind="passkey", passkey_words=0, min_length_fraction=0.5, num_samples=20_000, validation_samples=32
-    )
+    data = DataConfig(kind="passkey", passkey_words=0, num_samples=20_000, validation_samples=32)
+    stage = {"batch_size": 16, "seq_length": LENGTH, "clip_norm": 1.0, "warmup_fraction": 0.02, "eval_every": 100}
     return Config(
         teacher=TeacherConfig(source="asset:tiny_llama"),
         attention=AttentionConfig(gate_rank=16),
-        stage1=StageConfig(
-            steps=300,
-            batch_size=16,
-            seq_length=LENGTH,
-            learning_rate=1e-2,
-            clip_norm=1.0,
-            trainable=(r"^mixers/",),
-            eval_every=100,
-            data=data,
-        ),
-        stage2=StageConfig(
-            steps=600,
-            batch_size=16,
-            seq_length=LENGTH,
-            learning_rate=1e-3,
-            clip_norm=1.0,
-            trainable=(r"^lora/", r"^mixers/"),
-            eval_every=100,
-            data=data,
-        ),
+        stage1=StageConfig(steps=300, learning_rate=1e-2, trainable=(r"^mixers/",), data=data, **stage),
+        stage2=StageConfig(steps=400, learning_rate=2e-3, trainable=(r"^lora/", r"^mixers/"), data=data, **stage),
         checkpoint=CheckpointConfig(every_steps=100),
         log=LogConfig(every_steps=20),
         eval=EvalConfig(
