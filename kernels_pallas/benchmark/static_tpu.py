@@ -1,10 +1,12 @@
 """Static analysis of the TPU kernels on a machine without a TPU: ``python -m kernels_pallas.benchmark --static``.
 
-Each case is compiled ahead of time in a process of its own, with libtpu writing its final schedules. From them: VLIW bundles a grid step
-and a chunk-head (one head times one chunk), how busy each unit is, register spills, and VMEM. Bundles times steps over the clock is the
-time of the core when every transfer hides; next to it stands the time that the kernel's HBM bytes take.
+Each case is compiled ahead of time in a process of its own, with libtpu writing its final schedules. From them: VLIW
+bundles a grid step and a chunk-head (one head times one chunk), how busy each unit is, register spills, and VMEM.
+Bundles times steps over the clock is the time of the core when every transfer hides; next to it stands the time that
+the kernel's HBM bytes take.
 
-The count is of the whole program of a step, including code that runs once (state initialisation), so it errs on the slow side.
+The count is of the whole program of a step, including code that runs once (state initialisation), so it errs on the
+slow side.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from typing import Any, NamedTuple
 
 
 class Chip(NamedTuple):
-    """Topology to compile for, clock in GHz, HBM bandwidth in TB/s and tensor cores a device (None: no public figure)."""
+    """Topology to compile for, clock in GHz, HBM bandwidth in TB/s and tensor cores a device (None: no public
+    figure)."""
 
     topology: str
     clock: float | None
@@ -97,7 +100,8 @@ def compile_case(
 
 
 def read_dump(folder: Path) -> list[dict[str, Any]]:
-    """One record per Pallas kernel (name gla_*) found in a dump of libtpu: bundles, busy share per unit, spills, VMEM bytes."""
+    """One record per Pallas kernel (name gla_*) found in a dump of libtpu: bundles, busy share per unit, spills, VMEM
+    bytes."""
     records = []
     for path in sorted(folder.glob("*-gla_*-final_hlo-static-per-bundle-utilization.txt")):
         lines = path.read_text().splitlines()
@@ -135,7 +139,8 @@ def kernel_bytes(shape: Shape, mode: str, chunk: int, *, itemsize: int = 2) -> d
 
 
 def run_case(chip: str, name: str, mode: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Compiles one case in a subprocess and returns a record per kernel. Raises RuntimeError with the compiler's last lines."""
+    """Compiles one case in a subprocess and returns a record per kernel. Raises RuntimeError with the compiler's last
+    lines."""
     from kernels_pallas.gla.tpu import make_plan
 
     shape = SHAPES[name]
@@ -176,14 +181,15 @@ def run_case(chip: str, name: str, mode: str, args: argparse.Namespace) -> list[
 
 def table(records: Sequence[dict[str, Any]]) -> str:
     """The records as a Markdown table."""
-    head = "| chip | shape | kernel | bundles a step | a chunk-head | MXU / VALU / XLU busy % | spills | VMEM MiB | HBM GB | "
-    lines = [head + "core ms | HBM ms |", "|" + "---|" * 11]
+    columns = "chip, shape, kernel, bundles a step, a chunk-head, MXU / VALU / XLU busy %, spills, VMEM MiB, HBM GB"
+    columns = [*columns.split(", "), "core ms", "HBM ms"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for r in records:
         busy = " / ".join(f"{100 * r['busy'][unit]:.0f}" for unit in ("MXU", "VALU", "XLU"))
         core, memory = ("–" if r[key] is None else f"{r[key]:.2f}" for key in ("core_ms", "hbm_ms"))
         lines.append(
-            f"| {r['chip']} | {r['shape']} | {r['kernel']} | {r['bundles']} | {r['bundles_per_chunk_head']:.0f} | {busy} | "
-            f"{r['spill_stores']} | {r['vmem_bytes'] / 2**20:.1f} | {r['hbm_bytes'] / 1e9:.2f} | {core} | {memory} |"
+            f"| {r['chip']} | {r['shape']} | {r['kernel']} | {r['bundles']} | {r['bundles_per_chunk_head']:.0f} "
+            f"| {busy} | {r['spill_stores']} | {r['vmem_bytes'] / 2**20:.1f} | {r['hbm_bytes'] / 1e9:.2f} | {core} | {memory} |"
         )
     return "\n".join(lines)
 
@@ -206,7 +212,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a Markdown table of all cases and writes JSON; 1 when a case does not compile. ``argv`` without ``--static``."""
+    """Prints a Markdown table of all cases and writes JSON; 1 when a case does not compile. ``argv`` without
+    ``--static``."""
     args = _parser().parse_args(argv)
     if args.worker:
         chip, name, mode = args.worker
