@@ -4,11 +4,9 @@ Public operations: :func:`gated_linear_attention`, :func:`causal_conv1d`, :func:
 :func:`lawcat_attention`, and
 ``kernels_pallas.context_parallel`` for sequences sharded over a mesh axis. Needs jax and numpy only.
 
-Context managers: :func:`default_implementation` sets what ``implementation=None`` means, :func:`lowering_for` names
-the platform when
-lowering ahead of time for devices this process does not have, :func:`interpret` runs Pallas kernels in the
-interpreter. All three act
-while JAX traces: a function that is already compiled keeps its kernels.
+Context managers: :func:`default_implementation` sets what ``implementation=None`` means, :func:`lowering_for` names the
+platform when lowering ahead of time for devices this process does not have, :func:`interpret` runs Pallas kernels in
+the interpreter. All three act while JAX traces: a function that is already compiled keeps its kernels.
 """
 
 from kernels_pallas import context_parallel

@@ -86,8 +86,7 @@ def implementation_for(
     """The name of the implementation that gated_linear_attention uses for these arrays (or ShapeDtypeStructs).
 
     None picks, for the platform of ``kernels_pallas.target_platform``: on "cuda" pallas_triton and on "tpu" pallas_tpu
-    where they support
-    the case, else scan. A name is strict: ValueError with the reason when it cannot serve.
+    where they support the case, else scan. A name is strict: ValueError with the reason when it cannot serve.
     """
     _check_name(implementation)
     implementation = implementation or getattr(_local, "implementation", None)
@@ -282,19 +281,17 @@ def gated_linear_attention(
       initial_state: (S, z) float32, or None for zeros.
       normalize: divide by the denominator; when False o = S^T q (z is carried all the same).
       gate_lower_bound: nats a token, below 0, or None. Lower gates are raised to it, with zero gradient there. A bound
-      >= -1.25 allows
-        64-token chunks with one reference; None costs more.
+        >= -1.25 allows 64-token chunks with one reference; None costs more.
       implementation: "reference", "scan", "pallas_triton", "pallas_tpu" or None, the best for the platform
-      (implementation_for).
+        (implementation_for).
 
     Returns:
       o in v.dtype and the state (S, z) after the last token, float32. Differentiable in every array argument, state
       included.
 
     Raises:
-      ValueError: naming the argument, for a wrong shape or dtype, heads that do not divide, a sequence axis known to
-      be sharded, or an
-        implementation that cannot serve. With KERNELS_PALLAS_CHECK=1 also for concrete q, k < 0 or log_g > 0.
+      ValueError: naming the argument, for a wrong shape or dtype, heads that do not divide, a sequence axis known to be
+        sharded, or an implementation that cannot serve. With KERNELS_PALLAS_CHECK=1 also for concrete q, k < 0 or log_g > 0.
     """
     _check_qkvg(q, k, v, log_g, 4)
     _check_bound(gate_lower_bound)
@@ -324,9 +321,8 @@ def decode_step(
 ) -> tuple[Float[Array, "B H V"], tuple[Float[Array, "B H K V"], Float[Array, "B H K"]]]:
     """One token of gated_linear_attention: the same arguments without T, and the state before the token.
 
-    Returns (o [B, H, V] in v.dtype, state). Raises ValueError as gated_linear_attention. A Pallas decode kernel is
-    used where the backend
-    has one and the platform fits; otherwise plain XLA, also for a strict Pallas name.
+    Returns (o [B, H, V] in v.dtype, state). Raises ValueError as gated_linear_attention. A Pallas decode kernel is used
+    where the backend has one and the platform fits; otherwise plain XLA, also for a strict Pallas name.
     """
     _check_qkvg(q, k, v, log_g, 3)
     _check_bound(gate_lower_bound)
@@ -363,16 +359,14 @@ _decode.defvjp(_decode_forward, _decode_backward)
 
 
 def causal_conv1d(
-    x: Float[Array, "B T *C"], w: Float[Array, W * D], *, initial_state: Float[Array, "B W-1 *C"] | None = None
+    x: Float[Array, "B T *C"], w: Float[Array, "W ..."], *, initial_state: Float[Array, "B W-1 *C"] | None = None
 ) -> tuple[Float[Array, "B T ..."], Float[Array, "B W-1 *C"]]:
-    """Causal depthwise convolution over time: y_t = sum_j w_j x_(t - (W - 1) + j), tap W - 1 on the current token, no
-    bias.
+    """Causal depthwise convolution over time, without bias: y_t = sum_j w_j x_(t - (W - 1) + j).
 
     Args:
-      x: float32 or bfloat16; its channel dimensions broadcast against those of w (the k of Hkv heads: x [B, T, Hkv, 1,
-      d],
-        w [W, Hkv, G, d] -> y [B, T, Hkv, G, d]).
-      w: taps, float32 or bfloat16, W >= 1.
+      x: float32 or bfloat16; its channel dimensions broadcast against those of w (the k of Hkv heads:
+        x [B, T, Hkv, 1, d], w [W, Hkv, G, d] -> y [B, T, Hkv, G, d]).
+      w: taps, float32 or bfloat16, W >= 1; tap W - 1 is the current token's.
       initial_state: the W - 1 rows before x, or None for zeros.
 
     Returns:
@@ -509,10 +503,9 @@ def lawcat_attention(
 ) -> tuple[Float[Array, "B T H V"], tuple[Array, Array], tuple[Array, Array]]:
     """LAWCAT attention of one layer from its raw projections (arXiv 2509.18467; no rotary embedding).
 
-    Per query head: causal convolutions of q and k with their own taps, features max([softmax(u phi) ; softmax(-u
-    phi)], 1e-12), gates
-    logsigmoid(gate_logits) / gate_normalizer bounded below, then normalised gated linear attention with K = 2 f
-    features.
+    Per query head: causal convolutions of q and k with their own taps, features max([softmax(u phi) ; softmax(-u phi)],
+    1e-12), gates logsigmoid(gate_logits) / gate_normalizer bounded below, then normalised gated linear attention with
+    K = 2 f features.
 
     Args:
       q, k, v: projections, float32 or bfloat16 (one dtype); kv head h // (H / Hkv) serves query head h.
@@ -521,14 +514,13 @@ def lawcat_attention(
       initial_state: (S, z) float32 after the tokens before these, or None.
       conv_state: the W - 1 rows of raw q and of raw k before these, or None for zeros.
       normalize, gate_lower_bound: as in gated_linear_attention.
-      lengths: number of valid tokens of each sequence among these T, or None for all: the rest is padding on the
-      right, which leaves state
-        and conv_state as they were and whose output is 0.
+      lengths: number of valid tokens of each sequence among these T, or None for all: the rest is padding on the right,
+        which leaves state and conv_state as they were and whose output is 0.
       implementation: as in gated_linear_attention. None takes the fused kernel where one supports the case.
 
     Returns:
-      o in v.dtype, the state after the last valid token, and conv_state: the last W - 1 valid rows of q and of k.
-      Works for T = 1.
+      o in v.dtype, the state after the last valid token, and conv_state: the last W - 1 valid rows of q and of k. Works
+      for T = 1.
 
     Raises:
       ValueError: naming the argument.

@@ -28,11 +28,9 @@ def target_platform(*arrays: Any) -> str:
     """The platform ("cpu", "cuda", "rocm", "tpu") this call will run on, decided while tracing.
 
     In order: :func:`lowering_for`; the abstract device of the mesh in context (so ``use_abstract_mesh`` and
-    ``shard_map`` over a mesh
-    of another platform's topology lower ahead of time without further help); the devices of concrete arguments;
-    ``jax.default_device``; the default backend. ``jax.lax.platform_dependent`` is not used because its branches must
-    agree on the
-    shapes of the residuals, which differ by backend.
+    ``shard_map`` over a mesh of another platform's topology lower ahead of time without further help); the devices of
+    concrete arguments; ``jax.default_device``; the default backend. ``jax.lax.platform_dependent`` is not used because
+    its branches must agree on the shapes of the residuals, which differ by backend.
     """
     override = getattr(_local, "platform", None)
     if override is not None:

@@ -1,13 +1,10 @@
 """The operations on sequences sharded over a mesh axis, to be called inside ``jax.shard_map``.
 
 Every device holds T / P consecutive tokens, in the order of the axis. A shard's effect on the state is its summary
-(L = sum of log_g, S, z), and summaries compose as (e^(L_a + L_b), e^L_b S_a + S_b, e^L_b z_a + z_b), so one exchange
-of summaries gives
-each shard the state of all tokens before it, exactly. Fewer than 8 shards gather all summaries at once (LASP-2, arXiv
-2502.07563);
-more use a shift and log2 P permutations (Hillis and Steele). The backward pass does the same from the right. The
-convolution
-fetches the W - 1 rows before the shard from its left neighbour.
+(L = sum of log_g, S, z), and summaries compose as (e^(L_a + L_b), e^L_b S_a + S_b, e^L_b z_a + z_b), so one exchange of
+summaries gives each shard the state of all tokens before it, exactly. Fewer than 8 shards gather all summaries at once
+(LASP-2, arXiv 2502.07563); more use a shift and log2 P permutations (Hillis and Steele). The backward pass does the
+same from the right. The convolution fetches the W - 1 rows before the shard from its left neighbour.
 """
 
 from __future__ import annotations
@@ -135,8 +132,8 @@ def gated_linear_attention(
     """``kernels_pallas.gated_linear_attention`` of a sequence whose T is sharded over mesh axis ``axis_name``.
 
     The arrays are this shard's tokens; initial_state (of the whole sequence) and the returned state (after its last
-    token) are the same on
-    every shard of the axis. Raises ValueError naming the argument, also when called outside ``jax.shard_map``.
+    token) are the same on every shard of the axis. Raises ValueError naming the argument, also when called outside
+    ``jax.shard_map``.
     """
     api._check_qkvg(q, k, v, log_g, 4)
     api._check_bound(gate_lower_bound)
@@ -228,8 +225,7 @@ def lawcat_attention(
     """``kernels_pallas.lawcat_attention`` of a sequence sharded over ``axis_name``.
 
     ``lengths`` counts tokens of the whole sequence; states are the whole sequence's, equal on every shard. Every shard
-    needs at least
-    W - 1 tokens. Raises ValueError naming the argument.
+    needs at least W - 1 tokens. Raises ValueError naming the argument.
     """
     api._check_lawcat(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, lengths)
     _, index = _check_axis(axis_name)

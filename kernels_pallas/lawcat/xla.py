@@ -37,8 +37,7 @@ def prepare(q, k, gate_logits, conv_q, conv_k, phi, conv_state, valid, gate_norm
     """(phi(q), phi(k), log_g) of the shapes that gated_linear_attention takes.
 
     q [B, T, H, d]; k [B, T, Hkv, d]; each query head has its own taps, so the k of a kv head is convolved H / Hkv
-    times.
-    ``valid`` [B, T] bool or None: elsewhere phi(k) = 0 and log_g = 0, so that padding leaves the state alone.
+    times. ``valid`` [B, T] bool or None: elsewhere phi(k) = 0 and log_g = 0, so that padding leaves the state alone.
     """
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]

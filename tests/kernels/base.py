@@ -212,12 +212,12 @@ class GlaBackend:
         self._skip(regime, dtype)
         self.check(make_case(regime, length=200, heads=2, K=self.K, V=self.V, dtype=dtype), dtype)
 
-    @pytest.mark.parametrize("length", [1, 2, 63, pytest.param(64, marks=pytest.mark.slow), 65])
+    @pytest.mark.parametrize("length", [1, 63, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 64, 65))])
     def test_length(self, length):
         dtype = next(iter(self.dtypes))
         self.check(make_case(length=length, heads=2, K=self.K, V=self.V, state=length != 63, dtype=dtype), dtype)
 
-    @pytest.mark.parametrize(("value_heads", "gate_heads"), [(1, 4), (2, 1)])
+    @pytest.mark.parametrize(("value_heads", "gate_heads"), [pytest.param(1, 4, marks=pytest.mark.slow), (2, 1)])
     def test_grouped_heads_equal_repeated_inputs(self, value_heads, gate_heads):
         dtype = next(iter(self.dtypes))
         case = make_case(
@@ -238,7 +238,7 @@ class GlaBackend:
 
     def test_different_widths(self):
         dtype = next(iter(self.dtypes))
-        self.check(make_case(heads=2, batch=2, length=40, K=self.K, V=2 * self.V, dtype=dtype), dtype)
+        self.check(make_case(heads=2, batch=2, length=65, K=self.K, V=2 * self.V, dtype=dtype), dtype)
 
     def test_split_equals_whole(self):
         dtype = next(iter(self.dtypes))

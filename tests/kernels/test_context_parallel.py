@@ -27,7 +27,7 @@ def sequence_mesh(size: int):
     ("devices", "check_vma", "state", "regime"),
     [
         (8, True, True, REGIMES[3]),
-        (4, True, False, REGIMES[4]),
+        pytest.param(4, True, False, REGIMES[4], marks=pytest.mark.slow),
         (4, False, True, REGIMES[8]),
         pytest.param(2, True, True, REGIMES[7], marks=pytest.mark.slow),
         pytest.param(8, False, True, REGIMES[0], marks=pytest.mark.slow),
@@ -60,7 +60,7 @@ def test_gated_linear_attention(devices, check_vma, state, regime):
     assert_close(run(case.arrays, case.state, case.cotangents), expected(case), FLOAT32)
 
 
-@pytest.mark.parametrize("with_lengths", [True, False])
+@pytest.mark.parametrize("with_lengths", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_lawcat_attention_and_its_gradients(with_lengths):
     inputs = make_inputs(batch=2, length=32, heads=4, kv_heads=2)
     arrays = {name: inputs[name] for name in ("q", "k", "v", "gate_logits", "conv_q", "conv_k", "phi")}

@@ -29,7 +29,7 @@ class TestReference(GlaBackend):
 def test_groups_of_chunks_equal_one_pass(monkeypatch):
     case = make_case(length=300, heads=2, K=16, V=32)
     want = expected(case)
-    monkeypatch.setattr(scan, "CPU_STATE_BUDGET_BYTES", 2 * 2 * 16 * 32 * 4)
+    monkeypatch.setattr(scan, "CPU_STATE_BUDGET_BYTES", 3 * 2 * 16 * 32 * 4)
     assert scan.make_plan((1, 300, 2, 16), 32, -1.25, "cpu").steps > 1
     got = jax.jit(lambda *a: run_vjp.__wrapped__(*a, **case.options, implementation="scan"))(
         case.arrays, case.state, case.cotangents
@@ -38,15 +38,14 @@ def test_groups_of_chunks_equal_one_pass(monkeypatch):
 
 
 def test_a_wider_bound_changes_nothing():
-    """Bounds -1.25, -3 and None take one reference, blocks of 16 and blocks of 1 for the same function."""
+    """Bounds -1.25 and -3 take one reference and blocks of 16 rows for the same function."""
     case = make_case(length=130, heads=2, K=16, V=16)
-    results = [
+    first, other = (
         run_vjp(case.arrays, case.state, case.cotangents, normalize=True, gate_lower_bound=bound, implementation="scan")
-        for bound in (-1.25, -3.0, None)
-    ]
-    for other in results[1:]:
-        for name, x in results[0].items():
-            assert oracle.error(other[name], x) < 1e-5, name
+        for bound in (-1.25, -3.0)
+    )
+    for name, x in first.items():
+        assert oracle.error(other[name], x) < 1e-5, name
 
 
 def test_gate_at_the_bound_keeps_its_gradient():
