@@ -74,7 +74,7 @@ def _tokenizer(config: Config, model: ModelConfig) -> Tokenizer | None:
     except UserError as problem:
         if _is_local(path):
             raise
-        print(f"tokenizer: not available here ({problem}); data is checked with random tokens")
+        print(f"tokenizer: not available here ({problem}); the data is not checked")
         return None
 
 
@@ -86,7 +86,7 @@ def _is_local(path: str) -> bool:
 
 def _data(stage: StageConfig, tokenizer: Tokenizer | None, seed: int, model: ModelConfig) -> str:
     if tokenizer is None:
-        return f"{stage.data.kind}, not read (no tokenizer)"
+        return f"{stage.data.kind}, not checked (no tokenizer)"
     started = time.monotonic()
     batch = next(run.training_batches(stage, tokenizer, seed))
     seconds = time.monotonic() - started

@@ -84,7 +84,7 @@ def make_config(teacher: Path, workdir: Path, **changes) -> Config:
         stage2=dataclasses.replace(stage, trainable=("^lora/",), kl_weight=0.5, loss_chunk=48),
         checkpoint=CheckpointConfig(every_steps=3),
         log=LogConfig(every_steps=1, progress="off", tensorboard=False),
-        eval=EvalConfig(lengths=(LENGTH,), samples=2, batch_size=2, passkey_form="train"),
+        eval=EvalConfig(lengths=(LENGTH,), samples=2, batch_size=2, passkey_form="train", teacher=False),
     )
     return dataclasses.replace(config, **changes)
 
@@ -106,7 +106,7 @@ def test_run_leaves_student_report_and_manifest(straight, teacher):
     manifest = json.loads((straight / "manifest.json").read_text())
     assert manifest["status"] == "finished"
     assert manifest["versions"]["jax"] == jax.__version__
-    assert set(manifest["results"]["passkey"]) == {"student", "teacher"}
+    assert manifest["results"]["passkey"]["student"][str(LENGTH)]["n"] == 2
     assert (straight / "eval" / "passkey.json").exists()
     student = model_dir.load_model(straight / "student")
     before = model_dir.load_model(teacher)
@@ -174,8 +174,25 @@ def test_declared_architecture_must_match(teacher, tmp_path):
 
 def test_dry_run_writes_nothing(teacher, tmp_path, capsys):
     config = make_config(teacher, tmp_path / "none", dry_run=True)
+    config.stage2.enabled = False
     assert run.run(config) == 0
     out = capsys.readouterr().out
     assert "all checks passed" in out
     assert "compiled in" in out
     assert not (tmp_path / "none").exists()
+
+
+def test_pretraining_writes_a_hugging_face_teacher(teacher, tmp_path):
+    config = make_config(teacher, tmp_path, eval=EvalConfig(enabled=False))
+    architecture = model_dir.read_model_json(teacher)[0]
+    config.teacher = TeacherConfig(architecture=architecture, tokenizer=str(teacher / "tokenizer"))
+    config.pretrain = dataclasses.replace(config.stage1, enabled=True, trainable=(".*",), steps=2, eval_every=0)
+    config.stage1.enabled = config.stage2.enabled = False
+    assert run.run(config) == 0
+    written = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    assert written["architectures"] == ["LlamaForCausalLM"]
+    assert (tmp_path / "teacher" / "tokenizer.json").exists()
+    loaded = model_dir.load_model(tmp_path / "teacher")
+    assert loaded.model.eos_token_ids
+    start = models.init_params(architecture, seed=config.seed)
+    assert np.abs(loaded.params["embed"]["embedding"] - start["embed"]["embedding"]).max() > 0

@@ -1,0 +1,112 @@
+"""Mesh and sharding table; a step on many devices equals the step on one."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from lawcat_jax import models, sharding
+from lawcat_jax.config import AttentionConfig, Config, LoraConfig, MeshConfig, ModelConfig, StageConfig
+from lawcat_jax.errors import UserError
+from lawcat_jax.training import optim, stages
+
+MODEL = ModelConfig(
+    vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=48,
+    max_position_embeddings=64,
+)  # fmt: skip
+
+
+def mesh(devices: int = 8, **sizes: int):
+    if jax.device_count() < devices:
+        pytest.skip(f"needs {devices} (simulated) devices")
+    return sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:devices])
+
+
+def test_rest_of_the_devices():
+    assert dict(mesh(tensor=2).shape) == {"data": 1, "fsdp": 4, "tensor": 2, "sequence": 1}
+    assert dict(mesh(data=-1, fsdp=2).shape) == {"data": 4, "fsdp": 2, "tensor": 1, "sequence": 1}
+    for sizes in ({"tensor": 3}, {"fsdp": 2}, {"fsdp": 16}):
+        with pytest.raises(UserError, match=r"does not fit 8 device"):
+            mesh(**sizes)
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        AttentionConfig(gate_rank=4),
+        AttentionConfig(gate_rank=0, tie_qk=False, conv="stacked", output_gate=True),
+        AttentionConfig(conv="shared", gate_kind="per_head", window_size=8, feature_map="relu"),
+        AttentionConfig(kind="lolcats", conv="off", window_size=8, tie_qk=False),
+    ],
+)
+def test_every_parameter_has_a_rule(attention):
+    _, shapes = models.abstract(MODEL, attention, LoraConfig())
+    specs = jax.tree.map(lambda s: s.spec, sharding.shardings(shapes, mesh(fsdp=2, tensor=2, data=2)))
+    assert specs["layers"]["mlp"]["down_proj"]["kernel"] == P(None, "tensor", "fsdp")
+    assert specs["embed"]["embedding"] == P("tensor", "fsdp")
+    assert specs["layers"]["input_norm"]["scale"] == P()
+
+
+def test_optimizer_state_is_split_like_its_parameters():
+    config = Config(attention=AttentionConfig(gate_rank=4))
+    config.stage1.seq_length = 32
+    stage = stages.build("stage1", config, MODEL, mesh(fsdp=2, tensor=2, data=2))
+    adam = stage.state.opt_state[0]
+    for path, leaf in optim.flatten(stage.state.params).items():
+        assert optim.flatten(adam.mu)[path].sharding == leaf.sharding
+    assert stage.state.params["mixers"]["conv_q"].sharding.spec == P(None, "tensor")
+
+
+def test_unknown_parameter_and_uneven_sizes():
+    two = mesh(fsdp=2, tensor=2, data=2)
+    with pytest.raises(KeyError, match="no sharding rule"):
+        sharding.spec_for("mixers/novelty", (3, 4), two)
+    assert sharding.spec_for("embed/embedding", (65, 32), two) == P(None, "fsdp")
+    with pytest.raises(UserError, match="does not split over data x fsdp = 4"):
+        sharding.check_batch(8, 4, two, "config.stage1")
+
+
+@functools.cache
+def steps_on(name: str, devices: int, sizes: tuple) -> tuple:
+    """(losses of two steps, parameters after them)."""
+    config = Config(attention=AttentionConfig(gate_rank=4), lora=LoraConfig(rank=2))
+    stage_config = StageConfig(
+        steps=3, batch_size=8, seq_length=32, learning_rate=1e-2, kl_weight=0.5 if name == "stage2" else 0.0,
+        trainable=("^mixers/",) if name == "stage1" else ("^lora/", "^mixers/"),
+    )  # fmt: skip
+    setattr(config, name, stage_config)
+    where = mesh(devices, **dict(sizes))
+    stage = stages.build(name, config, MODEL, where)
+    params = models.init_params(MODEL, *stages.architecture(name, config), seed=0)
+    state, frozen = stage.split(stages.place(params, where))
+    losses = []
+    for index in range(2):
+        rng = np.random.default_rng(index)
+        lengths = rng.integers(16, 33, size=8).astype(np.int32)
+        valid = np.arange(32) < lengths[:, None]
+        tokens = rng.integers(0, 64, size=(8, 33)).astype(np.int32)
+        batch = {
+            "tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": valid, "lengths": lengths,
+            "loss_weights": valid.astype(np.float32),
+        }  # fmt: skip
+        state, metrics = stage.train_step(state, frozen, sharding.place_batch(batch, where), stage.key(0))
+        losses.append(float(metrics["loss"]))
+    assert stage.train_step._cache_size() == 1
+    return losses, optim.flatten(jax.device_get(state.params))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+@pytest.mark.parametrize(
+    "sizes", [{"data": 8, "fsdp": 1}, {"fsdp": 8}, {"tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
+)
+def test_many_devices_equal_one(name, sizes):
+    expected, expected_params = steps_on(name, 1, ())
+    losses, params = steps_on(name, 8, tuple(sizes.items()))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    for path, value in params.items():
+        np.testing.assert_allclose(value, expected_params[path], atol=2e-4, err_msg=path)
