@@ -36,20 +36,27 @@ def dot(a: jax.Array, b: jax.Array, *, ta: bool = False, tb: bool = False) -> ja
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=f32)
 
 
-def exp2(x: jax.Array) -> jax.Array:
-    """2^x by one special-function instruction (2 ulp, subnormal results become 0), not the several of the library function."""
-    if interpret_mode() or x.dtype != f32:
-        return jnp.exp2(x)
+def _special(instruction: str, x: jax.Array) -> jax.Array:
     from jax.experimental.pallas import triton as plgpu
 
     (y,) = plgpu.elementwise_inline_asm(
-        "ex2.approx.ftz.f32 $0, $1;",
+        f"{instruction} $0, $1;",
         args=[x],
         constraints="=f,f",
         pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, f32)],
     )
     return y
+
+
+def exp2(x: jax.Array) -> jax.Array:
+    """2^x by one special-function instruction (2 ulp, subnormal results become 0), not the several of the library's."""
+    return jnp.exp2(x) if interpret_mode() else _special("ex2.approx.ftz.f32", x)
+
+
+def log2(x: jax.Array) -> jax.Array:
+    """log2(x) by one special-function instruction: absolute error 2^-22 near 1."""
+    return jnp.log2(x) if interpret_mode() else _special("lg2.approx.ftz.f32", x)
 
 
 def iota(shape: tuple[int, int], axis: int) -> jax.Array:
