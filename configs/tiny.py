@@ -1,9 +1,9 @@
 """Linearize the embedded teacher on a laptop: ``python -m lawcat_jax.train --config=configs/tiny.py``.
 
-The teacher (``lawcat_jax/assets/tiny_llama``, trained by ``configs/tiny_teacher.py``) solves passkey retrieval within its
-context of 128 tokens and fails beyond it. The student is trained on samples of 128 tokens as well, starting from the
-paper's initialisation, and evaluated up to 16x. Conv, feature map and gate go on learning beside the adapters in stage 2:
-in a model of this size the adapters alone reach less far.
+The teacher (``lawcat_jax/assets/tiny_llama``, trained by ``configs/tiny_teacher.py``) solves passkey retrieval within
+its context of 128 tokens and fails beyond it. The student is trained on samples of 128 tokens as well, starting from
+the paper's initialisation, and evaluated up to 16x. Conv, feature map and gate go on learning beside the adapters in
+stage 2: in a model of this size the adapters alone reach less far.
 
 Hardware: a 2-core CPU; time and accuracy as measured are in the README.
 """

@@ -241,8 +241,12 @@ def _checkpointer(**options: Any) -> Iterator[Any]:
 
     # Orbax copies host arrays before it writes, and compression buffers all of them at once: 2.9x the bytes.
     # Without both the peak is the arrays themselves; weights hardly compress anyway.
+    try:
+        numpy_handler = type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    except TypeError:  # orbax before 0.12.6 (some accelerator images): works as well, with twice the memory
+        numpy_handler = type_handlers.NumpyHandler()
     registry = type_handlers.create_type_handler_registry(
-        (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+        (np.ndarray, numpy_handler),
         (jax.Array, type_handlers.ArrayHandler()),
     )
     verbosity = absl_logging.get_verbosity()
