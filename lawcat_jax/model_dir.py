@@ -243,7 +243,7 @@ def _checkpointer(**options: Any) -> Iterator[Any]:
     # Without both the peak is the arrays themselves; weights hardly compress anyway.
     try:
         numpy_handler = type_handlers.NumpyHandler(deepcopy_host_arrays=False)
-    except TypeError:  # orbax before 0.12.6 (some accelerator images): works as well, with twice the memory
+    except TypeError:  # orbax before 0.12.5 (some accelerator images): works as well, with twice the memory
         numpy_handler = type_handlers.NumpyHandler()
     registry = type_handlers.create_type_handler_registry(
         (np.ndarray, numpy_handler),
