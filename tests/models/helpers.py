@@ -20,6 +20,9 @@ TINY = ModelConfig(
 )
 LAWCAT = AttentionConfig(gate_rank=4)
 
+# These programs run for milliseconds: compiling them fast matters more than how fast they are.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 
 def tokens(batch=2, length=9, seed=0, vocab=40):
     return np.random.default_rng(seed).integers(0, vocab, (batch, length)).astype(np.int32)
@@ -44,16 +47,16 @@ def build(config=TINY, attention=None, lora=None, seed=0):
     return graphdef, drawn(shapes, seed)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher"))
+@functools.partial(jit, static_argnames=("graphdef", "as_teacher"))
 def forward(params, tokens, *, graphdef, lengths=None, as_teacher=False):
     return models.bind(graphdef, params)(tokens, lengths=lengths, as_teacher=as_teacher)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher"))
+@functools.partial(jit, static_argnames=("graphdef", "as_teacher"))
 def prefill(params, tokens, cache, *, graphdef, lengths=None, as_teacher=False):
     return models.bind(graphdef, params).prefill(tokens, cache, lengths=lengths, all_logits=True, as_teacher=as_teacher)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher"))
+@functools.partial(jit, static_argnames=("graphdef", "as_teacher"))
 def decode(params, token, cache, *, graphdef, as_teacher=False):
     return models.bind(graphdef, params).decode(token, cache, as_teacher=as_teacher)

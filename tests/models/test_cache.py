@@ -55,11 +55,15 @@ def check_parity(config, attention, splits):
         np.testing.assert_array_equal(cache["position"], [8, 8])
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# Their parts are covered by the other variants; the slow test has them all.
+REDUNDANT = {"conv_off", "one_tap", "window", "lolcats"}
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in REDUNDANT])
 def test_prefill_and_decode_equal_the_full_forward(name):
     attention = VARIANTS[name]
     config = TINY if attention.softmax_layers else ONE_LAYER
-    check_parity(config, attention, splits=range(1, 8) if name == "hybrid" else (3,))
+    check_parity(config, attention, splits=(1, 3, 7) if name == "hybrid" else (3,))
 
 
 @pytest.mark.slow

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import kernels_pallas
 from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig
 from lawcat_jax.errors import UserError
-from lawcat_jax.models.lawcat import LawcatMixer, gate_bias, half_lives
+from lawcat_jax.models.lawcat import INITS, LawcatMixer, gate_bias, half_lives
 from lawcat_jax.models.layers import Context
 from lawcat_jax.models.lolcats import LolcatsMixer
 from lawcat_jax.models.rope import rope_table
-from tests.models.helpers import LAWCAT, TINY, build, drawn, forward, tokens
+from tests.models.helpers import LAWCAT, TINY, build, drawn, forward, jit, tokens
 
 B, T, H, HKV, D, WIDTH = 2, 9, TINY.num_heads, TINY.num_kv_heads, TINY.hidden_size, TINY.head_dim
 
@@ -40,7 +41,7 @@ def mixer_of(kind, attention, seed=0):
 
 def run(mixer, *arrays):
     graphdef, params = nnx.split(mixer)
-    return np.asarray(jax.jit(lambda params, *a: nnx.merge(graphdef, params)(*a, context())[0])(params, *arrays))
+    return np.asarray(jit(lambda params, *a: nnx.merge(graphdef, params)(*a, context())[0])(params, *arrays))
 
 
 def softmax(s):
@@ -86,15 +87,16 @@ def test_lawcat_equals_the_recurrence_of_the_paper(normalize):
 
 
 def test_composed_and_fused_paths_agree():
-    """An output gate of zeros is a factor of one and nothing else; a window with no share leaves the linear branch."""
+    """The parts put together by hand, and a window whose share is 0, give what the fused call gives."""
     mixer, p = mixer_of(LawcatMixer, LAWCAT)
     arrays = inputs()
     fused = run(mixer, *arrays)
-    parts, _ = mixer.recurrence(*arrays[:3], context(), None)
-    import kernels_pallas
 
-    composed, _ = kernels_pallas.gated_linear_attention(parts.q, parts.k, jnp.asarray(arrays[3]), parts.log_g)
-    np.testing.assert_allclose(composed, fused, atol=1e-6)
+    def compose(x, q, k, v):
+        parts, _ = mixer.recurrence(x, q, k, context(), None)
+        return kernels_pallas.gated_linear_attention(parts.q, parts.k, v, parts.log_g)[0]
+
+    np.testing.assert_allclose(jit(compose)(*arrays), fused, atol=1e-6)
     windowed, _ = mixer_of(LawcatMixer, dataclasses.replace(LAWCAT, window_size=4))
     values = {**p, "window_factor": np.full(H, -100.0)}
     graphdef, _ = nnx.split(windowed)
@@ -139,19 +141,22 @@ def test_identity_initialisation():
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: LawcatMixer(TINY, LAWCAT, rngs=nnx.Rngs(0))))
     mixer = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], params))
     x, q, k, _ = inputs()
-    parts, _ = mixer.recurrence(x, q, k, context(), None)
+    parts = jit(lambda x, q, k: mixer.recurrence(x, q, k, context(), None)[0])(x, q, k)
     np.testing.assert_allclose(parts.q, both_softmax(q[..., : WIDTH // 2]), atol=2e-3)
     np.testing.assert_allclose(parts.log_g, -np.log(2) / 16, atol=2e-4)
 
 
-@pytest.mark.parametrize("init", ["xavier", "normal", "kaiming_feature_map"])
-def test_other_initialisations(init):
-    attention = dataclasses.replace(LAWCAT, init=init)
-    mixer = LawcatMixer(TINY, attention, rngs=nnx.Rngs(0), stack=(2,))
-    phi = np.asarray(mixer.feature_map[...])
-    bound = {"xavier": 2**-2.5 * np.sqrt(6 / 12), "normal": 0.03, "kaiming_feature_map": 8**-0.5}[init]
-    assert 0.5 * bound < np.abs(phi).max() <= bound or init == "normal"
+@pytest.mark.parametrize(
+    ("init", "bound"),
+    [("xavier", 2**-2.5 * (6 / 12) ** 0.5), ("normal", 0.006 * 4.5), ("kaiming_feature_map", 8**-0.5)],
+)
+def test_other_initialisations(init, bound):
+    taps, feature_map, _ = INITS[init]
+    phi = np.asarray(feature_map(jax.random.key(0), (2, 3, 8, 4), jnp.float32))
+    assert 0.4 * bound < np.abs(phi).max() <= bound
     assert not np.array_equal(phi[0], phi[1])  # layers are independent draws
+    if init == "kaiming_feature_map":
+        np.testing.assert_array_equal(taps(jax.random.key(0), (4, 2), jnp.float32)[-1], 1.0)
 
 
 def test_half_lives_spread_geometrically():
@@ -173,7 +178,7 @@ def test_half_lives_spread_geometrically():
 def test_diagnostics_report_every_layer():
     config = dataclasses.replace(LAWCAT, softmax_layers=(0,), window_size=3)
     graphdef, params = build(TINY, config)
-    call = jax.jit(lambda params, x, lengths: models.bind(graphdef, params).diagnostics(x, lengths=lengths))
+    call = jit(lambda params, x, lengths: models.bind(graphdef, params).diagnostics(x, lengths=lengths))
     inputs = tokens()
     report = call(params, inputs, np.array([9, 4], np.int32))
     shapes = {name: value.shape for name, value in report.items()}

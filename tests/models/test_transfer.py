@@ -13,7 +13,7 @@ from lawcat_jax.config import LoraConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.models.attention import softmax_attention
 from lawcat_jax.models.rope import rotate
-from tests.models.helpers import LAWCAT, TINY, build, forward, tokens
+from tests.models.helpers import LAWCAT, TINY, build, forward, jit, tokens
 
 HYBRID = dataclasses.replace(LAWCAT, softmax_layers=(1,))
 
@@ -60,8 +60,8 @@ def test_teacher_forced_equals_monolithic_autodiff():
             x = x + layer.mlp(layer.post_attention_norm(x))
         return total
 
-    (value, sums), gradients = jax.jit(jax.value_and_grad(scanned, has_aux=True))(params)
-    expected, expected_gradients = jax.jit(jax.value_and_grad(monolithic))(params["mixers"])
+    (value, sums), gradients = jit(jax.value_and_grad(scanned, has_aux=True))(params)
+    expected, expected_gradients = jit(jax.value_and_grad(monolithic))(params["mixers"])
     assert sums["power"].shape == (2,)
     assert sums["per_token"].shape == (2, 2, 9)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
@@ -111,7 +111,7 @@ def test_adapters_merge_and_leave_the_teacher_alone():
 
 def test_remat_dropout_and_hidden_states():
     lora = LoraConfig(rank=2, dropout=0.5)
-    graphdef, params = build(TINY, LAWCAT, lora)
+    graphdef, params = build(dataclasses.replace(TINY, num_layers=2), LAWCAT, lora)
     inputs = tokens()
 
     def loss(lora_params, remat, key=None):
@@ -119,12 +119,12 @@ def test_remat_dropout_and_hidden_states():
         hidden = model(inputs, remat=remat, dropout_rng=key, return_hidden=True)
         return jnp.mean(jax.nn.log_softmax(model.head(hidden))[..., 0])
 
-    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    gradient = jit(jax.grad(loss), static_argnums=1)
     reference = gradient(params["lora"], "none")
     for remat in ("layer", "dots"):
         other = gradient(params["lora"], remat)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), reference, other)
-    value = jax.jit(loss, static_argnums=1)
+    value = jit(loss, static_argnums=1)
     first, second, again = (float(value(params["lora"], "none", jax.random.key(seed))) for seed in (0, 1, 0))
     assert first == again != second
     with pytest.raises(UserError, match="remat"):
