@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -65,22 +66,23 @@ def _architecture(config: Config) -> tuple[ModelConfig, str]:
 def _tokenizer(config: Config, model: ModelConfig) -> Tokenizer | None:
     """The tokenizer, or None when it is on a hub that cannot be reached."""
     path = config.teacher.tokenizer or config.teacher.source
+    local = _is_local(path)
     try:
-        if path == config.teacher.source and not config.pretrain.enabled:
-            directory = model_dir.locate(path, config.teacher.revision) if _is_local(path) else path
-            tokenizer_dir = directory / model_dir.TOKENIZER if _is_local(path) else None
-            path = str(tokenizer_dir if tokenizer_dir is not None and tokenizer_dir.is_dir() else directory)
+        if local and config.teacher.tokenizer is None:
+            directory = model_dir.locate(path, config.teacher.revision)
+            own = (
+                directory / model_dir.TOKENIZER
+            )  # of a model directory; Hugging Face puts the files beside the weights
+            path = str(own if own.is_dir() else directory)
         return run.checked_tokenizer(path, model)
     except UserError as problem:
-        if _is_local(path):
+        if local:
             raise
         print(f"tokenizer: not available here ({problem}); the data is not checked")
         return None
 
 
 def _is_local(path: str) -> bool:
-    from pathlib import Path
-
     return path.startswith("asset:") or Path(path).exists()
 
 

@@ -109,7 +109,7 @@ class Progress:
     def __init__(self, stage: str, total: int, initial: int, mode: str, *, primary: bool = True, every: int = 10):
         self._stage, self._total, self._every = stage, total, every
         self._bar = None
-        self._start, self._initial = time.monotonic(), initial
+        self._first: tuple[float, int] | None = None
         if mode == "auto":
             mode = "bar" if sys.stderr.isatty() else "lines"
         self._lines = primary and mode == "lines"
@@ -120,11 +120,13 @@ class Progress:
 
     def update(self, step: int, numbers: Mapping[str, str]) -> None:
         """``step`` steps are done."""
+        if self._first is None:  # the first step compiles: the estimate starts behind it
+            self._first = (time.monotonic(), step)
         if self._bar is not None:
             self._bar.set_postfix(numbers, refresh=False)
             self._bar.update(step - self._bar.n)
         elif self._lines and (step % self._every == 0 or step == self._total):
-            rate = (time.monotonic() - self._start) / max(step - self._initial, 1)
+            rate = (time.monotonic() - self._first[0]) / max(step - self._first[1], 1)
             eta = datetime.timedelta(seconds=round(rate * (self._total - step)))
             text = " ".join(f"{name} {value}" for name, value in numbers.items())
             self.say(f"{self._stage} {step}/{self._total} eta {eta} {text}")
