@@ -82,9 +82,13 @@ def test_decode_steps_equal_the_sequence(normalize):
 
 def test_decode_gradient():
     case = make_case(length=1, heads=4, value_heads=2, gate_heads=1, K=16, V=8)
-    _, pullback = jax.vjp(lambda a, s: kp.decode_step(*(x[:, 0] for x in a), s), case.arrays, case.state)
-    do, dS, dz = case.cotangents
-    grads, (dS0, dz0) = pullback((do[:, 0], (dS, dz)))
+
+    @jax.jit
+    def run(arrays, state, do, dS, dz):
+        _, pullback = jax.vjp(lambda a, s: kp.decode_step(*(x[:, 0] for x in a), s), arrays, state)
+        return pullback((do[:, 0], (dS, dz)))
+
+    grads, (dS0, dz0) = run(case.arrays, case.state, *case.cotangents)
     got = dict(zip(("dq", "dk", "dv", "dlog_g"), grads, strict=True)) | {"dS0": dS0, "dz0": dz0}
     assert_close(got, expected(case), FLOAT32)
 

@@ -114,7 +114,7 @@ def test_any_split_equals_the_whole():
     sequence = {name: inputs.pop(name) for name in ("q", "k", "v", "gate_logits")}
     run = jax.jit(kp.lawcat_attention)
     whole = run(**sequence, **inputs, **start)
-    for cut in (1, 2, 5, 8):
+    for cut in (1, 5):
         first, state, tails = run(**{n: x[:, :cut] for n, x in sequence.items()}, **inputs, **start)
         rest = {n: x[:, cut:] for n, x in sequence.items()}
         second, state, tails = run(**rest, **inputs, initial_state=state, conv_state=tails)
