@@ -10,6 +10,7 @@ from flax import nnx
 
 from lawcat_jax.config import ModelConfig
 from lawcat_jax.errors import UserError
+from lawcat_jax.models import parallel
 from lawcat_jax.models.layers import Linear, RMSNorm, Stack, SwiGLU, normal, static_config
 from lawcat_jax.models.lora import Lora, projection_sizes
 
@@ -89,8 +90,8 @@ class DecoderLayer(nnx.Module):
         """(next hidden state, what ``mix(h, q, k, v) -> (o, extra)`` returned beside its output)."""
         h = self.input_norm(x)
         o, extra = mix(h, *self.attention.qkv(h, adapter, dropout_key))
-        x = x + self.attention.output(o.astype(x.dtype), adapter, dropout_key)
-        return x + self.mlp(self.post_attention_norm(x)), extra
+        x = parallel.constrain(x + self.attention.output(o.astype(x.dtype), adapter, dropout_key))
+        return parallel.constrain(x + self.mlp(self.post_attention_norm(x))), extra
 
 
 class Embed(nnx.Module):

@@ -18,6 +18,7 @@ from flax import nnx
 
 import kernels_pallas as kernels
 from lawcat_jax.config import AttentionConfig, ModelConfig
+from lawcat_jax.models import parallel
 from lawcat_jax.models.cache import extend, last_rows
 from lawcat_jax.models.diagnostics import QUANTILES, entropy, quantiles, share
 from lawcat_jax.models.feature_maps import FEATURE_MAPS, feature_sizes, features
@@ -294,7 +295,7 @@ class LawcatMixer(nnx.Module):
         dtype = v.dtype
         if kernels.target_platform(q) == "cpu":  # whose XLA has no batched product of bfloat16 into float32
             q, k, v = (array.astype(jnp.float32) for array in (q, k, v))
-        o, (S, z), (rows_q, rows_k) = kernels.lawcat_attention(
+        o, (S, z), (rows_q, rows_k) = parallel.lawcat_attention(
             q,
             k,
             v,
@@ -348,7 +349,7 @@ def _recur(parts: Recurrence, v, state: State | None, options: dict[str, Any]):
         arrays = (array[:, 0] for array in (parts.q, parts.k, v, parts.log_g))
         o, new = kernels.decode_step(*arrays, initial, **options)
         return o[:, None], new
-    return kernels.gated_linear_attention(parts.q, parts.k, v, parts.log_g, initial_state=initial, **options)
+    return parallel.gated_linear_attention(parts.q, parts.k, v, parts.log_g, initial_state=initial, **options)
 
 
 def linear_terms(parts: Recurrence, v: Float[Array, "B T Hkv d"], state: State | None, options: dict[str, Any]):

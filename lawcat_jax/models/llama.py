@@ -15,7 +15,7 @@ from flax import nnx
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig, attention_problems, model_problems
 from lawcat_jax.errors import UserError
 from lawcat_jax.models import cache as caching
-from lawcat_jax.models import transfer
+from lawcat_jax.models import parallel, transfer
 from lawcat_jax.models.attention import softmax_attention
 from lawcat_jax.models.blocks import DecoderLayer, Embed, Segment, Stacked, rematerialized, split_segments
 from lawcat_jax.models.lawcat import LawcatMixer
@@ -25,7 +25,7 @@ from lawcat_jax.models.lora import Lora
 from lawcat_jax.models.rope import rope_table, rotate
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Bool, Float, Int
 
 MIXERS = {"lawcat": LawcatMixer, "lolcats": LolcatsMixer}
 
@@ -103,12 +103,13 @@ class Decoder(nnx.Module):
         """An empty cache. ``max_length`` bounds the tokens of softmax layers; linearised layers have no limit."""
         config, dtype = self.config, self.embed.embedding[...].dtype
         cache: caching.Cache = {"position": jnp.zeros((batch_size,), jnp.int32)}
-        linear = 0 if as_teacher or self.mixers is None else num_linear(config, self.attention_config)
+        attention = None if as_teacher or self.mixers is None else self.attention_config
+        linear = 0 if attention is None else num_linear(config, attention)
         if config.num_layers > linear:
             shape = (config.num_layers - linear, batch_size, max_length, config.num_kv_heads, config.head_dim)
             cache["softmax"] = caching.empty_kv(*shape, dtype)
-        if linear:
-            state = MIXERS[self.attention_config.kind].empty_state(config, self.attention_config, batch_size, dtype)
+        if attention is not None and linear:
+            state = MIXERS[attention.kind].empty_state(config, attention, batch_size, dtype)
             cache["linear"] = jax.tree.map(lambda x: jnp.zeros((linear, *x.shape), x.dtype), state)
         return cache
 
@@ -146,7 +147,7 @@ class Decoder(nnx.Module):
 
     def embedded(self, tokens):
         """Hidden states [B, T, D] before the first layer."""
-        return jnp.take(self.embed.embedding[...], tokens, axis=0)
+        return parallel.constrain(jnp.take(self.embed.embedding[...], tokens, axis=0))
 
     def context(self, tokens, start=None, lengths=None, positions=None) -> Context:
         """Rotary table and bookkeeping of one call; ``start`` [B] are the tokens before it."""
@@ -160,11 +161,11 @@ class Decoder(nnx.Module):
     def segments(self, as_teacher: bool = False) -> list[Segment]:
         """Runs of layers of one kind."""
         layers = self.config.num_layers
-        if as_teacher or self.mixers is None:
+        if as_teacher or self.mixers is None or self.attention_config is None:
             return split_segments(layers, tuple(range(layers)))
         return split_segments(layers, tuple(self.attention_config.softmax_layers))
 
-    def _run(self, segment: Segment, x, context: Context, **options):
+    def _run(self, segment: Segment, x, context: Context, **options) -> tuple[Any, Any]:
         run = self._run_linear if segment.linear else self._run_softmax
         return run(segment, x, context, **options)
 
