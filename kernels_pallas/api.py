@@ -291,8 +291,8 @@ def gated_linear_attention(
 
     Raises:
       ValueError: naming the argument, for a wrong shape or dtype, heads that do not divide, a sequence axis known to be
-        sharded, or an implementation that cannot serve. With KERNELS_PALLAS_CHECK=1 also for concrete values of the wrong
-        sign.
+        sharded, or an implementation that cannot serve. With KERNELS_PALLAS_CHECK=1 also for concrete values of the
+        wrong sign.
     """
     _check_qkvg(q, k, v, log_g, 4)
     _check_bound(gate_lower_bound)
