@@ -1,7 +1,7 @@
 """Static analysis of the TPU kernels on a machine without a TPU: ``python -m kernels_pallas.benchmark --static``.
 
 Each case is compiled ahead of time in a process of its own, with libtpu writing its final schedules. From them: VLIW
-bundles a grid step and a chunk-head (one head times one chunk), how busy each unit is, register spills, and VMEM.
+bundles a grid step and a chunk-head (128 tokens of one head), how busy each unit is, register spills, and VMEM.
 Bundles times steps over the clock is the time of the core when every transfer hides; next to it stands the time that
 the kernel's HBM bytes take.
 
@@ -103,14 +103,14 @@ def read_dump(folder: Path) -> list[dict[str, Any]]:
     """One record per Pallas kernel (name gla_*) found in a dump of libtpu: bundles, busy share per unit, spills, VMEM
     bytes."""
     records = []
-    for path in sorted(folder.glob("*-gla_*-final_hlo-static-per-bundle-utilization.txt")):
+    for path in sorted(folder.glob("*gla_*-final_hlo-static-per-bundle-utilization.txt")):
         lines = path.read_text().splitlines()
         units = [x.strip() for x in lines[1].split(",")]
         slots = [int(x) for x in lines[2].split()]
         rows = [[int(x) for x in line.split()] for line in lines[4:] if line.strip()]
         used = [sum(column) for column in zip(*rows, strict=True)]
         busy = {unit: total / (len(rows) * slot) for unit, total, slot in zip(units, used, slots, strict=True)}
-        found = re.search(r"-((gla_[a-z]+)[\w.]*?)-\d+-final_hlo", path.name)
+        found = re.search(r"-([^-]*(gla_[a-z]+)[^-]*)-\d+-final_hlo", path.name)
         windows = {}
         for dump in folder.glob(f"*-{found[1]}-*-original.txt"):
             for name, size in re.findall(r"(#allocation\d+) \[.*?space=vmem, size = (0x[0-9a-f]+)", dump.read_text()):
@@ -141,7 +141,7 @@ def kernel_bytes(shape: Shape, mode: str, chunk: int, *, itemsize: int = 2) -> d
 def run_case(chip: str, name: str, mode: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Compiles one case in a subprocess and returns a record per kernel. Raises RuntimeError with the compiler's last
     lines."""
-    from kernels_pallas.gla.tpu import make_plan
+    from kernels_pallas.gla.tpu_plan import make_plan
 
     shape = SHAPES[name]
     with tempfile.TemporaryDirectory() as folder:
@@ -161,7 +161,9 @@ def run_case(chip: str, name: str, mode: str, args: argparse.Namespace) -> list[
     def like(heads, dtype="bfloat16"):
         return jax.ShapeDtypeStruct((args.batch, args.length, heads, shape.size), dtype)
 
-    plan = make_plan(like(shape.heads), like(shape.kv_heads), like(shape.kv_heads, "float32"), args.bound)
+    plan = make_plan(
+        like(shape.heads), like(shape.kv_heads), like(shape.kv_heads, "float32"), args.bound, forward=mode == "forward"
+    )
     moved = kernel_bytes(shape, mode, plan.chunk)
     token_heads = args.batch * args.length * shape.heads
     steps = plan.batch * plan.head_blocks * plan.chunks
@@ -171,7 +173,7 @@ def run_case(chip: str, name: str, mode: str, args: argparse.Namespace) -> list[
             continue
         spec, traffic = CHIPS[chip], moved[record["kernel"]] * token_heads
         record |= {"chip": chip, "shape": name, "mode": mode, "chunk": plan.chunk, "heads_a_step": plan.heads_block}
-        record["bundles_per_chunk_head"] = round(record["bundles"] / plan.heads_block, 1)
+        record["bundles_per_chunk_head"] = round(record["bundles"] * 128 / (plan.heads_block * plan.chunk), 1)
         record["hbm_bytes"] = int(traffic)
         record["core_ms"] = None if spec.clock is None else round(record["bundles"] * steps / spec.clock / 1e6, 3)
         record["hbm_ms"] = None if spec.bandwidth is None else round(traffic / spec.bandwidth / 1e9, 3)
@@ -181,16 +183,17 @@ def run_case(chip: str, name: str, mode: str, args: argparse.Namespace) -> list[
 
 def table(records: Sequence[dict[str, Any]]) -> str:
     """The records as a Markdown table."""
-    columns = "chip, shape, kernel, bundles a step, a chunk-head, MXU / VALU / XLU busy %, spills, VMEM MiB, HBM GB"
+    columns = (
+        "chip, shape, kernel, chunk, bundles a step, a chunk-head, MXU / VALU / XLU busy %, spills, VMEM MiB, HBM GB"
+    )
     columns = [*columns.split(", "), "core ms", "HBM ms"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for r in records:
         busy = " / ".join(f"{100 * r['busy'][unit]:.0f}" for unit in ("MXU", "VALU", "XLU"))
         core, memory = ("–" if r[key] is None else f"{r[key]:.2f}" for key in ("core_ms", "hbm_ms"))
-        lines.append(
-            f"| {r['chip']} | {r['shape']} | {r['kernel']} | {r['bundles']} | {r['bundles_per_chunk_head']:.0f} "
-            f"| {busy} | {r['spill_stores']} | {r['vmem_bytes'] / 2**20:.1f} | {r['hbm_bytes'] / 1e9:.2f} | {core} | {memory} |"
-        )
+        cells = [r["chip"], r["shape"], r["kernel"], r["chunk"], r["bundles"], round(r["bundles_per_chunk_head"]), busy]
+        cells += [r["spill_stores"], f"{r['vmem_bytes'] / 2**20:.1f}", f"{r['hbm_bytes'] / 1e9:.2f}", core, memory]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 

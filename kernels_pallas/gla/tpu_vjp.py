@@ -1,9 +1,11 @@
-"""Backward pass of gated linear attention on TPUs: one kernel for the chunk states, one that walks the chunks from last to first.
+"""Backward pass of gated linear attention on TPUs: one kernel for the chunk states, one that walks the chunks from
+last to first.
 
-The reverse kernel recomputes scores, numerator and denominator from the same rounded operands as the forward kernel, because the
-gradient of a diagonal score cancels against the gradient of the denominator. It keeps the cotangents of the state in VMEM and anchors the
-gate gradient at every chunk: rounding never accumulates along the sequence. Gradients of shared values and gates are summed over the
-query heads of a group in VMEM where a program holds the whole group; else each program writes a float32 part and XLA adds them.
+The reverse kernel recomputes scores, numerator and denominator from the same rounded operands as the forward kernel,
+because the gradient of a diagonal score cancels against the gradient of the denominator. It keeps the cotangents of
+the state in VMEM and anchors the gate gradient at every chunk: rounding never accumulates along the sequence.
+Gradients of shared values and gates are summed over the query heads of a group in VMEM where a program holds the
+whole group; else each program writes a float32 part and XLA adds them.
 """
 
 from __future__ import annotations
@@ -15,35 +17,25 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas.common import out_struct
-from kernels_pallas.gla.tpu import (
+from kernels_pallas.gla.tpu import call, chunk_states, specs, state_shapes, token_heads
+from kernels_pallas.gla.tpu_plan import Plan, flat, gate_matrices, make_plan, pack_state, unflat, unpack_state
+from kernels_pallas.gla.tpu_tiles import (
     Decays,
-    Plan,
     Scores,
     TileInputs,
-    call,
-    chunk_states,
     clean,
     dot,
-    flat,
     head_sums,
-    gate_matrices,
-    make_plan,
     mask_scores,
-    pack_state,
     pick_heads,
     read_out,
     scaled,
-    specs,
     spread_columns,
     stack_heads,
     state_operand,
-    state_shapes,
     tile_heads,
     tile_inputs,
     tile_of,
-    token_heads,
-    unflat,
-    unpack_state,
 )
 
 
@@ -74,7 +66,8 @@ class _Rows:
 
 
 class _TileGrads:
-    """Gradients of one tile, float32 [C, lanes]; ``dgate`` is q dq - k dk, to be summed over later rows, ``anchor`` its constant."""
+    """Gradients of one tile, float32 [C, lanes]; ``dgate`` is q dq - k dk, to be summed over later rows, ``anchor``
+    its constant."""
 
     def __init__(self, dq, dk, dv, dgate, anchor, dS, dz):
         self.dq, self.dk, self.dv, self.dgate, self.anchor, self.dS, self.dz = dq, dk, dv, dgate, anchor, dS, dz
@@ -105,7 +98,8 @@ def _score_grads(score: Scores, decay_columns, dn, delta, v, dq: _Rows, dk: _Row
 
 
 def _tile_grads(q, k, v, do, S, z, dS, dz, decay: Decays, plan: Plan, normalize: bool) -> _TileGrads:
-    """Gradients of a tile; S, z the state at the chunk's start, dS, dz the cotangents (compact, float32) of the state at its end."""
+    """Gradients of a tile; S, z the state at the chunk's start, dS, dz the cotangents (compact, float32) of the state
+    at its end."""
     num, inverse, q_in, found = read_out(q, k, v, S, z, decay, plan, normalize)
     dn, delta = _normalised(do, num, inverse, plan)
 
@@ -217,7 +211,8 @@ def _backward_kernel(*refs, plan: Plan, normalize: bool):
 
 
 def _group_output(group: int, dtype, plan: Plan, time: int, like) -> tuple[jax.ShapeDtypeStruct, pl.BlockSpec]:
-    """Where dv or dlog_g goes: [B, T', heads * width], or float32 parts [parts, B, T', ...] when several programs share a kv head."""
+    """Where dv or dlog_g goes: [B, T', heads * width], or float32 parts [parts, B, T', ...] when several programs
+    share a kv head."""
     count, last = plan.kv_heads(group), plan.chunks - 1
     share = max(1, group // plan.heads_block)
     width = plan.heads // group * plan.width

@@ -8,7 +8,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 import kernels_pallas as kp
-from kernels_pallas.gla import tpu
+from kernels_pallas.gla import tpu, tpu_plan
 
 from .base import BFLOAT16, REGIMES, GlaBackend, assert_close, expected, make_case, run_vjp
 
@@ -43,7 +43,7 @@ class TestTpu128(GlaBackend):
         # Two heads a tile, values and gates shared, ragged last chunk, initial state.
         ("gla", {"length": 150, "heads": 4, "value_heads": 2, "gate_heads": 1, "K": 64, "V": 64, "batch": 2}),
         # One head a tile; not shared; at the bound.
-        ("bound", {"length": 200, "heads": 2, "K": 128, "V": 128, "state": False}),
+        ("bound", {"length": 300, "heads": 2, "K": 128, "V": 128, "state": False}),
         # No bound: binary levels down to single rows.
         ("unbounded", {"length": 70, "heads": 2, "value_heads": 1, "K": 64, "V": 64, "normalize": False}),
     ],
@@ -80,7 +80,7 @@ def test_head_counts_and_sizes(heads, size):
 @pytest.mark.slow
 def test_one_kv_head_read_by_several_programs():
     case = make_case(length=40, heads=32, value_heads=1, gate_heads=1, K=128, V=128, dtype=jnp.bfloat16)
-    plan = tpu.make_plan(case.arrays[0], case.arrays[2], case.arrays[3], -1.25)
+    plan = tpu_plan.make_plan(case.arrays[0], case.arrays[2], case.arrays[3], -1.25)
     assert plan.v_group > plan.heads_block
     _check(case)
 
@@ -97,11 +97,11 @@ def test_support_is_answered_without_a_device():
 
 
 def test_plan_packs_narrow_heads_and_keeps_blocks_of_whole_tiles():
-    def plan(H, Hv, Hg, d, T=4096, bound=-1.25):
+    def plan(H, Hv, Hg, d, T=4096, bound=-1.25, **options):
         def struct(heads):
             return jax.ShapeDtypeStruct((1, T, heads, d), jnp.bfloat16)
 
-        return tpu.make_plan(struct(H), struct(Hv), struct(Hg), bound)
+        return tpu_plan.make_plan(struct(H), struct(Hv), struct(Hg), bound, **options)
 
     llama = plan(32, 8, 8, 64)
     assert (llama.pack, llama.heads_block, llama.chunk, llama.block) == (2, 16, 128, 64)
@@ -111,3 +111,5 @@ def test_plan_packs_narrow_heads_and_keeps_blocks_of_whole_tiles():
     assert plan(3, 3, 3, 64).width == 128
     assert [plan(32, 8, 8, 64, bound=b).block for b in (-0.5, -2.5, -5.0, None)] == [128, 32, 16, 1]
     assert plan(32, 8, 8, 64, T=17).chunk == 32
+    assert plan(32, 8, 8, 64, forward=True).chunk == tpu_plan.FORWARD_CHUNK
+    assert plan(32, 8, 8, 64, bound=-5.0, forward=True).chunk == tpu_plan.MAX_CHUNK

@@ -1,4 +1,5 @@
-"""TPU kernels compile ahead of time with libtpu on a CPU, for every chip: real Mosaic compilation, VMEM limits included."""
+"""TPU kernels compile ahead of time with libtpu on a CPU, for every chip: real Mosaic compilation, VMEM limits
+included."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from kernels_pallas.benchmark import static_tpu
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 
-# One process compiles all cases of a chip: starting libtpu costs more than a compilation, and it must not load in this process.
+# One process compiles all cases of a chip: starting libtpu costs more than a compilation, and it must not load in
+# this process.
 SCRIPT = """
 import json, sys
 from kernels_pallas.benchmark import static_tpu
