@@ -7,10 +7,11 @@ carry the path of their parameter.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
 
 P = PartitionSpec
+T = TypeVar("T")
 
 # (pattern searched at the end of the '/'-joined path, axes per dimension). Leading dimension L or M: stacked layers.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
@@ -96,6 +98,19 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 def path_name(path: tuple) -> str:
     """'/'-joined key path."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def on_mesh(function: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
+    """``function`` traced with ``mesh`` in context: token mixers find there how to split their kernels
+    (:mod:`lawcat_jax.models.parallel`), and kernels the platform that they are compiled for.
+    """
+
+    @functools.wraps(function)
+    def traced(*args: Any, **kwargs: Any) -> T:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return traced
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

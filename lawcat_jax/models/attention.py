@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import target_platform
+from lawcat_jax.models import parallel, splash
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -31,9 +33,15 @@ def softmax_attention(
     t`` (a cache). ``window``: a query sees the last ``window`` positions, its own included (Mistral), or all (None).
     Output in q's dtype; right padding needs no mask, because no valid token looks to the right.
     """
+    return parallel.softmax(functools.partial(_attention, window=window), q, k, v, start)
+
+
+def _attention(q, k, v, start, *, window: int | None):
     if start is None and _cudnn_serves(q):
         span = None if window is None else (window - 1, 0)
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=span, implementation="cudnn")
+    if start is None and splash.serves(q):
+        return splash.attention(q, k, v, window=window)
     batch, length, heads, width = q.shape
     offset = jnp.zeros((batch,), jnp.int32) if start is None else start
     positions = offset[:, None] + jnp.arange(length, dtype=jnp.int32)

@@ -147,7 +147,7 @@ class Decoder(nnx.Module):
 
     def embedded(self, tokens):
         """Hidden states [B, T, D] before the first layer."""
-        return parallel.constrain(jnp.take(self.embed.embedding[...], tokens, axis=0))
+        return parallel.constrain(jnp.take(parallel.whole_rows(self.embed.embedding[...]), tokens, axis=0))
 
     def context(self, tokens, start=None, lengths=None, positions=None) -> Context:
         """Rotary table and bookkeeping of one call; ``start`` [B] are the tokens before it."""

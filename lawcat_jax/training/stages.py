@@ -98,13 +98,13 @@ def build(name: str, config: Config, model: ModelConfig, mesh: Mesh, *, dtype: A
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     state_shardings, frozen_shardings = _shardings_of(state), _shardings_of(frozen)
     train_step = jax.jit(
-        make_train_step(loss_fn, stage, steps),
+        sharding.on_mesh(make_train_step(loss_fn, stage, steps), mesh),
         donate_argnums=0,
         in_shardings=(state_shardings, frozen_shardings, rows, everywhere),
         out_shardings=(state_shardings, everywhere),  # as they came in: otherwise the second step compiles again
     )
     eval_step = jax.jit(
-        make_eval_step(loss_fn),
+        sharding.on_mesh(make_eval_step(loss_fn), mesh),
         in_shardings=(state_shardings.params, frozen_shardings, rows),
         out_shardings=everywhere,
     )
