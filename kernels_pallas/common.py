@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 EPS = 1e-10
@@ -46,6 +47,18 @@ def target_platform(*arrays: Any) -> str:
     if default is not None:
         return _platform_name(default if isinstance(default, str) else default.platform)
     return _platform_name(jax.default_backend())
+
+
+def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """``jnp.einsum`` into float32: float32 operands at HIGHEST precision, bfloat16 operands as they are.
+
+    XLA on CPUs lacks some batched products of bfloat16 into float32; there the operands are widened, which changes
+    nothing: a product of two bfloat16 numbers is exact in float32.
+    """
+    if a.dtype != jnp.float32 and target_platform(a) == "cpu":
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kernels_pallas.common import EPS, match_varying, target_platform
+from kernels_pallas.common import EPS, einsum, match_varying, target_platform
 
 MAX_NATS = 80.0
 """Largest C |log_g| of one reference: the masked upper triangle reaches e^80 < float32's e^88."""
@@ -74,11 +74,6 @@ def _round(x: jax.Array, dtype) -> jax.Array:
     if dtype == jnp.bfloat16:
         x = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
     return x.astype(dtype)
-
-
-def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _grouped(x: jax.Array, heads: int) -> jax.Array:
@@ -177,19 +172,19 @@ def _masked(x: jax.Array) -> jax.Array:
 def _scores(q, k, q_in, k_out, decay: _Decay, plan: Plan, dtype) -> jax.Array:
     """A [B, H, n, C, C] float32, zero above the diagonal. q, k float32; q_in, k_out the rounded tiles of the chunk."""
     if plan.block == plan.chunk:
-        return _masked(_dot("bhnic,bhnjc->bhnij", q_in, k_out))
+        return _masked(einsum("bhnic,bhnjc->bhnij", q_in, k_out))
     if decay.diagonal is None:
         scores = jnp.sum(q * k, axis=-1)[..., None, None]
     else:
         row, col = decay.diagonal
         left = _round(_times(_blocks(q, plan.block), row), dtype)
         right = _round(_times(_blocks(k, plan.block), col), dtype)
-        scores = _masked(_dot("bhnmic,bhnmjc->bhnmij", left, right))
+        scores = _masked(einsum("bhnmic,bhnmjc->bhnmij", left, right))
     size = plan.block
     for row, col in decay.levels:
         left = _round(_times(_half(q, size, 1), row), dtype)
         right = _round(_times(_half(k, size, 0), col), dtype)
-        cross = _dot("bhnmic,bhnmjc->bhnmij", left, right)
+        cross = einsum("bhnmic,bhnmjc->bhnmij", left, right)
         pair = scores.reshape(*scores.shape[:-3], -1, 2, size, size)
         top = jnp.concatenate([pair[..., 0, :, :], jnp.zeros_like(cross)], axis=-1)
         bottom = jnp.concatenate([cross, pair[..., 1, :, :]], axis=-1)
@@ -202,15 +197,15 @@ def _scores_vjp(dA, q, k, q_in, k_out, decay: _Decay, plan: Plan, dtype) -> tupl
     """Sum_j dA_ij k_j e^(b_i - b_j) and Sum_i dA_ij q_i e^(b_i - b_j); of one reference still without the factor of its
     own row."""
     if plan.block == plan.chunk:
-        return _dot("bhnij,bhnjc->bhnic", dA, k_out), _dot("bhnij,bhnic->bhnjc", dA, q_in)
+        return einsum("bhnij,bhnjc->bhnic", dA, k_out), einsum("bhnij,bhnic->bhnjc", dA, q_in)
     dq, dk = jnp.zeros_like(q), jnp.zeros_like(k)
     grad, size = dA[..., None, :, :], plan.chunk // 2
     for row, col in reversed(decay.levels):
         cross = grad[..., size:, :size]
         left = _round(_times(_half(q, size, 1), row), dtype)
         right = _round(_times(_half(k, size, 0), col), dtype)
-        dq += _into_half(_times(_dot("bhnmij,bhnmjc->bhnmic", cross, right), row), 1)
-        dk += _into_half(_times(_dot("bhnmij,bhnmic->bhnmjc", cross, left), col), 0)
+        dq += _into_half(_times(einsum("bhnmij,bhnmjc->bhnmic", cross, right), row), 1)
+        dk += _into_half(_times(einsum("bhnmij,bhnmic->bhnmjc", cross, left), col), 0)
         grad = jnp.stack([grad[..., :size, :size], grad[..., size:, size:]], axis=-3)
         grad = grad.reshape(*grad.shape[:-4], -1, size, size)
         size //= 2
@@ -220,8 +215,8 @@ def _scores_vjp(dA, q, k, q_in, k_out, decay: _Decay, plan: Plan, dtype) -> tupl
     row, col = decay.diagonal
     left = _round(_times(_blocks(q, plan.block), row), dtype)
     right = _round(_times(_blocks(k, plan.block), col), dtype)
-    dq += _times(_dot("bhnmij,bhnmjc->bhnmic", grad, right), row).reshape(q.shape)
-    dk += _times(_dot("bhnmij,bhnmic->bhnmjc", grad, left), col).reshape(k.shape)
+    dq += _times(einsum("bhnmij,bhnmjc->bhnmic", grad, right), row).reshape(q.shape)
+    dk += _times(einsum("bhnmij,bhnmic->bhnmjc", grad, left), col).reshape(k.shape)
     return dq, dk
 
 
@@ -258,7 +253,7 @@ def _scan_states(total, S, z, S0, z0, *, reverse: bool = False):
 
 def _summaries(k_out, v, decay: _Decay) -> tuple[jax.Array, jax.Array]:
     """What every chunk adds to the state at its end: S [B, H, n, K, V], z [B, H, n, K]."""
-    S = _flat(_dot("bhgnjc,bhnjv->bhgncv", _grouped(k_out, v.shape[1]), v))
+    S = _flat(einsum("bhgnjc,bhnjv->bhgncv", _grouped(k_out, v.shape[1]), v))
     z = jnp.sum(k_out.astype(jnp.float32), axis=-2)
     if decay.out is not None:
         S, z = _times(S, decay.out[..., None]), _times(z, decay.out)
@@ -273,7 +268,9 @@ def _scaled_state(S, z, factor, dtype):
 
 def _outputs(scores, q_in, v, S_in, z_in, normalize: bool):
     """Numerator [B, H, n, C, V] and denominator [B, H, n, C] (None when not normalised); scores rounded already."""
-    num = _flat(_dot("bhgnij,bhnjv->bhgniv", _grouped(scores, v.shape[1]), v)) + _dot("bhnic,bhncv->bhniv", q_in, S_in)
+    num = _flat(einsum("bhgnij,bhnjv->bhgniv", _grouped(scores, v.shape[1]), v)) + einsum(
+        "bhnic,bhncv->bhniv", q_in, S_in
+    )
     if not normalize:
         return num, None
     den = jnp.sum(scores.astype(jnp.float32), axis=-1)
@@ -309,7 +306,7 @@ def _backward_group(q, k, v, log_g, do, S0, z0, dS_end, dz_end, plan: Plan, norm
         dn, delta = _round(do, dtype), None
 
     # Cotangents of the state at the end of every chunk.
-    dS_chunk = _dot("bhnic,bhniv->bhncv", q_in, dn)
+    dS_chunk = einsum("bhnic,bhniv->bhncv", q_in, dn)
     if delta is None:
         dz_chunk = jnp.zeros_like(z)
     else:
@@ -319,15 +316,15 @@ def _backward_group(q, k, v, log_g, do, S0, z0, dS_end, dz_end, plan: Plan, norm
     dS, dz, dS0, dz0 = _scan_states(decay.total, dS_chunk, dz_chunk, dS_end, dz_end, reverse=True)
     dS_out, dz_out = _scaled_state(dS, dz, decay.out, dtype)
 
-    dA = _flat(_dot("bhgniv,bhnjv->bhgnij", _grouped(dn, value_heads), v))
+    dA = _flat(einsum("bhgniv,bhnjv->bhgnij", _grouped(dn, value_heads), v))
     if delta is not None:
         dA += delta[..., None]
     dA = _round(_masked(dA), dtype)
     dq_local, dk_local = _scores_vjp(dA, q, k, q_in, k_out, decay, plan, dtype)
-    dq_state = _dot("bhniv,bhncv->bhnic", dn, S_in)
+    dq_state = einsum("bhniv,bhncv->bhnic", dn, S_in)
     if delta is not None:
         dq_state += delta[..., None] * z_in[..., None, :]
-    dk_state = _flat(_dot("bhnjv,bhgncv->bhgnjc", v, _grouped(dS_out, value_heads))) + dz_out[..., None, :]
+    dk_state = _flat(einsum("bhnjv,bhgncv->bhgnjc", v, _grouped(dS_out, value_heads))) + dz_out[..., None, :]
     dk_state = _times(dk_state, decay.cols)
     if plan.block == plan.chunk:
         dq = _times(dq_local + dq_state, decay.rows)
@@ -335,8 +332,8 @@ def _backward_group(q, k, v, log_g, do, S0, z0, dS_end, dz_end, plan: Plan, norm
     else:
         dq = dq_local + _times(dq_state, decay.rows)
         dk = dk_local + dk_state
-    dv = _dot("bhgnij,bhgniv->bhnjv", _grouped(scores, value_heads), _grouped(dn, value_heads))
-    dv += _dot("bhgnjc,bhgncv->bhnjv", _grouped(k_out, value_heads), _grouped(dS_out, value_heads))
+    dv = einsum("bhgnij,bhgniv->bhnjv", _grouped(scores, value_heads), _grouped(dn, value_heads))
+    dv += einsum("bhgnjc,bhgncv->bhnjv", _grouped(k_out, value_heads), _grouped(dS_out, value_heads))
 
     # The gate gradient is anchored at the end of every chunk: its error does not grow with the length of the sequence.
     anchor = _times(jnp.sum(S * dS, axis=-1) + z * dz, decay.total) + jnp.sum(k * dk_state, axis=-2)

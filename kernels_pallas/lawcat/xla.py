@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from kernels_pallas.common import einsum
 from kernels_pallas.conv1d.xla import causal_conv1d
 
 FEATURE_FLOOR = 1e-12
@@ -15,10 +15,7 @@ FEATURE_FLOOR = 1e-12
 def feature_map(u: jax.Array, phi: jax.Array) -> jax.Array:
     """max([softmax(u phi) ; softmax(-u phi)], 1e-12): u [B, T, H, d], phi [H, d, f] -> [B, T, H, 2f] in u.dtype;
     softmax in float32."""
-    precision = lax.Precision.HIGHEST if u.dtype == jnp.float32 else None
-    scores = jnp.einsum(
-        "bthd,hdf->bthf", u, phi.astype(u.dtype), precision=precision, preferred_element_type=jnp.float32
-    )
+    scores = einsum("bthd,hdf->bthf", u, phi.astype(u.dtype))
     features = jnp.concatenate([jax.nn.softmax(scores, axis=-1), jax.nn.softmax(-scores, axis=-1)], axis=-1)
     return jnp.maximum(features, FEATURE_FLOOR).astype(u.dtype)
 

@@ -292,9 +292,6 @@ class LawcatMixer(nnx.Module):
         logits = jnp.broadcast_to(logits, (*logits.shape[:3], channels))
         conv_q = self.conv_q[...]
         conv_k = conv_q if a.conv == "shared" else self.conv_k[...]
-        dtype = v.dtype
-        if kernels.target_platform(q) == "cpu":  # whose XLA has no batched product of bfloat16 into float32
-            q, k, v = (array.astype(jnp.float32) for array in (q, k, v))
         o, (S, z), (rows_q, rows_k) = parallel.lawcat_attention(
             q,
             k,
@@ -309,7 +306,7 @@ class LawcatMixer(nnx.Module):
             lengths=context.lengths,
             **self._options(a.normalize),
         )
-        return o.astype(dtype), {"S": S, "z": z, "conv_q": rows_q.astype(dtype), "conv_k": rows_k.astype(dtype)}
+        return o, {"S": S, "z": z, "conv_q": rows_q, "conv_k": rows_k}
 
     def _with_window(self, x, q, k, v, linear_q, linear_k, context: Context, state: State | None):
         """Softmax over the window and gated linear attention over everything, under one denominator."""
