@@ -64,6 +64,43 @@ def test_other_shapes_compile(chip):
     _compile(chip, OTHERS)
 
 
+TRANSFORMS = """
+import functools, sys
+import jax, numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+import kernels_pallas as kp
+
+devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices)
+
+def gradient(*arrays):
+    run = lambda *x: kp.gated_linear_attention(*x, implementation="pallas_tpu")[0]
+    o, pullback = jax.vjp(run, *arrays)
+    return pullback(o)
+
+def compiles(function, sharding, lead):
+    kinds = [(8, "bfloat16"), (8, "bfloat16"), (4, "bfloat16"), (4, "float32")]
+    arrays = [jax.ShapeDtypeStruct((*lead, 300, h, 64), kind, sharding=sharding) for h, kind in kinds]
+    with kp.lowering_for("tpu"):
+        jax.jit(function).lower(*arrays).compile()
+    print("compiled", flush=True)
+
+mesh = Mesh(devices.reshape(2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+rows = P("data", None, "model")
+sharded = jax.shard_map(gradient, mesh=mesh, in_specs=(rows,) * 4, out_specs=(rows,) * 4)
+compiles(sharded, NamedSharding(mesh, rows), (2,))
+compiles(jax.vmap(gradient), NamedSharding(Mesh(devices.flat[:1], ("x",)), P()), (3, 2))
+"""
+
+
+@pytest.mark.slow
+def test_shard_map_and_vmap_compile():
+    command = [sys.executable, "-c", TRANSFORMS]
+    done = subprocess.run(command, env=static_tpu.environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("compiled") == 2
+
+
 @pytest.mark.slow
 def test_static_report(tmp_path):
     options = [
