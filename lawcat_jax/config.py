@@ -196,13 +196,17 @@ class StageConfig:
 
 @dataclasses.dataclass
 class MeshConfig:
-    """Devices per mesh axis; -1 (at most once) takes the rest. Batch is split over data x fsdp."""
+    """Devices per mesh axis; -1 (at most once) takes the rest. Batch is split over data x fsdp.
+
+    With several processes, one that sends no heartbeat for ``heartbeat_seconds`` counts as dead, and all end.
+    """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
     sequence: int = 1
     distributed: str = "auto"  # "auto" | "on" | "off": jax.distributed.initialize
+    heartbeat_seconds: int = 30
 
 
 @dataclasses.dataclass
@@ -438,6 +442,8 @@ def _range_problems(c: Config):
     for target in c.lora.targets:
         yield from _one_of("config.lora.targets", target, known)
     axes = dataclasses.asdict(c.mesh)
+    if axes.pop("heartbeat_seconds") < 5:
+        yield f"config.mesh.heartbeat_seconds: {c.mesh.heartbeat_seconds} must be at least 5"
     axes.pop("distributed")
     if sum(size == -1 for size in axes.values()) > 1:
         yield "config.mesh: at most one axis may be -1"

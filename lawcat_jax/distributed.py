@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
+import threading
+import time
 
 import jax
 
@@ -12,8 +16,16 @@ from lawcat_jax.errors import UserError
 _CLUSTER_HINTS = ("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
 
 
-def initialize(mode: str) -> None:
+# Where a failing process leaves word for the others, and how often they look.
+_FAILED, _LOOK_SECONDS = "lawcat_jax/failed", 1.0
+
+
+def initialize(mode: str, *, heartbeat_seconds: int = 30) -> None:
     """Start ``jax.distributed``; call before anything asks for a device.
+
+    From then on no process outlives another: when one is killed or its machine is lost, jax ends the others after
+    ``heartbeat_seconds`` without a heartbeat (SIGABRT, status 134 in a shell); when one fails (:func:`leave`), the
+    others end within seconds with status 1. Either is at most ``heartbeat_seconds`` + 30 s.
 
     ``mode`` is ``off``, ``on`` (start, and fail loudly if that is impossible) or ``auto`` (start when the
     environment describes several processes: a coordinator address, a Slurm step or an Open MPI job of more than
@@ -25,6 +37,7 @@ def initialize(mode: str) -> None:
     """
     if mode == "off" or (mode == "auto" and not _several_processes()) or jax.distributed.is_initialized():
         return
+    logging.getLogger("jax").setLevel(logging.WARNING)  # absl shows its lines about the coordinator
     arguments: dict = {}
     if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
         arguments["coordinator_address"] = address
@@ -34,12 +47,62 @@ def initialize(mode: str) -> None:
                     raise UserError(f"{variable}={value!r} is not a number")
                 arguments[name] = int(value)
     try:
-        jax.distributed.initialize(**arguments)
+        jax.distributed.initialize(
+            **arguments, heartbeat_timeout_seconds=heartbeat_seconds, shutdown_timeout_seconds=60
+        )
     except (RuntimeError, ValueError) as problem:
         raise UserError(
             f"config.mesh.distributed={mode}: jax.distributed could not start ({problem}); set "
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or config.mesh.distributed=off"
         ) from problem
+    if jax.process_count() > 1:
+        threading.Thread(target=_watch, name="lawcat_jax.distributed", daemon=True).start()
+
+
+def _client():
+    from jax._src import distributed  # the key-value store of the coordination service has no public name
+
+    return distributed.global_state.client
+
+
+def _watch() -> None:
+    """End this process when another has failed: it may be waiting in a collective that will never complete."""
+    while (client := _client()) is not None:
+        try:
+            said = client.key_value_try_get(_FAILED)
+        except Exception as problem:
+            if "NOT_FOUND" not in str(problem):
+                return  # the coordinator is gone: jax's heartbeats end this process
+        else:
+            time.sleep(_LOOK_SECONDS)  # if this process fails by itself, let it say so
+            _exit(1, f"error: ending, because {said}")
+        time.sleep(_LOOK_SECONDS)
+
+
+def leave(status: int) -> None:
+    """End a process of several that failed, at once and without jax's farewell, which waits for the others.
+
+    Returns when there is nothing to do: one process, or ``status`` is 0 or 75, with which all end together.
+    """
+    if status in (0, 75) or not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return
+    try:
+        _client().key_value_set(
+            _FAILED, f"process {jax.process_index()} failed with status {status}", allow_overwrite=True
+        )
+        if is_primary():  # the coordinator lives here: the others must have read it
+            time.sleep(3 * _LOOK_SECONDS)
+    except Exception as problem:  # a second failure, or no coordinator: the heartbeats tell the others
+        print(f"the other processes are not told: {problem}", file=sys.stderr)
+    _exit(status)
+
+
+def _exit(status: int, text: str | None = None) -> None:
+    if text:
+        print(text, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _several_processes() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 
 from lawcat_jax.config import ConfigError
@@ -21,10 +22,20 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
             return main(argv)
         except (UserError, ConfigError) as problem:
             print(f"error: {problem}", file=sys.stderr, flush=True)
-            return 2
+            status = 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
-            return 130
+            status = 130
+        except Exception:
+            if not _several_processes():
+                raise
+            traceback.print_exc()
+            status = 1
+        if _several_processes():  # the others must not wait for this one
+            from lawcat_jax import distributed
+
+            distributed.leave(status)
+        return status
 
     def parse(argv: list[str]) -> list[str]:
         from lawcat_jax.command_line import parse_flags
@@ -36,3 +47,8 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
             sys.exit(2)
 
     app.run(guarded, flags_parser=parse)
+
+
+def _several_processes() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()

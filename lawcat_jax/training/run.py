@@ -42,7 +42,7 @@ def run(config: Config) -> int:
       ConfigError, UserError: whatever the user can mend, as one clear message.
     """
     config.validate()
-    distributed.initialize(config.mesh.distributed)
+    distributed.initialize(config.mesh.distributed, heartbeat_seconds=config.mesh.heartbeat_seconds)
     mesh = sharding.make_mesh(config.mesh)
     if config.dry_run:
         from lawcat_jax.training.dry_run import dry_run
@@ -81,6 +81,7 @@ def run(config: Config) -> int:
     if config.eval.enabled:
         results = evaluate(config, student, workdir)
     manifest.update(status="finished", model=str(target), results=results)
+    distributed.barrier("finished")  # jax's own farewell gives the slowest process little time
     say(f"finished: {target}")
     return 0
 
@@ -304,19 +305,22 @@ def host_params(params: optim.Params) -> optim.Params:
 
 
 def export(config: Config, student: Student, workdir: Path) -> Path:
-    """Write ``student/`` (a model directory) or, after pretraining, ``teacher/`` (Hugging Face format)."""
-    pretraining = config.pretrain.enabled
+    """Write ``student/`` (a model directory) or, after pretraining, ``teacher/`` (Hugging Face format).
+
+    Every process calls this: arrays that are split over processes are gathered, process 0 writes.
+    """
+    pretraining, primary = config.pretrain.enabled, distributed.is_primary()
     target = workdir / ("teacher" if pretraining else "student")
-    params = host_params(student.params)
-    if not distributed.is_primary():
-        return target
     tokenizer_source = Path(student.tokenizer_path)
-    if not tokenizer_source.is_dir():  # a hub id or an embedded asset: its files may be anywhere
+    if primary and not tokenizer_source.is_dir():  # a hub id or an embedded asset: its files may be anywhere
         tokenizer_source = save_tokenizer(student.tokenizer, workdir / "tokenizer")
     if pretraining:
         from lawcat_jax.hf.write import write_hf
 
-        write_hf(target, model=student.model, params=params, tokenizer_source=tokenizer_source, overwrite=True)
+        params = host_params(student.params)
+        if primary:
+            write_hf(target, model=student.model, params=params, tokenizer_source=tokenizer_source, overwrite=True)
+        distributed.barrier("export")
         return target
     last = config.stages()[-1][0]
     model_dir.save_model(
@@ -324,7 +328,7 @@ def export(config: Config, student: Student, workdir: Path) -> Path:
         model=student.model,
         attention=config.attention,
         lora=config.lora if config.stage2.enabled else None,
-        params=params,
+        params=student.params,
         tokenizer_source=tokenizer_source,
         extra={
             "stage": last,

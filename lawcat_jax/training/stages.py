@@ -42,9 +42,9 @@ class Stage:
 
     def key(self, seed: int) -> jax.Array:
         """Root of the stage's random streams."""
-        return jax.device_put(
-            jax.random.fold_in(jax.random.key(seed), STREAMS[self.name]), sharding.replicated(self.mesh)
-        )
+        # Computed on every device: an array of one process cannot be put on the devices of others.
+        make = jax.jit(jax.random.fold_in, out_shardings=sharding.replicated(self.mesh))
+        return make(jax.random.key(seed), STREAMS[self.name])
 
     def split(self, params: optim.Params) -> tuple[TrainState, optim.Params]:
         """(state before the first step, frozen parameters) on the mesh; ``params`` may have more than is needed."""
