@@ -16,6 +16,7 @@ import numpy as np
 
 from lawcat_jax.errors import UserError
 from lawcat_jax.models import bind, num_linear
+from lawcat_jax.sharding import mesh_of
 
 SMALLEST_BUCKET = 16
 
@@ -27,14 +28,15 @@ def bucket(size: int, largest: int | None = None) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "batch", "length", "as_teacher"))
-def _empty_cache(params, *, graphdef, batch: int, length: int, as_teacher: bool):
+def empty_cache(params, *, graphdef, batch: int, length: int, as_teacher: bool = False):
+    """(cache, logits [B, V] float32) of no tokens."""
     model = bind(graphdef, params)
     logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
     return model.init_cache(batch, length, as_teacher=as_teacher), logits
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher"), donate_argnames=("cache", "logits"))
-def _prefill(params, cache, logits, tokens, lengths, *, graphdef, as_teacher: bool):
+def prefill_chunk(params, cache, logits, tokens, lengths, *, graphdef, as_teacher: bool):
     """One chunk; a sequence that has ended already keeps its cache and its logits."""
     new, cache = bind(graphdef, params).prefill(tokens, cache, lengths=lengths, as_teacher=as_teacher)
     return jnp.where(lengths[:, None] > 0, new, logits), cache
@@ -49,7 +51,8 @@ def _choose(logits, step, keys, temperature):
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher"), donate_argnames=("cache",))
-def _decode_step(params, cache, token, step, keys, temperature, *, graphdef, as_teacher: bool):
+def decode_step(params, cache, token, step, keys, temperature, *, graphdef, as_teacher: bool):
+    """One token more for every sequence [B]: (next tokens, cache)."""
     logits, cache = bind(graphdef, params).decode(token, cache, as_teacher=as_teacher)
     return _choose(logits, step, keys, temperature), cache
 
@@ -106,13 +109,15 @@ def _consume(graphdef, params, prompts, new_tokens: int, chunk: int, as_teacher:
     options = {"graphdef": graphdef, "as_teacher": as_teacher}
     # Only the key-value buffer of softmax layers depends on the length.
     room = bucket(longest + new_tokens) if _has_softmax(graphdef, params, as_teacher) else 1
-    cache, logits = _empty_cache(params, batch=len(prompts), length=room, **options)
+    with mesh_of(params):
+        cache, logits = empty_cache(params, batch=len(prompts), length=room, **options)
     tokens = np.zeros((len(prompts), -(-longest // size) * size), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     for start in range(0, tokens.shape[1], size):
         part = np.clip(lengths - start, 0, size)
-        logits, cache = _prefill(params, cache, logits, tokens[:, start : start + size], part, **options)
+        with mesh_of(params):
+            logits, cache = prefill_chunk(params, cache, logits, tokens[:, start : start + size], part, **options)
     return cache, logits
 
 
@@ -159,7 +164,8 @@ def generate(
         keys = _keys(seed, [*numbers, *[0] * (batch_size - len(numbers))])
         limit, heat = jnp.int32(max_new_tokens), jnp.float32(temperature)
         capacity = bucket(max_new_tokens)
-        out, *_ = _decode_loop(params, cache, logits, done, limit, eos, keys, heat, capacity=capacity, **options)
+        with mesh_of(params):
+            out, *_ = _decode_loop(params, cache, logits, done, limit, eos, keys, heat, capacity=capacity, **options)
         for number, row in zip(numbers, np.asarray(out), strict=False):
             answers[number] = [int(token) for token in row if token >= 0]
     return answers
@@ -193,7 +199,8 @@ def stream(
         yield value
         if value in eos_ids or step == max_new_tokens:
             return
-        token, cache = _decode_step(params, cache, token, jnp.int32(step), keys, heat, **options)
+        with mesh_of(params):  # not around the yield, where it would leak into the caller
+            token, cache = decode_step(params, cache, token, jnp.int32(step), keys, heat, **options)
 
 
 def _keys(seed: int, numbers: Sequence[int]) -> jax.Array:

@@ -7,6 +7,7 @@ carry the path of their parameter.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import re
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lawcat_jax.config import MeshConfig
+from lawcat_jax.config import Config, MeshConfig
 from lawcat_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "sequence")
@@ -46,11 +47,24 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"lora/[qkv]_proj/b$", P(None, None, "tensor")),
     (r"lora/o_proj/a$", P(None, "tensor")),
     (r"lora/o_proj/b$", P(None, None, "fsdp")),
+    # Decoding caches: sequences over the batch's axes, heads over tensor.
+    (r"^position$", P(BATCH_AXES)),
+    (r"^softmax/[kv]$", P(None, BATCH_AXES, None, "tensor")),
+    (r"^linear/[Sz]$", P(None, BATCH_AXES, "tensor")),
+    (r"^linear/(conv_[qk]|window/\w+)$", P(None, BATCH_AXES, None, "tensor")),
 )
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def common_rows(config: Config) -> int:
+    """The number of sequences that divides the micro-batches of all stages: so many ways a batch can be split."""
+    return math.gcd(*(stage.batch_size // stage.grad_accum for _, stage in config.stages()))
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, *, rows: int = 0) -> Mesh:
     """Mesh over ``devices`` (default: all) with axes :data:`AXES`, of Auto type; -1 takes the rest.
+
+    With ``rows`` (sequences of a micro-batch) a ``data`` or ``fsdp`` of -1 takes no more than the sequences can be
+    split over; what is left multiplies ``tensor``.
 
     Raises:
       UserError: the axis sizes do not multiply to the number of devices.
@@ -61,7 +75,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     described = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
         raise UserError(f"config.mesh: {described} does not fit {len(devices)} device(s)")
-    shape = tuple(len(devices) // fixed if size == -1 else size for size in sizes)
+    rest = len(devices) // fixed
+    free = next((axis for axis in BATCH_AXES if getattr(config, axis) == -1), None)
+    if rows and free is not None:
+        other = config.data if free == "fsdp" else config.fsdp
+        taken = math.gcd(rest, rows // other) if rows % other == 0 else rest
+        sizes[AXES.index("tensor")] *= rest // taken
+        rest = taken
+    shape = tuple(rest if size == -1 else size for size in sizes)
     # Auto, since the default (Explicit) asks for shardings in the types of every intermediate array.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
@@ -78,7 +99,8 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
         if re.search(pattern, path):
             axes = [*spec, *[None] * (len(shape) - len(spec))][: len(shape)]
             fits = [
-                axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True)
+                axis if axis and size % _axis_size(axis, mesh) == 0 else None
+                for axis, size in zip(axes, shape, strict=True)
             ]
             while fits and fits[-1] is None:
                 fits.pop()
@@ -86,8 +108,12 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     raise KeyError(f"no sharding rule for parameter {path!r}: add one to lawcat_jax/sharding.py")
 
 
+def _axis_size(axis: str | tuple[str, ...], mesh: Mesh) -> int:
+    return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis))
+
+
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """NamedSharding of every leaf of a tree of arrays or ShapeDtypeStructs (parameters, optimizer state)."""
+    """NamedSharding of every leaf of a tree of arrays or ShapeDtypeStructs (parameters, optimizer state, cache)."""
 
     def one(path: tuple, leaf: Any) -> NamedSharding:
         return NamedSharding(mesh, spec_for(path_name(path), leaf.shape, mesh))
@@ -111,6 +137,14 @@ def on_mesh(function: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
             return function(*args, **kwargs)
 
     return traced
+
+
+def mesh_of(params: Any) -> contextlib.AbstractContextManager:
+    """Context with the mesh that parameters lie on, for functions jitted without one; nothing on a single device."""
+    found = getattr(getattr(jax.tree.leaves(params)[0], "sharding", None), "mesh", None)
+    if found is None or found.size == 1:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(getattr(found, "abstract_mesh", found))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -38,6 +38,7 @@ NllSum = Callable[[dict[str, np.ndarray]], tuple[float, float]]
 def model_nll(graphdef, params, *, as_teacher: bool) -> NllSum:
     """Negative log-likelihood of a batch under a decoder (see :class:`lawcat_jax.models.Decoder`)."""
     from lawcat_jax.models import bind
+    from lawcat_jax.sharding import mesh_of
 
     @functools.partial(jax.jit, static_argnames="chunk")
     def nll(params, tokens, targets, weights, lengths, chunk):
@@ -61,7 +62,8 @@ def model_nll(graphdef, params, *, as_teacher: bool) -> NllSum:
         length = batch["tokens"].shape[1]
         chunk = max(size for size in range(1, min(_CHUNK, length) + 1) if length % size == 0)
         names = ("tokens", "targets", "loss_weights", "lengths")
-        total, weight = nll(params, *(batch[name] for name in names), chunk=chunk)
+        with mesh_of(params):
+            total, weight = nll(params, *(batch[name] for name in names), chunk=chunk)
         return float(total), float(weight)
 
     return call

@@ -94,9 +94,15 @@ class Decoder(nnx.Module):
         hidden = self.final_norm(x)
         return hidden if return_hidden else self.head(hidden)
 
-    def head(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
-        """Logits in float32 of final-normed hidden states."""
-        kernel = self.embed.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
+    def head_kernel(self) -> Float[Array, "D V"]:
+        """The matrix of :meth:`head`, gathered over ``fsdp``: for loops over chunks, which would gather it each time."""
+        if self.lm_head is None:
+            return parallel.whole_rows(self.embed.embedding[...]).T
+        return parallel.whole_rows(self.lm_head.kernel[...].T).T
+
+    def head(self, hidden: Float[Array, "*b D"], kernel: Float[Array, "D V"] | None = None) -> Float[Array, "*b V"]:
+        """Logits in float32 of final-normed hidden states; ``kernel``: see :meth:`head_kernel`."""
+        kernel = self.head_kernel() if kernel is None else kernel
         return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def init_cache(self, batch_size: int, max_length: int, *, as_teacher: bool = False) -> caching.Cache:

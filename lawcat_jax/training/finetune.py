@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -86,7 +87,8 @@ def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
         teacher = None
         if stage.kl_weight > 0:
             teacher = jax.lax.stop_gradient(decoder(tokens, as_teacher=True, **options))
-        sums = chunked_token_sums(decoder.head, hidden, batch["targets"], weights, teacher, stage.loss_chunk)
+        head = functools.partial(decoder.head, kernel=decoder.head_kernel())
+        sums = chunked_token_sums(head, hidden, batch["targets"], weights, teacher, stage.loss_chunk)
         weight = jnp.sum(weights)
         total = sums["cross_entropy"]
         metrics = {

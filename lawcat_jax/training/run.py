@@ -43,7 +43,7 @@ def run(config: Config) -> int:
     """
     config.validate()
     distributed.initialize(config.mesh.distributed, heartbeat_seconds=config.mesh.heartbeat_seconds)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, rows=sharding.common_rows(config))
     if config.dry_run:
         from lawcat_jax.training.dry_run import dry_run
 
@@ -281,8 +281,9 @@ def _diagnostics(stage: stages.Stage, config: Config, frozen: optim.Params, batc
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(stage.mesh))
     def statistics(trainable, frozen, batch):
-        decoder = models.bind(stage.graphdef, optim.merge(trainable, frozen))
-        return decoder.diagnostics(batch["tokens"], lengths=batch["lengths"])
+        with jax.sharding.use_abstract_mesh(stage.mesh.abstract_mesh):
+            decoder = models.bind(stage.graphdef, optim.merge(trainable, frozen))
+            return decoder.diagnostics(batch["tokens"], lengths=batch["lengths"])
 
     def diagnose(trainable: optim.Params) -> dict[str, Any]:
         values = jax.device_get(statistics(trainable, frozen, batches[0]))

@@ -54,10 +54,10 @@ def test_stops_at_the_end_token_and_compiles_once(model):
     cut = [row[: row.index(eos) + 1] if eos in row else row for row in full]
     options = dict(max_new_tokens=NEW, eos_ids=(eos,), batch_size=2, prefill_chunk=16)
     assert generation.generate(graphdef, params, prompts(), **options) == cut
-    compiled = generation._prefill._cache_size(), generation._decode_loop._cache_size()
+    compiled = generation.prefill_chunk._cache_size(), generation._decode_loop._cache_size()
     shorter = [prompt[:length] for prompt, length in zip(prompts(), (20, 1, 30, 17, 38), strict=True)]
     generation.generate(graphdef, params, shorter, **options)
-    assert (generation._prefill._cache_size(), generation._decode_loop._cache_size()) == compiled
+    assert (generation.prefill_chunk._cache_size(), generation._decode_loop._cache_size()) == compiled
 
 
 def test_sampling_depends_on_seed_and_prompt_only(model):
