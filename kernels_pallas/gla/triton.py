@@ -20,7 +20,7 @@ rounded A and q^ that the numerator uses.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +53,21 @@ from kernels_pallas.gla.triton_tiles import (
     token_spec,
 )
 
-State = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
-"""(S [K, V], z [K, 8]) in blocks of features, float32. Features are rows: a decay is then two registers a thread, not sixteen."""
+Pair = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
+"""(S [K, V], z [K, 8]) in blocks of features, float32. Features are rows: a decay is two registers a thread, not sixteen."""
+
+
+class State(NamedTuple):
+    """The state between chunks, 2^pending (S, z): a chunk's closing factor waits for the next one's, to be applied once."""
+
+    S: tuple[jax.Array, ...]
+    z: tuple[jax.Array, ...]
+    pending: tuple[jax.Array, ...]
+
+
+STRONG_GATES = -1.25
+"""Below this bound a differentiated call also keeps o in float32. The gradient of a score is dn.v - dn.o; where one token outweighs
+the rest these cancel, and the bfloat16 rounding of o would be left over: 14 % of dq at gates of -5, 0.6 % within -1.25."""
 
 PREFIX_SEGMENTS = 8
 """Up to this many segments each program adds up the earlier ones itself (from L2); more go through a ``combine`` launch."""
@@ -109,18 +122,20 @@ def chunks_of(split: Split, segment: Any) -> Any:
 
 
 def zero_state(values: int, features: int) -> State:
-    blocks = feature_blocks(features)
-    return tuple(jnp.zeros((n, values), f32) for _, n in blocks), tuple(jnp.zeros((n, LANES), f32) for _, n in blocks)
+    widths = [n for _, n in feature_blocks(features)]
+    lane = tuple(jnp.zeros((n, LANES), f32) for n in widths)
+    return State(tuple(jnp.zeros((n, values), f32) for n in widths), lane, lane)
 
 
 def read_state(S_ref: Any, z_ref: Any) -> State:
     """A state (refs [K, V] and [K]) as blocks of features."""
     blocks = feature_blocks(z_ref.shape[0])
-    return tuple(S_ref[pl.ds(at, n), :] for at, n in blocks), tuple(lanes(z_ref[pl.ds(at, n)]) for at, n in blocks)
+    S = tuple(S_ref[pl.ds(at, n), :] for at, n in blocks)
+    return State(S, tuple(lanes(z_ref[pl.ds(at, n)]) for at, n in blocks), zero_totals(z_ref.shape[0]))
 
 
-def write_state(S_ref: Any, z_ref: Any, state: State, index: Any = None) -> None:
-    """The inverse of read_state; with ``index`` into that entry of refs [n, K, V] and [n, K]."""
+def write_state(S_ref: Any, z_ref: Any, state: Pair, index: Any = None) -> None:
+    """Write (S, z) to refs [K, V] and [K]; with ``index`` into that entry of refs [n, K, V] and [n, K]."""
     entry = () if index is None else (index,)
     for (at, n), S, z in zip(feature_blocks(z_ref.shape[-1]), *state, strict=True):
         S_ref[(*entry, pl.ds(at, n), slice(None))] = round_to(S, S_ref.dtype)
@@ -141,29 +156,33 @@ def _prefix(state: State, L_ref, S_ref, z_ref, count) -> State:
     blocks = feature_blocks(L_ref.shape[1])
 
     def step(s, state):
-        e = tuple(lanes(exp2(L_ref[s, pl.ds(at, n)])) for at, n in blocks)
-        S, z = scaled(state, e)
+        S, z = scaled(state, tuple(lanes(L_ref[s, pl.ds(at, n)]) for at, n in blocks))
         S = tuple(x + S_ref[s, pl.ds(at, n), :] for x, (at, n) in zip(S, blocks, strict=True))
-        return S, tuple(x + lanes(z_ref[s, pl.ds(at, n)]) for x, (at, n) in zip(z, blocks, strict=True))
+        z = tuple(x + lanes(z_ref[s, pl.ds(at, n)]) for x, (at, n) in zip(z, blocks, strict=True))
+        return State(S, z, tuple(jnp.zeros_like(x) for x in z))
 
     return lax.fori_loop(0, count, step, state)
 
 
-def scaled(state: State, e: tuple[jax.Array, ...]) -> State:
-    """e S and e z; e [K, 8] per block."""
-    S, z = state
+def scaled(state: State, r: tuple[jax.Array, ...]) -> Pair:
+    """2^r S and 2^r z; r [K, 8] per block."""
+    factors = [exp2(p + x) for p, x in zip(state.pending, r, strict=True)]
     return (
-        tuple(column(d)[:, None] * x for d, x in zip(e, S, strict=True)),
-        tuple(d * x for d, x in zip(e, z, strict=True)),
+        tuple(column(d)[:, None] * x for d, x in zip(factors, state.S, strict=True)),
+        tuple(d * x for d, x in zip(factors, state.z, strict=True)),
     )
 
 
-def add_chunk(state: State, k: tuple[jax.Array, ...], v: jax.Array, e: tuple[jax.Array, ...]) -> State:
-    """The state after a chunk from the scaled state before it: e (S~ + k^T v), e (z~ + sum_j k^)."""
-    S, z = state
-    S = tuple(x + dot(y, v, ta=True) for x, y in zip(S, k, strict=True))
-    z = tuple(x + dot(y, ones(y.shape[0], y.dtype), ta=True) for x, y in zip(z, k, strict=True))
-    return scaled((S, z), e)
+def settled(state: State) -> Pair:
+    """(S, z) with nothing pending."""
+    return scaled(state, tuple(jnp.zeros_like(x) for x in state.pending))
+
+
+def add_chunk(before: Pair, k: tuple[jax.Array, ...], v: jax.Array, r: tuple[jax.Array, ...]) -> State:
+    """The state after a chunk from the scaled (S~, z~) before it: 2^r (S~ + k^T v, z~ + sum_j k^)."""
+    S = tuple(x + dot(y, v, ta=True) for x, y in zip(before[0], k, strict=True))
+    z = tuple(x + dot(y, ones(y.shape[0], y.dtype), ta=True) for x, y in zip(before[1], k, strict=True))
+    return State(S, z, r)
 
 
 def _segment_state_kernel(k_ref, v_ref, g_ref, *refs, split: Split, dtype: Any, per_chunk: bool):
@@ -182,24 +201,24 @@ def _segment_state_kernel(k_ref, v_ref, g_ref, *refs, split: Split, dtype: Any, 
         index = segment * split.per_segment + i
         start = index * chunk
         v = load_rows(v_ref, start, chunk, limit)
-        ks, es, Ls = [], [], []
+        ks, rs, Ls = [], [], []
         for block, before in zip(blocks, L, strict=True):
             k = load_rows(k_ref, start, chunk, limit, block)
             g = load_gates(g_ref, start, chunk, limit, dtype, block)
             r = half_total(g)
             ks.append(round_to(k.astype(f32) * exp2(-exponents(g, matrix)), dtype))
-            es.append(exp2(r))
+            rs.append(r)
             Ls.append(before + 2.0 * r)
-        state = scaled(state, tuple(es))
+        before = scaled(state, tuple(rs))
         if per_chunk:
-            write_state(S_ref, z_ref, state, index)
-        return add_chunk(state, tuple(ks), v, tuple(es)), tuple(Ls)
+            write_state(S_ref, z_ref, before, index)
+        return add_chunk(before, tuple(ks), v, tuple(rs)), tuple(Ls)
 
     features, values = S_ref.shape[-2:]
     state = read_state(*given) if given else zero_state(values, features)
     state, L = lax.fori_loop(0, chunks_of(split, segment), step, (state, zero_totals(features)))
     if not per_chunk:
-        write_state(S_ref, z_ref, state)
+        write_state(S_ref, z_ref, settled(state))
         write_totals(L_ref, L)
 
 
@@ -221,7 +240,7 @@ def _combine_kernel(L_ref, Sl_ref, zl_ref, *rest, segments: int, reverse: bool, 
     lax.fori_loop(0, segments, step, (S, z))
 
 
-def _segment_out_kernel(*refs, split: Split, normalize: bool, states: str, initial: bool, save_den: bool):
+def _segment_out_kernel(*refs, split: Split, normalize: bool, states: str, initial: bool, save_den: bool, save_o: bool):
     """P2: the outputs of a segment; the last one also writes the final state."""
     refs = iter(refs)
     q_ref, k_ref, v_ref, g_ref = (next(refs) for _ in range(4))
@@ -229,6 +248,7 @@ def _segment_out_kernel(*refs, split: Split, normalize: bool, states: str, initi
     summaries = tuple(next(refs) for _ in range(3)) if states == "prefix" else None
     o_ref, S_ref, z_ref = (next(refs) for _ in range(3))
     den_ref = next(refs) if save_den else None
+    exact_ref = next(refs) if save_o else None
 
     segment = pl.program_id(2)
     dtype = q_ref.dtype
@@ -242,18 +262,26 @@ def _segment_out_kernel(*refs, split: Split, normalize: bool, states: str, initi
 
     def step(i, state):
         start = (segment * split.per_segment + i) * chunk
-        qs, ks, es = [], [], []
-        for block in blocks:
-            g = load_gates(g_ref, start, chunk, limit, dtype, block)
-            x = exponents(g, matrix)
-            q = load_rows(q_ref, start, chunk, limit, block)
-            k = load_rows(k_ref, start, chunk, limit, block)
-            qs.append(round_to(q.astype(f32) * exp2(x), dtype))
-            ks.append(round_to(k.astype(f32) * exp2(-x), dtype))
-            es.append(exp2(half_total(g)))
+        gates = [load_gates(g_ref, start, chunk, limit, dtype, block) for block in blocks]
+        r = tuple(half_total(g) for g in gates)
+        before = scaled(state, r)
+        rounded = tuple(round_to(x, dtype) for x in before[0])
+        # The state before q: its operands are gone before the tiles of the output come up.
+        x = [exponents(g, matrix) for g in gates]
+        k = tuple(
+            round_to(load_rows(k_ref, start, chunk, limit, block).astype(f32) * exp2(-y), dtype)
+            for block, y in zip(blocks, x, strict=True)
+        )
         v = load_rows(v_ref, start, chunk, limit)
-        o, den, state = chunk_step(tuple(qs), tuple(ks), v, tuple(es), state, mask, normalize)
+        state = add_chunk(before, k, v, r)
+        q = tuple(
+            round_to(load_rows(q_ref, start, chunk, limit, block).astype(f32) * exp2(y), dtype)
+            for block, y in zip(blocks, x, strict=True)
+        )
+        o, den = chunk_out(q, k, v, rounded, before[1], mask, normalize)
         store_rows(o_ref, start, o, limit)
+        if exact_ref is not None:
+            store_rows(exact_ref, start, o, limit)
         if den_ref is not None:
             store_vector(den_ref, start, den, limit)
         return state
@@ -262,7 +290,7 @@ def _segment_out_kernel(*refs, split: Split, normalize: bool, states: str, initi
 
     @pl.when(segment == split.segments - 1)
     def _():
-        write_state(S_ref, z_ref, state)
+        write_state(S_ref, z_ref, settled(state))
 
 
 def scores(q: tuple[jax.Array, ...], k: tuple[jax.Array, ...], mask: jax.Array) -> jax.Array:
@@ -279,19 +307,16 @@ def denominator(A: jax.Array, q: tuple[jax.Array, ...], z: tuple[jax.Array, ...]
     return column(den) + EPS
 
 
-def chunk_step(q, k, v, e, state: State, mask, normalize: bool):
-    """One chunk from decayed, rounded q^ and k^: o [C, V] float32, den [C] (None unless normalize), and the state after it."""
-    dtype = v.dtype
-    state = scaled(state, e)
+def chunk_out(q, k, v, S, z, mask, normalize: bool) -> tuple[jax.Array, jax.Array | None]:
+    """o [C, V] float32 and den [C] (None unless normalize) of a chunk; q^, k^ and S~ rounded, z~ [K, 8] float32, by blocks."""
     A = scores(q, k, mask)
     o = dot(A, v)
-    for x, S in zip(q, state[0], strict=True):
-        o += dot(x, round_to(S, dtype))
-    den = None
-    if normalize:
-        den = denominator(A, q, state[1])
-        o = o * (1.0 / den)[:, None]
-    return o, den, add_chunk(state, k, v, e)
+    for x, y in zip(q, S, strict=True):
+        o += dot(x, y)
+    if not normalize:
+        return o, None
+    den = denominator(A, q, z)
+    return o * (1.0 / den)[:, None], den
 
 
 def segment_states(k, v, log_g, heads: int, split: Split, sizes: BlockSizes):
@@ -354,11 +379,16 @@ def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: floa
             given = combine(*summaries, initial_state)
             summaries, states = (), "given"
 
-    o, S, z, den = _segment_out(q, k, v, log_g, given, summaries, sizes, split, states, normalize, save_residuals)
+    strong = q.dtype == jnp.bfloat16 and (lower_bound is None or lower_bound < STRONG_GATES)
+    save_o = save_residuals and normalize and strong
+    save_den = save_residuals and normalize
+    o, S, z, den, exact = _segment_out(
+        q, k, v, log_g, given, summaries, sizes, split, states, normalize, save_den, save_o
+    )
     residuals = None
     if save_residuals:
         segment = None if split.segments == 1 else given
-        residuals = (q, k, v, log_g, initial_state, o if normalize else None, den, segment)
+        residuals = (q, k, v, log_g, initial_state, (exact if strong else o) if normalize else None, den, segment)
     return o, (S, z), residuals
 
 
@@ -370,10 +400,9 @@ def sizes_for_segments(q, v, sizes: BlockSizes) -> BlockSizes:
     return dataclasses.replace(own, chunk=sizes.chunk, block_v=min(own.block_v, v.shape[-1]))
 
 
-def _segment_out(q, k, v, log_g, given, summaries, sizes, split, states, normalize, save_residuals):
+def _segment_out(q, k, v, log_g, given, summaries, sizes, split, states, normalize, save_den, save_o):
     batch, length, heads, features = q.shape
     values, width = v.shape[-1], sizes.block_v
-    save_den = save_residuals and normalize
     inputs = [q, k, v, log_g]
     specs = [token_spec(q, heads), token_spec(k, heads), token_spec(v, heads, width), token_spec(log_g, heads)]
     if given is not None:
@@ -393,6 +422,9 @@ def _segment_out(q, k, v, log_g, given, summaries, sizes, split, states, normali
     if save_den:
         out_shape.append(out_struct((batch, length, heads), f32, *inputs))
         out_specs.append(pl.BlockSpec((None, length, None), lambda h, c, s, b: (b, 0, h)))
+    if save_o:
+        out_shape.append(out_struct(shapes[0], f32, *inputs))
+        out_specs.append(token_spec(out_shape[-1], heads, width))
     kernel = functools.partial(
         _segment_out_kernel,
         split=split,
@@ -400,8 +432,9 @@ def _segment_out(q, k, v, log_g, given, summaries, sizes, split, states, normali
         states=states,
         initial=given is not None,
         save_den=save_den,
+        save_o=save_o,
     )
-    o, S, z, *den = pl.pallas_call(
+    o, S, z, *saved = pl.pallas_call(
         kernel,
         grid=(heads, values // width, split.segments, batch),
         in_specs=specs,
@@ -411,4 +444,4 @@ def _segment_out(q, k, v, log_g, given, summaries, sizes, split, states, normali
         interpret=interpret_mode(),
         name="gla_segment_out",
     )(*inputs)
-    return o, S, z, den[0] if den else None
+    return o, S, z, saved[0] if save_den else None, saved[-1] if save_o else None

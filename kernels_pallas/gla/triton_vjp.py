@@ -4,17 +4,16 @@ Two light sweeps write what couples the chunks, then every chunk is one independ
 
 * ``states`` (B0): forward sweep, writes S~ = e S (rounded as the forward did) and z~ = e z before every chunk;
 * ``dstates``: reverse sweep over q, gates, do, o, den, writes dS~ = e dS and dz~ = e dz after every chunk;
-* ``chunk_vjp`` (B1): recomputes A and den, writes dq, dk, dv, dlog_g of the chunk in one go, with no state in registers.
+* ``chunk_vjp`` (B1): recomputes A, writes dq, dk, dv, dlog_g of the chunk in one go, with no state in registers.
 
 With few heads both sweeps run by segments: the forward saved the state before every segment; ``dstates`` first sums up each segment, and
 ``combine`` runs the same rule backwards. Notation of the forward (e = 2^r, r = b_C / 2, x = b - r), with P = dn v^T, R = dn S~^T:
 
-    dn = do / den     delta = -(sum_j A P + q^ R) / den     dA = where(i >= j, P + delta, 0)
+    dn = do / den     delta = -dn o        dA = where(i >= j, P + delta, 0)
     dq = 2^x (dA k^ + R + delta z~)        dk* = 2^-x (v dS~^T + dz~)        dk = 2^-x dA^T q^ + dk*        dv = A^T dn + k^ dS~
     dS_prev = e (dS~ + q^T dn)             dz_prev = e (dz~ + sum_i delta q^)
-    dlog_g_t = sum_{i>=t} (q dq - 2^-x k dA^T q^)_i + sum_{i<t} (k dk*)_i + sum_v S~ dS~ + z~ dz~
+    dlog_g_t = sum_{i>=t} (q dq - k 2^-x dA^T q^)_i + sum_{i<t} (k dk*)_i + sum_v S~ dS~ + z~ dz~
 
-delta is formed from the same rounded A, q^, dn and the same P and R that enter dA and dq, so what must cancel in a saturated chunk does.
 The anchor of dlog_g holds at every chunk: its error does not grow with the length of the sequence.
 """
 
@@ -33,17 +32,17 @@ from kernels_pallas.common import interpret_mode, out_struct
 from kernels_pallas.gla import block_sizes
 from kernels_pallas.gla.block_sizes import BlockSizes, Split
 from kernels_pallas.gla.triton import (
+    State,
     _segment_state_kernel,
     chunks_of,
     combine,
-    denominator,
     exponents,
     half_total,
     load_gates,
     plan_forward,
     read_state,
     scaled,
-    scores,
+    settled,
     write_state,
     write_totals,
     zero_state,
@@ -97,93 +96,134 @@ def _dstates_kernel(*refs, split: Split, normalize: bool, per_chunk: bool, given
             delta = lanes(load_vector(delta_ref, start, chunk, limit))
             inverse = 1.0 / load_vector(den_ref, start, chunk, limit)
             dn = round_to(dn.astype(f32) * inverse[:, None], dtype)
-        qs, es, Ls = [], [], []
+        qs, rs, Ls = [], [], []
         for block, before in zip(blocks, L, strict=True):
             q = load_rows(q_ref, start, chunk, limit, block)
             g = load_gates(g_ref, start, chunk, limit, dtype, block)
             r = half_total(g)
             qs.append(round_to(q.astype(f32) * exp2(exponents(g, matrix)), dtype))
-            es.append(exp2(r))
+            rs.append(r)
             Ls.append(before + 2.0 * r)
-        S, z = scaled(state, tuple(es))
+        S, z = scaled(state, tuple(rs))
         if per_chunk:
             write_state(S_ref, z_ref, (S, z), index)
         S = tuple(x + dot(q, dn, ta=True) for x, q in zip(S, qs, strict=True))
         if normalize:
             z = tuple(x + dot_exact(q, delta, ta=True) for x, q in zip(z, qs, strict=True))
-        return scaled((S, z), tuple(es)), tuple(Ls)
+        return State(S, z, tuple(rs)), tuple(Ls)
 
     features, values = S_ref.shape[-2:]
     state = read_state(*final) if final is not None else zero_state(values, features)
     state, L = lax.fori_loop(0, count, step, (state, zero_totals(features)))
     if not per_chunk:
-        write_state(S_ref, z_ref, state)
+        write_state(S_ref, z_ref, settled(state))
         write_totals(L_ref, L)
         return
 
     @pl.when(segment == 0)
     def _():
-        write_state(*first, state)
+        write_state(*first, settled(state))
+
+
+def _over_blocks(width: int, body: Any, carry: Any) -> Any:
+    """``carry = body(block, carry)`` over feature blocks; a loop when there are several, so that each has the registers
+    to itself."""
+    blocks = feature_blocks(width)
+    if len(blocks) == 1:
+        return body(blocks[0], carry)
+    size = blocks[0][1]
+    return lax.fori_loop(0, len(blocks), lambda i, c: body((i * size, size), c), carry)
 
 
 def _chunk_vjp_kernel(*refs, split: Split, normalize: bool):
-    q_ref, k_ref, v_ref, g_ref, do_ref, S_ref, z_ref, dS_ref, dz_ref, dq_ref, dk_ref, dv_ref, dg_ref = refs
+    """B1. Tiles are loaded and formed again where they are next used: kept, they would take the registers of all that
+    stands between. The first-level cache still has them."""
+    refs = iter(refs)
+    q_ref, k_ref, v_ref, g_ref, do_ref = (next(refs) for _ in range(5))
+    den_ref, delta_ref = (next(refs), next(refs)) if normalize else (None, None)
+    S_ref, z_ref, dS_ref, dz_ref, dq_ref, dk_ref, dv_ref, dg_ref = refs
     dtype = q_ref.dtype
     chunk, limit = split.chunk, split.length if split.ragged else None
     start = pl.program_id(2) * chunk
-    matrix, mask = centred(chunk, dtype), causal(chunk)
-    blocks = feature_blocks(q_ref.shape[1])
+    mask = causal(chunk)
+    features, values = q_ref.shape[1], v_ref.shape[1]
+    columns = feature_blocks(values)
+    single = len(feature_blocks(features)) == 1
+    inverse = delta = None
+    if normalize:
+        inverse = 1.0 / load_vector(den_ref, start, chunk, limit)
+        delta = load_vector(delta_ref, start, chunk, limit)
 
-    v = load_rows(v_ref, start, chunk, limit)
-    do = load_rows(do_ref, start, chunk, limit)
-    xs, qs, ks = [], [], []
-    for block in blocks:
-        x = exponents(load_gates(g_ref, start, chunk, limit, dtype, block), matrix)
-        q = load_rows(q_ref, start, chunk, limit, block)
-        k = load_rows(k_ref, start, chunk, limit, block)
-        xs.append(x)
-        qs.append(round_to(q.astype(f32) * exp2(x), dtype))
-        ks.append(round_to(k.astype(f32) * exp2(-x), dtype))
-    A = scores(tuple(qs), tuple(ks), mask)
-    z = tuple(z_ref[pl.ds(at, n)] for at, n in blocks)
-    dn = do
-    if normalize:
-        inverse = 1.0 / denominator(A, tuple(qs), tuple(lanes(x) for x in z))
-        dn = round_to(do.astype(f32) * inverse[:, None], dtype)
-    P = dot(dn, v, tb=True)
-    R = [dot(dn, S_ref[pl.ds(at, n), :], tb=True) for at, n in blocks]
-    if normalize:
-        total = jnp.sum(A.astype(f32) * P, axis=1)
-        for q, r in zip(qs, R, strict=True):
-            total += jnp.sum(q.astype(f32) * r, axis=1)
-        delta = -total * inverse
-        P += delta[:, None]
+    def load(ref: Any, block: tuple[Any, int]) -> jax.Array:
+        return load_rows(ref, start, chunk, limit, block)
+
+    def exponent(block: tuple[Any, int]) -> jax.Array:
+        return exponents(load_gates(g_ref, start, chunk, limit, dtype, block), centred(chunk, dtype))
+
+    def q_hat(block: tuple[Any, int], x: jax.Array) -> jax.Array:
+        return round_to(load(q_ref, block).astype(f32) * exp2(x), dtype)
+
+    def k_hat(block: tuple[Any, int], x: jax.Array) -> jax.Array:
+        return round_to(load(k_ref, block).astype(f32) * exp2(-x), dtype)
+
+    def scaled_do(block: tuple[Any, int]) -> jax.Array:
+        do = load(do_ref, block)
+        return round_to(do.astype(f32) * inverse[:, None], dtype) if normalize else do
+
+    P = jnp.zeros((chunk, chunk), f32) if delta is None else jnp.broadcast_to(delta[:, None], (chunk, chunk))
+    for c in columns:
+        P += dot(scaled_do(c), load(v_ref, c), tb=True)
     dA = round_to(jnp.where(mask, P, 0.0), dtype)
-    # One output after the other, each stored at once: few tiles live at a time.
-    dv = dot(A, dn, ta=True)
-    for (at, n), k_hat in zip(blocks, ks, strict=True):
-        dv += dot(k_hat, dS_ref[pl.ds(at, n), :])
-    store_rows(dv_ref, start, dv, limit)
 
-    upper = (iota((chunk, chunk), 0) <= iota((chunk, chunk), 1)).astype(dtype)
-    before = (iota((chunk, chunk), 0) > iota((chunk, chunk), 1)).astype(dtype)
-    for block, x, q_hat, k_hat, r, z_hat in zip(blocks, xs, qs, ks, R, z, strict=True):
-        at, n = block
-        r += dot(dA, k_hat)
+    kept: list[jax.Array] = []
+
+    def add_scores(block: tuple[Any, int], A: jax.Array) -> jax.Array:
+        x = exponent(block)
+        q, k = q_hat(block, x), k_hat(block, x)
+        if single:
+            kept.extend((q, k))
+        return A + dot(q, k, tb=True)
+
+    A = _over_blocks(features, add_scores, jnp.zeros((chunk, chunk), f32))
+    A = round_to(jnp.where(mask, A, 0.0), dtype)
+
+    def add_dv(block: tuple[Any, int], dv: Any) -> Any:
+        k = kept[1] if single else k_hat(block, exponent(block))
+        return tuple(y + dot(k, dS_ref[pl.ds(*block), pl.ds(*c)]) for y, c in zip(dv, columns, strict=True))
+
+    dv = _over_blocks(features, add_dv, tuple(dot(A, scaled_do(c), ta=True) for c in columns))
+    for c, x in zip(columns, dv, strict=True):
+        store_rows(dv_ref, start, x, limit, c)
+
+    def gradients(block: tuple[Any, int], carry: Any) -> Any:
+        rows = pl.ds(*block)
+        x = exponent(block)
+        q, k = kept if single else (q_hat(block, x), k_hat(block, x))
+        z, dz = z_ref[rows], dz_ref[rows]
+        r = dot(dA, k)
+        for c in columns:
+            r += dot(scaled_do(c), S_ref[rows, pl.ds(*c)], tb=True)
         if normalize:
-            r += delta[:, None] * z_hat[None, :]
-        dq = exp2(x) * r
-        store_rows(dq_ref, start, dq, limit, block)
-        w = load_rows(q_ref, start, chunk, limit, block).astype(f32) * dq
-        shrink = exp2(-x)
-        k = load_rows(k_ref, start, chunk, limit, block).astype(f32)
-        S, dS, dz = S_ref[pl.ds(at, n), :], dS_ref[pl.ds(at, n), :], dz_ref[pl.ds(at, n)]
-        local = shrink * dot(dA, q_hat, ta=True)
-        dg = dot_exact(upper, w - k * local)
-        later = shrink * (dot(v, dS, tb=True) + dz[None, :])
-        store_rows(dk_ref, start, local + later, limit, block)
-        anchor = jnp.sum(S.astype(f32) * dS.astype(f32), axis=1) + z_hat * dz
-        store_rows(dg_ref, start, dg + dot_exact(before, k * later) + anchor[None, :], limit, block)
+            r += delta[:, None] * z[None, :]
+        store_rows(dq_ref, start, exp2(x) * r, limit, block)
+        # q dq and k dk as q^ r and k^ (...): with the very operands of dA k^ and dA^T q^, so that the terms of a token
+        # with itself, which dominate at strong gates and belong to no gate, cancel to float32.
+        local = dot(dA, q, ta=True)
+        upper = (iota((chunk, chunk), 0) <= iota((chunk, chunk), 1)).astype(dtype)
+        dg = dot_exact(upper, q.astype(f32) * r - k.astype(f32) * local)
+        anchor = z * dz
+        later = jnp.broadcast_to(dz[None, :], local.shape)
+        for c in columns:
+            S, dS = S_ref[rows, pl.ds(*c)], dS_ref[rows, pl.ds(*c)]
+            later += dot(load(v_ref, c), dS, tb=True)
+            anchor += jnp.sum(S.astype(f32) * dS.astype(f32), axis=1)
+        store_rows(dk_ref, start, exp2(-x) * (local + later), limit, block)
+        before = (iota((chunk, chunk), 0) > iota((chunk, chunk), 1)).astype(dtype)
+        dg += dot_exact(before, k.astype(f32) * later) + anchor[None, :]
+        store_rows(dg_ref, start, dg, limit, block)
+        return carry
+
+    _over_blocks(features, gradients, 0)
 
 
 def _chunk_shapes(q, v, split: Split) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -251,12 +291,15 @@ def _dstates(
     )(*inputs)
 
 
-def _chunk_vjp(q, k, v, log_g, do, states, dstates, split: Split, sizes: BlockSizes, normalize: bool):
-    batch, length, heads, features = q.shape
+def _chunk_vjp(q, k, v, log_g, do, den, delta, states, dstates, split: Split, sizes: BlockSizes, normalize: bool):
+    batch, length, heads, _ = q.shape
     values = v.shape[-1]
     tokens = (q, k, v, log_g, do)
-    inputs = [*tokens, *states, *dstates]
-    specs = [token_spec(x, heads) for x in tokens] + [segment_spec(x.shape) for x in (*states, *dstates)]
+    vectors = (den, delta) if normalize else ()
+    inputs = [*tokens, *vectors, *states, *dstates]
+    specs = [token_spec(x, heads) for x in tokens]
+    specs += [pl.BlockSpec((None, length, None), lambda h, c, s, b: (b, 0, h)) for _ in vectors]
+    specs += [segment_spec(x.shape) for x in (*states, *dstates)]
     shared_v, shared_g = v.shape[2] == heads, log_g.shape[2] == heads
     # Per-head parts of grouped heads stay float32 until XLA has summed them.
     outs = [
@@ -301,15 +344,23 @@ def backward(residuals, do, dstate, *, normalize: bool, lower_bound: float | Non
         given = (initial_state[0][:, :, None], initial_state[1][:, :, None])
     states = _states(k, v, log_g, given, heads, split, sizes("states"), shapes)
 
-    # From the stored o: it only reaches other chunks. Where dA is formed, delta is recomputed from what is there (see chunk_vjp).
-    delta = -jnp.sum(do.astype(f32) * o.astype(f32), axis=-1) / den if normalize else None
+    # The dn of delta is rounded as the kernels round theirs, and o is float32 where gates are strong (STRONG_GATES in
+    # triton.py): dA of a token with itself is dn v + delta, and there the two nearly cancel.
+    delta = None
+    if normalize:
+        dn = do.astype(f32) * (1.0 / den)[..., None]
+        if do.dtype == jnp.bfloat16:
+            dn = lax.reduce_precision(dn, exponent_bits=8, mantissa_bits=7)
+        delta = -jnp.sum(dn * o.astype(f32), axis=-1)
     final: Any = dstate
     own, rest = sizes("segment_dstate"), dict(split=split, shapes=shapes, normalize=normalize)
     sweep = functools.partial(_dstates, q, log_g, do, den, delta, sizes=own, **rest)
     if split.segments > 1:
         final = combine(*sweep(None, per_chunk=False), dstate, reverse=True)
     dS, dz, dS0, dz0 = sweep(final, per_chunk=True)
-    dq, dk, dv, dlog_g = _chunk_vjp(q, k, v, log_g, do, states, (dS, dz), split, sizes("backward"), normalize)
+    dq, dk, dv, dlog_g = _chunk_vjp(
+        q, k, v, log_g, do, den, delta, states, (dS, dz), split, sizes("backward"), normalize
+    )
     dv = _group_sum(dv, v.shape[2], v.dtype)
     dlog_g = _group_sum(dlog_g, log_g.shape[2], log_g.dtype)
     return dq, dk, dv, dlog_g, (dS0, dz0) if initial_state is not None else (None, None)

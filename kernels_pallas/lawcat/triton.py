@@ -186,14 +186,15 @@ def _state_kernel(*refs, options: Options):
         start = (segment * split.per_segment + i) * split.chunk
         k, _, r = _keys_and_gates(k_ref, a_ref, wk_ref, extra_ref, phi_ref, start, matrix, options)
         v = load_rows(v_ref, start, split.chunk, limit)
-        e = tuple(exp2(x) for x in r)
-        return gla.add_chunk(gla.scaled(state, e), k, v, e), tuple(a + 2.0 * b for a, b in zip(L, r, strict=True))
+        return gla.add_chunk(gla.scaled(state, tuple(r)), k, v, tuple(r)), tuple(
+            a + 2.0 * b for a, b in zip(L, r, strict=True)
+        )
 
     features, values = S_ref.shape
     state, L = lax.fori_loop(
         0, gla.chunks_of(split, segment), step, (gla.zero_state(values, features), gla.zero_totals(features))
     )
-    gla.write_state(S_ref, z_ref, state)
+    gla.write_state(S_ref, z_ref, gla.settled(state))
     gla.write_totals(L_ref, L)
 
 
@@ -219,7 +220,10 @@ def _out_kernel(*refs, options: Options, normalize: bool, states: str, initial: 
         q = conv_features(q_ref, wq_ref, extra_q, phi_ref, start, options)
         q = tuple(round_to(a * exp2(b), dtype) for a, b in zip(q, x, strict=True))
         v = load_rows(v_ref, start, split.chunk, limit)
-        o, _, state = gla.chunk_step(q, k, v, tuple(exp2(y) for y in r), state, mask, normalize)
+        before = gla.scaled(state, tuple(r))
+        rounded = tuple(round_to(a, dtype) for a in before[0])
+        state = gla.add_chunk(before, k, v, tuple(r))
+        o, _ = gla.chunk_out(q, k, v, rounded, before[1], mask, normalize)
         store_rows(o_ref, start, o, limit)
         return state
 
@@ -227,7 +231,7 @@ def _out_kernel(*refs, options: Options, normalize: bool, states: str, initial: 
 
     @pl.when(segment == split.segments - 1)
     def _():
-        gla.write_state(S_ref, z_ref, state)
+        gla.write_state(S_ref, z_ref, gla.settled(state))
 
 
 def conv_carry(tail: jax.Array, w: jax.Array) -> jax.Array:

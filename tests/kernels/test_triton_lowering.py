@@ -1,0 +1,99 @@
+"""Every Triton kernel lowers for an NVIDIA GPU on a machine without one, in the expected number of launches."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+import kernels_pallas as kp
+
+BF16, F32 = jnp.bfloat16, jnp.float32
+
+
+def launches(function, *shapes) -> list[str]:
+    """Names of the kernels in the CUDA module, in order."""
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"custom_call @(?:triton_kernel_call\w*|__gpu\$xla\.gpu\.triton)[^\n]*?name = \"(\w+)\"", text)
+    assert len(calls) == len(re.findall(r"custom_call @(?:triton_kernel_call|__gpu\$xla\.gpu\.triton)", text))
+    return calls
+
+
+def gla(batch, length, d, dtype=BF16, *, heads=32, groups=1, gradient=False, state=False):
+    def struct(h, kind=dtype):
+        return jax.ShapeDtypeStruct((batch, length, h, d), kind)
+
+    arrays = (struct(heads), struct(heads), struct(heads // groups), struct(heads // groups, F32))
+    given = None
+    if state:
+        given = (jax.ShapeDtypeStruct((batch, heads, d, d), F32), jax.ShapeDtypeStruct((batch, heads, d), F32))
+
+    def forward(arrays, given):
+        return kp.gated_linear_attention(*arrays, initial_state=given, implementation="pallas_triton")
+
+    def both(arrays, given, cotangents):
+        return jax.vjp(forward, arrays, given)[1](cotangents)
+
+    if not gradient:
+        return launches(forward, arrays, given)
+    final = (jax.ShapeDtypeStruct((batch, heads, d, d), F32), jax.ShapeDtypeStruct((batch, heads, d), F32))
+    return launches(both, arrays, given, (struct(heads), final))
+
+
+OUT, STATE, COMBINE = "gla_segment_out", "gla_segment_state", "gla_combine"
+BACKWARD = ["gla_states", "gla_dstates", "gla_chunk_vjp"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"batch": 32, "length": 1024, "d": 64}, [OUT]),
+        ({"batch": 32, "length": 1000, "d": 64, "groups": 4, "state": True}, [OUT]),
+        ({"batch": 32, "length": 1024, "d": 128}, [OUT]),
+        ({"batch": 32, "length": 1024, "d": 64, "dtype": F32}, [OUT]),
+        ({"batch": 1, "length": 1024, "d": 64}, [STATE, OUT]),
+        ({"batch": 1, "length": 65536, "d": 64, "heads": 4}, [STATE, COMBINE, OUT]),
+        ({"batch": 32, "length": 256, "d": 64, "gradient": True}, [OUT, *BACKWARD]),
+        ({"batch": 32, "length": 250, "d": 128, "groups": 4, "gradient": True, "state": True}, [OUT, *BACKWARD]),
+        (
+            {"batch": 1, "length": 2048, "d": 64, "gradient": True},
+            [STATE, COMBINE, OUT, "gla_states", "gla_dstates", COMBINE, "gla_dstates", "gla_chunk_vjp"],
+        ),
+    ],
+)
+def test_gla_launches(options, expected):
+    assert sorted(gla(**options)) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "expected"),
+    [
+        (32, 1024, ["lawcat_prefill"]),
+        (1, 1024, ["lawcat_segment_state", "lawcat_prefill"]),
+        (64, 1, ["lawcat_decode"]),
+    ],
+)
+@pytest.mark.parametrize("d", [64, 128])
+def test_lawcat_launches(batch, length, expected, d):
+    def struct(*shape, dtype=BF16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    arrays = {
+        "q": struct(batch, length, 32, d),
+        "k": struct(batch, length, 8, d),
+        "v": struct(batch, length, 8, d),
+        "gate_logits": struct(batch, length, 8, d, dtype=F32),
+        "conv_q": struct(32, 4, d, dtype=F32),
+        "conv_k": struct(32, 4, d, dtype=F32),
+        "phi": struct(32, d, d // 2, dtype=F32),
+        "initial_state": (struct(batch, 32, d, d, dtype=F32), struct(batch, 32, d, dtype=F32)),
+        "conv_state": (struct(batch, 3, 32, d), struct(batch, 3, 8, d)),
+    }
+    found = launches(lambda x: kp.lawcat_attention(**x, implementation="pallas_triton"), arrays)
+    assert sorted(found) == sorted(expected)
