@@ -180,6 +180,7 @@ class StageConfig:
     b1: float = 0.9
     b2: float = 0.999
     clip_norm: float = 0.0  # 0 = off
+    spike_factor: float = 0.0  # skip steps whose gradient norm exceeds so many times its running mean; 0 = off
     gate_lr_multiplier: float = 1.0
     trainable: tuple[str, ...] = (".*",)
     kl_weight: float = 0.0
@@ -274,7 +275,7 @@ class Config:
     seed: int = 0
     workdir: str = ""
     dry_run: bool = False
-    max_bad_steps: int = 10  # stop after so many non-finite steps in a row
+    max_bad_steps: int = 10  # stop after so many bad steps (not finite, or a spike) in a row
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
@@ -400,7 +401,7 @@ def _stage_problems(stage: StageConfig, path: str) -> list[str]:
         problems.append(f"{path}.warmup_fraction: {stage.warmup_fraction} is outside [0, 1]")
     if not stage.trainable:
         problems.append(f"{path}.trainable: names nothing to train")
-    for name in ("clip_norm", "kl_weight", "mse_weight", "weight_decay", "eval_every", "loss_chunk"):
+    for name in ("clip_norm", "spike_factor", "kl_weight", "mse_weight", "weight_decay", "eval_every", "loss_chunk"):
         if getattr(stage, name) < 0:
             problems.append(f"{path}.{name}: {getattr(stage, name)} must not be negative")
     problems += _one_of(f"{path}.schedule", stage.schedule, ("cosine", "constant", "plateau"))

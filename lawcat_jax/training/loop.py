@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import threading
 import time
@@ -42,7 +43,7 @@ class StageRun:
     ``train_step(state, batch) -> (state, metrics)`` takes the host's batch and donates the state;
     ``evaluate(params) -> {"loss": ..., ...}`` or None; ``batches`` has ``__next__``, ``get_state`` (JSON values) and
     ``set_state``; ``tokens(batch)`` counts the tokens of a batch over all processes; ``diagnose(params)`` gives numbers
-    to log about the result.
+    to log about the result; ``utilization(tokens a second)`` is the model FLOPs utilisation, None where unknown.
     """
 
     name: str
@@ -54,6 +55,7 @@ class StageRun:
     batches: Any
     tokens: Callable[[Any], int]
     diagnose: Callable[[Params], dict[str, Any]] | None = None
+    utilization: Callable[[float], float | None] | None = None
 
 
 class StopSignal:
@@ -81,6 +83,8 @@ class StopSignal:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+        if jax.process_count() > 1:  # jax's coordination service notes SIGTERM only
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self, step: int) -> bool:
         """Whether to stop after ``step``, the same answer in every process."""
@@ -95,7 +99,7 @@ def _on_disk(state: TrainState) -> dict[str, Any]:
     return {
         "params": state.params,
         "optimizer": serialization.to_state_dict(state.opt_state),
-        **{name: getattr(state, name) for name in ("step", "lr_scale", "bad_in_row", "bad_total")},
+        **{name: getattr(state, name) for name in ("step", "lr_scale", "bad_in_row", "bad_total", "norm_mean")},
     }
 
 
@@ -137,7 +141,7 @@ class Loop:
 
         Raises:
           InterruptedRunError: a signal came; everything is saved.
-          TrainingError: too many non-finite steps in a row, or the data ended.
+          TrainingError: too many bad steps in a row, or the data ended.
           UserError: checkpoints that do not load or cannot be written.
         """
         self._restore()
@@ -211,6 +215,8 @@ class Loop:
             if self._window is not None and self._window[1]:
                 speed = self._window[1] / max(time.monotonic() - self._window[0], 1e-9)
                 values["tokens_per_second"] = speed
+                if self._stage.utilization is not None:
+                    values["mfu"] = self._stage.utilization(speed)
                 self._window = (time.monotonic(), 0)
             stats = jax.local_devices()[0].memory_stats() or {}
             if "peak_bytes_in_use" in stats:
@@ -218,13 +224,20 @@ class Loop:
             self._writer.write(self._stage.name, step, values)
         self._show(step, loss, speed)
         if bad_in_row:
-            self._progress.say(f"{self._stage.name} {step}: loss or gradient is not finite, step skipped")
+            self._progress.say(f"{self._stage.name} {step}: {self._trouble(loss, metrics)}, step skipped")
         if bad_in_row >= self._max_bad:
             raise TrainingError(
-                f"{self._stage.name}: {bad_in_row} non-finite steps in a row, the last at step {step} (loss {loss}); "
-                f"lower the learning rate or set config.{self._stage.name}.clip_norm=1.0 (the newest checkpoint is "
-                f"that of step {self._checkpointer.last_saved})"
+                f"{self._stage.name}: {bad_in_row} bad steps in a row, the last at step {step} (loss {loss}, "
+                f"{self._trouble(loss, metrics)}); lower the learning rate or set "
+                f"config.{self._stage.name}.clip_norm=1.0 (the newest checkpoint is that of step "
+                f"{self._checkpointer.last_saved})"
             )
+
+    def _trouble(self, loss: float, metrics: dict[str, jax.Array]) -> str:
+        norm = float(metrics["grad_norm"])
+        if math.isfinite(loss) and math.isfinite(norm):
+            return f"the gradient norm {norm:.3g} is a spike"
+        return "loss or gradient is not finite"
 
     def _show(self, step: int, loss: float, speed: float) -> None:
         numbers = {"loss": f"{loss:.4f}"}

@@ -59,12 +59,17 @@ def merge(trainable: Params, frozen: Params) -> Params:
     return unflatten(flatten(frozen) | flatten(trainable))
 
 
+def warmup_steps(stage: StageConfig, steps: int) -> int:
+    """Steps of the linear warm-up of a stage of ``steps`` steps."""
+    return math.ceil(stage.warmup_fraction * steps) if stage.warmup_fraction > 0 else 0
+
+
 def schedule(stage: StageConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
     """Learning rate at 0-based ``step``: linear warm-up over ``warmup_fraction`` of ``steps``, then cosine to 0 or
     constant. The first step already learns (rate peak / warm-up steps). ``plateau`` is constant here: the loop
     lowers it by a factor (:class:`Plateau`).
     """
-    warmup = math.ceil(stage.warmup_fraction * steps) if stage.warmup_fraction > 0 else 0
+    warmup = warmup_steps(stage, steps)
     peak = stage.learning_rate
 
     def rate(step: jax.Array) -> jax.Array:

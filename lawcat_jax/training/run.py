@@ -22,6 +22,7 @@ from lawcat_jax.training.checkpoint import Checkpointer
 from lawcat_jax.training.loop import EXIT_INTERRUPTED, InterruptedRunError, Loop, StageRun, StopSignal
 from lawcat_jax.training.metrics import Manifest, MetricsWriter
 from lawcat_jax.training.step import validation
+from lawcat_jax.training.utilization import utilization
 
 
 @dataclasses.dataclass
@@ -260,6 +261,7 @@ def run_stage(
                 batches=training_batches(stage.config, student.tokenizer, seed),
                 tokens=lambda batch: int(batch["lengths"].sum()) * jax.process_count(),
                 diagnose=_diagnostics(stage, config, frozen, held_out),
+                utilization=utilization(stage.name, config, student.model),
             ),
             checkpointer=checkpointer,
             checkpoint_config=config.checkpoint,

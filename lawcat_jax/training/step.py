@@ -44,6 +44,11 @@ class TrainState(NamedTuple):
     lr_scale: jax.Array  # f32, lowered by the plateau schedule
     bad_in_row: jax.Array  # i32
     bad_total: jax.Array  # i32
+    norm_mean: jax.Array  # f32, running mean of the gradient norms of good steps
+
+
+# The spike guard compares with a mean over so many steps, and waits for some before it judges.
+_SPIKE_MEMORY, _SPIKE_PATIENCE = 50, 10
 
 
 def init_state(trainable: optim.Params, stage: StageConfig) -> TrainState:
@@ -51,7 +56,7 @@ def init_state(trainable: optim.Params, stage: StageConfig) -> TrainState:
     params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable)
     zero = [jnp.zeros((), jnp.int32) for _ in range(3)]  # three buffers: a donated buffer may appear only once
     opt_state = optim.make_optimizer(stage).init(params)
-    return TrainState(params, opt_state, zero[0], jnp.ones((), jnp.float32), zero[1], zero[2])
+    return TrainState(params, opt_state, zero[0], jnp.ones((), jnp.float32), *zero[1:], jnp.zeros((), jnp.float32))
 
 
 def _accumulate(loss_fn: LossFn, trainable, frozen, batch: Batch, key: jax.Array, grad_accum: int):
@@ -87,11 +92,14 @@ def make_train_step(loss_fn: LossFn, stage: StageConfig, steps: int):
     """``step(state, frozen, batch, stage_key) -> (state, metrics)``, to be jitted with the state donated.
 
     The random key of a step is ``fold_in(stage_key, state.step)``: a resumed run draws what a straight run draws.
-    A step whose loss or gradient is not finite changes no parameter and no optimizer state; it is counted.
+    A bad step changes no parameter and no optimizer state; it is counted. Bad are a loss or gradient that is not
+    finite, and with ``spike_factor``, after the warm-up, a gradient norm of more than that times its running mean
+    (over the last 50 good steps).
     Metrics are f32: loss, learning_rate, grad_norm (before clipping, total and per group), bad_in_row, bad_total,
     weight (of the loss, usually tokens), and the loss function's own.
     """
     optimizer, rate = optim.make_optimizer(stage), optim.schedule(stage, steps)
+    judged_from = max(_SPIKE_PATIENCE, optim.warmup_steps(stage, steps))
 
     def step(state: TrainState, frozen, batch: Batch, stage_key: jax.Array):
         key = jax.random.fold_in(stage_key, state.step)
@@ -100,6 +108,10 @@ def make_train_step(loss_fn: LossFn, stage: StageConfig, steps: int):
         metrics = _quotients(sums)
         grad_norm = optax.global_norm(gradients)
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+        seen = state.step - state.bad_total
+        if stage.spike_factor > 0:
+            good &= (seen < judged_from) | (grad_norm <= stage.spike_factor * state.norm_mean)
+        change = (grad_norm - state.norm_mean) / jnp.minimum(seen + 1, _SPIKE_MEMORY)
 
         learning_rate = rate(state.step) * state.lr_scale
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -115,6 +127,7 @@ def make_train_step(loss_fn: LossFn, stage: StageConfig, steps: int):
             lr_scale=state.lr_scale,
             bad_in_row=(state.bad_in_row + 1) * bad,
             bad_total=state.bad_total + bad,
+            norm_mean=jnp.where(good, state.norm_mean + change, state.norm_mean),
         )
         metrics |= {"learning_rate": learning_rate, "grad_norm": grad_norm, "weight": sums.weight}
         metrics |= {f"grad_norm/{name}": norm for name, norm in _group_norms(gradients).items()}

@@ -53,10 +53,10 @@ def make_batch(index: int, rows: int = 8) -> dict[str, np.ndarray]:
 
 
 class Batches:
-    """Endless; ``poison`` names indices whose targets are NaN."""
+    """Endless; ``poison`` names indices whose targets are NaN, ``spikes`` those whose targets are huge."""
 
-    def __init__(self, poison: tuple[int, ...] = (), limit: int | None = None):
-        self.index, self._poison, self._limit = 0, poison, limit
+    def __init__(self, poison: tuple[int, ...] = (), limit: int | None = None, spikes: tuple[int, ...] = ()):
+        self.index, self._poison, self._limit, self._spikes = 0, poison, limit, spikes
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._limit is not None and self.index >= self._limit:
@@ -64,6 +64,8 @@ class Batches:
         batch = make_batch(self.index)
         if self.index in self._poison:
             batch["y"][:] = np.nan
+        if self.index in self._spikes:
+            batch["y"] *= 1000
         self.index += 1
         return batch
 
@@ -84,7 +86,9 @@ class Run:
     )
     steps: int = STEPS
     every_steps: int = 5
+    every_minutes: float = 0.0
     keep: int = 2
+    spikes: tuple[int, ...] = ()
     poison: tuple[int, ...] = ()
     limit: int | None = None
     max_bad_steps: int = 3
@@ -100,7 +104,7 @@ class Run:
             jax.jit(make_train_step(loss_fn, self.config, self.steps), donate_argnums=0),
         )
         evaluate = validation(_EVAL_STEP, self.frozen, [make_batch(-1), make_batch(-2)])
-        self.batches = Batches(self.poison, self.limit)
+        self.batches = Batches(self.poison, self.limit, self.spikes)
         self.stop = StopSignal()
         key = jax.random.key(7)
         scripted = iter(self.losses or [])
@@ -133,7 +137,9 @@ class Run:
             self.loop = Loop(
                 self.stage,
                 checkpointer=checkpointer,
-                checkpoint_config=CheckpointConfig(every_steps=self.every_steps, keep=self.keep),
+                checkpoint_config=CheckpointConfig(
+                    every_steps=self.every_steps, every_minutes=self.every_minutes, keep=self.keep
+                ),
                 writer=writer,
                 log=log,
                 workdir=self.workdir,

@@ -1,0 +1,50 @@
+"""Model FLOPs utilisation: operations that the model needs (:mod:`lawcat_jax.flops`) against what devices can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+
+from lawcat_jax.chips import CHIPS
+from lawcat_jax.config import Config, ModelConfig
+from lawcat_jax.flops import model_flops
+
+# Dense bf16 operations a second by the beginning of jax's device kind, longest first where one begins another.
+# Sources: the vendors' data sheets (without sparsity).
+_PEAKS: tuple[tuple[str, float], ...] = (
+    ("TPU v5 lite", CHIPS["v5e"].flops),
+    ("TPU v5e", CHIPS["v5e"].flops),
+    ("TPU v5", CHIPS["v5p"].flops),
+    ("TPU v6", CHIPS["v6e"].flops),
+    ("TPU7x", CHIPS["tpu7x"].flops),
+    ("TPU v4", CHIPS["v4"].flops),
+    ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H100", 989e12),
+    ("NVIDIA H200", 989e12),
+    ("NVIDIA GH200", 989e12),
+    ("NVIDIA B200", 2250e12),
+    ("NVIDIA A100", 312e12),
+    ("NVIDIA L40S", 362e12),
+    ("NVIDIA L4", 121e12),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bf16 operations a second of one device; None when unknown (a CPU)."""
+    return next((peak for name, peak in _PEAKS if device_kind.startswith(name)), None)
+
+
+def utilization(
+    stage: str, config: Config, model: ModelConfig, devices: list[jax.Device] | None = None
+) -> Callable[[float], float | None]:
+    """A function from tokens a second (over all devices) to the share of the devices' peak that they need, or None.
+
+    Tokens are valid ones: padding counts as time lost, as does recomputation.
+    """
+    devices = jax.devices() if devices is None else devices
+    peak = peak_flops(devices[0].device_kind)
+    if peak is None:
+        return lambda speed: None
+    share = model_flops(stage, config, model, getattr(config, stage).seq_length) / (peak * len(devices))
+    return lambda speed: speed * share
