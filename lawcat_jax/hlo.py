@@ -185,13 +185,14 @@ class Module:
     def collectives(self) -> list[Collective]:
         """Every collective that a step runs, by kind and group size."""
         seen: dict[tuple[str, str], tuple[Instruction, float]] = {}
-        for name, times, _ in self.executed():
+        for name, times, fused in self.executed():
             for instruction in self.computations[name].values():
                 kind = instruction.opcode.removesuffix("-start")
                 if kind in KINDS:
-                    channel = re.search(r"channel_id=(\d+)", instruction.rest)
-                    key = (kind, channel.group(1) if channel else instruction.name)
-                    # An asynchronous collective may be cut into fusions that all name it.
+                    # An asynchronous collective may be cut into fusions that all name it; elsewhere a channel may serve
+                    # several collectives.
+                    channel = re.search(r"channel_id=(\d+)", instruction.rest) if fused else None
+                    key = (kind, channel.group() if channel else f"{name}/{instruction.name}")
                     if key not in seen or seen[key][1] < times:
                         seen[key] = (instruction, times)
         totals: dict[tuple[str, int], Collective] = {}

@@ -102,7 +102,8 @@ class Decoder(nnx.Module):
 
     def head(self, hidden: Float[Array, "*b D"], kernel: Float[Array, "D V"] | None = None) -> Float[Array, "*b V"]:
         """Logits in float32 of final-normed hidden states; ``kernel``: see :meth:`head_kernel`."""
-        kernel = self.head_kernel() if kernel is None else kernel
+        if kernel is None:
+            kernel = self.embed.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
         return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def init_cache(self, batch_size: int, max_length: int, *, as_teacher: bool = False) -> caching.Cache:
@@ -153,7 +154,10 @@ class Decoder(nnx.Module):
 
     def embedded(self, tokens):
         """Hidden states [B, T, D] before the first layer."""
-        return parallel.constrain(jnp.take(parallel.whole_rows(self.embed.embedding[...]), tokens, axis=0))
+        table = self.embed.embedding[...]
+        if tokens.size >= self.config.vocab_size // 16:  # for a few tokens the table is the larger thing to gather
+            table = parallel.whole_rows(table)
+        return parallel.constrain(jnp.take(table, tokens, axis=0))
 
     def context(self, tokens, start=None, lengths=None, positions=None) -> Context:
         """Rotary table and bookkeeping of one call; ``start`` [B] are the tokens before it."""
