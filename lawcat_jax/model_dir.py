@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -267,8 +268,13 @@ def _save_params(path: Path, leaves: Mapping[str, np.ndarray]) -> None:
     alone = ocp.options.MultiprocessingOptions(
         primary_host=0, active_processes={0}, barrier_sync_key_prefix="save_model"
     )
-    with _checkpointer(multiprocessing_options=alone) as checkpointer:
-        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(unflatten(leaves)))
+    try:
+        with _checkpointer(multiprocessing_options=alone) as checkpointer:
+            checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(unflatten(leaves)))
+    except ValueError as problem:  # which tensorstore raises for errors of the operating system
+        if os.strerror(errno.ENOSPC) not in str(problem):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from problem
 
 
 def _on_host(leaf: Any) -> np.ndarray:

@@ -9,7 +9,11 @@ does not notice damage afterwards, and does not fall back: both happen here.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
+import os
+import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -32,6 +36,23 @@ class Restored(NamedTuple):
     step: int
     trees: dict[str, Tree]
     meta: dict[str, Any]
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
+
+
+def _unraisable(arguments: Any) -> None:
+    # Tensorstore reports to an event loop that orbax closed at the first error of a save.
+    if not (isinstance(arguments.exc_value, RuntimeError) and str(arguments.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(arguments)
+
+
+def is_full(problem: BaseException) -> bool:
+    """Whether an error of the operating system or of tensorstore says that a disk, or the user's share of it, is full."""
+    if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(os.strerror(number) in str(problem) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 class DamagedError(Exception):
@@ -80,7 +101,9 @@ class Checkpointer:
     def __init__(self, directory: str, *, keep: int, primary: bool = True):
         import orbax.checkpoint as ocp
 
-        logging.getLogger("absl").setLevel(logging.WARNING)  # orbax tells a dozen lines for every save
+        # Orbax tells a dozen lines for every save, and a traceback in each of its threads before it raises the error.
+        logging.getLogger("absl").addFilter(_not_of_orbax)
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, _unraisable
         self._ocp, self._primary = ocp, primary
         self._path = epath.Path(directory)
         if "://" not in str(directory):
@@ -130,9 +153,24 @@ class Checkpointer:
         except Exception as problem:
             raise self._failed(problem) from problem
 
+    def check(self) -> None:
+        """Look whether a save that goes on in the background has failed.
+
+        Raises:
+          UserError: it has.
+        """
+        try:
+            self._manager.check_for_errors()
+        except Exception as problem:
+            raise self._failed(problem) from problem
+
     def _failed(self, problem: Exception) -> UserError:
-        text = " ".join(str(problem).split())[:300]
-        return UserError(f"checkpoint in {self._path} could not be written: {text} (finished checkpoints are kept)")
+        text = " ".join(str(problem).split())
+        text = "no space left on the device; free some, and" if is_full(problem) else f"{text[:300]};"
+        return UserError(
+            f"checkpoint in {self._path} could not be written: {text} run the same command again (finished "
+            "checkpoints are kept)"
+        )
 
     def restore(self, targets: dict[str, Tree]) -> Restored | None:
         """The newest checkpoint that loads, or None when there is none at all.
@@ -192,7 +230,9 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait for saves and release the manager's threads."""
-        self._manager.close()
+        with contextlib.suppress(Exception):  # of a save; whoever wants to know calls wait
+            self._manager.close()
+        sys.unraisablehook = self._unraisable
 
 
 def _check(tree: Tree, target: Tree, saved: dict[str, dict], item: str) -> None:

@@ -222,6 +222,7 @@ class Loop:
             if "peak_bytes_in_use" in stats:
                 values["peak_memory_bytes"] = stats["peak_bytes_in_use"]
             self._writer.write(self._stage.name, step, values)
+            self._checkpointer.check()
         self._show(step, loss, speed)
         if bad_in_row:
             self._progress.say(f"{self._stage.name} {step}: {self._trouble(loss, metrics)}, step skipped")

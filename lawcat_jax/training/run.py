@@ -18,7 +18,7 @@ from lawcat_jax.data.tokenize import Tokenizer, load_tokenizer
 from lawcat_jax.data.train_tokenizer import save_tokenizer
 from lawcat_jax.errors import UserError
 from lawcat_jax.training import optim, stages
-from lawcat_jax.training.checkpoint import Checkpointer
+from lawcat_jax.training.checkpoint import Checkpointer, is_full
 from lawcat_jax.training.loop import EXIT_INTERRUPTED, InterruptedRunError, Loop, StageRun, StopSignal
 from lawcat_jax.training.metrics import Manifest, MetricsWriter
 from lawcat_jax.training.step import validation
@@ -42,6 +42,18 @@ def run(config: Config) -> int:
     Raises:
       ConfigError, UserError: whatever the user can mend, as one clear message.
     """
+    try:
+        return _run(config)
+    except OSError as problem:
+        if not is_full(problem):
+            raise
+        raise UserError(
+            f"{problem.filename or config.workdir}: no space left on the device; free some, and run the same command "
+            "again (finished checkpoints are kept)"
+        ) from problem
+
+
+def _run(config: Config) -> int:
     config.validate()
     distributed.initialize(config.mesh.distributed, heartbeat_seconds=config.mesh.heartbeat_seconds)
     mesh = sharding.make_mesh(config.mesh, rows=sharding.common_rows(config))
