@@ -1,0 +1,131 @@
+"""Errors, out-of-memory messages, operation counts, and the text of a report: nothing is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from lawcat_jax import aot_text, chips, compile_report, flops, sharding
+from lawcat_jax.config import AttentionConfig, Config, MeshConfig, ModelConfig, StageConfig
+from lawcat_jax.errors import UserError
+
+MESSAGE = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 23.11G of
+15.75G hbm. Exceeded hbm capacity by 7.36G.
+
+Total hbm usage >= 23.36G:
+    reserved        258.00M
+
+  Largest program allocations in hbm:
+
+  1. Size: 7.83G
+     Operator: op_name="jit(step)/jvp()/dot_general" source_file="llama.py"
+     Shape: f32[16,1024,128256]{2,1,0:T(8,128)}
+     Unpadded size: 7.83G
+     XLA label: fusion.1
+     Allocation type: HLO temp
+     ==========================
+
+  2. Size: 512.50M
+     Shape: bf16[128256,2048]{1,0:T(8,128)(2,1)}
+     Unpadded size: 501.00M
+     Allocation type: HLO temp
+     ==========================
+"""
+
+
+def test_memory_complaint():
+    assert compile_report.needed_bytes(MESSAGE) == 23.11 * 2**30
+    first, second = compile_report.largest_buffers(MESSAGE)
+    assert first["shape"] == "f32[16,1024,128256]"
+    assert first["operation"] == "jit(step)/jvp()/dot_general"
+    assert (second["bytes"], second["kind"]) == (512.5 * 2**20, "HLO temp")
+
+
+def test_advice_names_buffers_and_remedies():
+    config = Config(stage2=StageConfig(batch_size=16, trainable=("^lora/",)))
+    report = compile_report.Report("stage2", 1, False, 16 * 2**30, peak_bytes=int(23.11 * 2**30))
+    report.largest = compile_report.largest_buffers(MESSAGE)
+    line = compile_report.advice("stage2", report, config)
+    assert "\n" not in line
+    for word in ("23.11 GiB of 16 GiB", "f32[16,1024,128256]", "remat=layer", "loss_chunk=256", "config.mesh.fsdp"):
+        assert word in line
+    assert "--prefill_length" in compile_report.advice(
+        "prefill", dataclasses.replace(report, program="prefill"), config
+    )
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v5f:2x2", "unknown chip 'v5f', known: v4, v5e"),
+        ("v5e:2x2x2", "have 2 dimensions, as in v5e:2x2"),
+        ("v5p:4x4", "have 3 dimensions, as in v5p:2x2x1"),
+        ("v5e", "have 2 dimensions"),
+    ],
+)
+def test_unknown_topologies(topology, message):
+    with pytest.raises(UserError, match=message):
+        chips.chip_of(topology)
+
+
+def test_without_libtpu(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install libtpu"):
+        compile_report.topology_devices("v5e:2x2")
+
+
+def test_traced_flops():
+    def loop(x, w):
+        return jax.lax.scan(lambda c, w: (jax.checkpoint(jnp.tanh)(c @ w), None), x, w)[0].sum()
+
+    x, w = jnp.zeros((4, 8)), jnp.zeros((3, 8, 8))
+    product = 2 * 4 * 8 * 8
+    assert flops.traced_flops(jax.jit(loop).trace(x, w).jaxpr) == 3 * product
+    assert flops.traced_flops(jax.jit(jax.grad(loop, argnums=(0, 1))).trace(x, w).jaxpr) == 9 * product
+
+
+def test_model_flops_of_a_softmax_model():
+    model = ModelConfig(
+        hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, mlp_size=16, vocab_size=32
+    )
+    weights = 2 * (8 * 8 * 2 + 8 * 4 * 2 + 3 * 8 * 16) + 8 * 32
+    attention = 2 * 4 * 8 * (10 + 1) / 2  # positions see 1 to 10 keys
+    assert flops.model_flops("pretrain", Config(), model, 10) == 3 * (2 * weights + attention)
+    windowed = dataclasses.replace(model, sliding_window=1)
+    assert flops.softmax_attention(windowed, 10) == 4 * 8
+
+
+def test_rest_of_the_mesh_goes_to_tensor():
+    config = Config(stage1=StageConfig(batch_size=8), stage2=StageConfig(batch_size=8, grad_accum=2))
+    assert sharding.common_rows(config) == 4
+    devices = jax.devices()
+    if len(devices) < 8:
+        pytest.skip("needs 8 (simulated) devices")
+    for mesh, expected in (
+        (MeshConfig(), (1, 4, 2, 1)),
+        (MeshConfig(data=2), (2, 2, 2, 1)),
+        (MeshConfig(fsdp=1, data=-1), (4, 1, 2, 1)),
+        (MeshConfig(fsdp=1, sequence=-1), (1, 1, 1, 8)),
+        (MeshConfig(fsdp=8), (1, 8, 1, 1)),
+    ):
+        assert tuple(sharding.make_mesh(mesh, devices[:8], rows=4).shape.values()) == expected
+
+
+def test_report_as_text_and_json():
+    chip = chips.CHIPS["v5e"]
+    report = compile_report.Report("stage1", 4096, True, chip.hbm_bytes, peak_bytes=2**30, argument_bytes=2**29)
+    report.collectives = [{"kind": "all-gather", "group": 8, "count": 3, "bytes": 2.0**20}]
+    report.seconds_by, report.seconds, report.mfu = {"compute": 0.5}, (0.5, 0.75), (0.4, 0.3)
+    text = aot_text.text(report)
+    assert "peak 1.00 GiB of 16.00 GiB (6%)" in text
+    assert "3 x all-gather in groups of 8: 1.0 MiB" in text
+    assert "MFU 30% to 40%" in text
+    mesh = sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    values = json.loads(json.dumps(aot_text.as_json("v5e:2x2", chip, mesh, [report])))
+    assert values["fits"] is True
+    assert values["programs"][0]["peak_bytes"] == 2**30
+    assert "16 GiB of HBM" in aot_text.heading("v5e:2x2", chip, mesh, Config(attention=AttentionConfig()))
