@@ -85,9 +85,9 @@ def _backward_of(residuals: Any):
     return run
 
 
-def _compile(function: Any, args: tuple[Any, ...], overrides: dict[str, BlockSizes], repeats: int) -> Any:
+def _compile(function: Any, args: tuple[Any, ...], overrides: dict[str, BlockSizes]) -> Any:
     with block_sizes.override(**overrides):
-        return jax.jit(timing.chained(function, repeats)).lower(*args).compile()
+        return jax.jit(function).lower(*args).compile()
 
 
 class Tuner:
@@ -112,13 +112,13 @@ class Tuner:
         self, kernel: str, shape: str, options: list[dict[str, BlockSizes]], function, args
     ) -> dict[str, BlockSizes]:
         """The fastest of several overrides."""
-        repeats, found = 8, []
+        found = []
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 4) as pool:
-            jobs = [pool.submit(_compile, function, args, overrides, repeats) for overrides in options]
+            jobs = [pool.submit(_compile, function, args, overrides) for overrides in options]
             for overrides, job in zip(options, jobs, strict=True):
                 sizes = {name: dataclasses.asdict(s) for name, s in overrides.items()}
                 try:
-                    ms = timing.measure(job.result(), args, repeats)
+                    ms = timing.measure(job.result(), args)
                 except Exception:
                     self.record(kernel=kernel, shape=shape, sizes=sizes, error=traceback.format_exc(limit=-2)[-1500:])
                     continue

@@ -1,32 +1,44 @@
-"""``python -m kernels_pallas.benchmark --check --out DIR``; see the package for what is measured."""
+"""Measure the kernels on the GPU at hand, check them, or analyse the TPU kernels without a TPU.
+
+    python -m kernels_pallas.benchmark [--quick] [--variants] [--models ...] [--only forward,prefill] [--seconds N] --out DIR
+    python -m kernels_pallas.benchmark --check [--max_length N] --out DIR     errors against a float64 recurrence
+    python -m kernels_pallas.benchmark --static ...                           compiles for TPUs (see --static --help)
+
+Results go to DIR/benchmark.json after every measurement; at the end a table is printed and plots are written.
+"""
 
 from __future__ import annotations
 
-import json
+import argparse
+import concurrent.futures
+import importlib.metadata
+import os
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 import jax
-from absl import app, flags
 
-_CHECK = flags.DEFINE_bool("check", False, "Compare with the float64 recurrence instead of measuring time.")
-_OUT = flags.DEFINE_string("out", "benchmark_results", "Folder for the results.")
-_IMPLEMENTATION = flags.DEFINE_string("implementation", None, "Implementation to check; None: the one for this device.")
-_MAX_LENGTH = flags.DEFINE_integer("max_length", 65536, "Longest sequence to check.")
+from kernels_pallas.benchmark import report, timing
+
+OPERATIONS = ("forward", "forward+backward", "prefill", "decode")
+BANDWIDTH = {"NVIDIA H200": 4.3e12}
+"""Bytes a second that a large copy reaches (counting reads and writes), measured; other devices: --bandwidth."""
 
 
-def check(out: Path) -> int:
+def check(args: argparse.Namespace) -> int:
     from kernels_pallas.benchmark import checks
-    from kernels_pallas.benchmark.timing import write_json
 
-    implementation = _IMPLEMENTATION.value or {"gpu": "pallas_triton", "tpu": "pallas_tpu"}.get(
-        jax.default_backend(), "scan"
-    )
+    backend = {"gpu": "pallas_triton", "tpu": "pallas_tpu"}.get(jax.default_backend(), "scan")
+    implementation = args.implementation or backend
     results: list[dict[str, Any]] = []
 
-    def report(result: dict[str, Any]) -> None:
+    def show(result: dict[str, Any]) -> None:
         results.append(result)
-        write_json(out / "checks.json", results)
+        timing.write_json(args.out / "checks.json", results)
         c = result["case"]
         what = (
             f"T={c['length']} H={c['heads']}/{c['value_heads']} {c['features']}x{c['values']} {c['dtype']} {c['gates']}"
@@ -37,19 +49,167 @@ def check(out: Path) -> int:
             errors = " ".join(f"{n}={e:.1e}" for n, e in result["errors"].items())
             print("FAIL " + ",".join(result["failed"]) if result["failed"] else "ok", what, errors, flush=True)
 
-    chosen = [case for case in checks.cases() if case.length <= _MAX_LENGTH.value]
-    failures = checks.run(implementation, report, chosen=chosen)
-    print(json.dumps({"implementation": implementation, "cases": len(results), "failures": failures}))
+    chosen = [case for case in checks.cases() if case.length <= args.max_length]
+    failures = checks.run(implementation, show, chosen=chosen)
+    print(f"{implementation}: {len(results)} cases, {failures} failures")
     return 1 if failures else 0
 
 
-def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    if _CHECK.value:
-        return check(Path(_OUT.value))
-    raise app.UsageError("nothing to do: pass --check")
+class Bench:
+    """Records, the time budget, and the file they go to."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.start = args, time.monotonic()
+        self.records: list[dict[str, Any]] = []
+        self.device = jax.devices()[0].device_kind
+        self.bandwidth = args.bandwidth * 1e12 if args.bandwidth else BANDWIDTH.get(self.device)
+
+    def left(self) -> float:
+        return self.args.seconds - (time.monotonic() - self.start)
+
+    def add(self, row: tuple[str, str, int, int], label: str, floor: float, **entry: Any) -> None:
+        model, operation, batch, length = row
+        record = {"model": model, "operation": operation, "batch": batch, "length": length, "label": label}
+        floor_ms = floor / self.bandwidth * 1e3 if self.bandwidth else 0.0
+        record |= {"floor_bytes": floor, "floor_ms": floor_ms, "device": self.device, **entry}
+        self.records.append(record)
+        result = f"{entry['ms']['median']:.4f} ms" if "ms" in entry else entry.get("skipped") or entry.get("error", "")
+        if "ms" in entry and label.startswith(("pallas", "C")) and entry["ms"]["median"] < floor_ms * 0.9:
+            record["suspect"] = "faster than its bytes allow"
+            result += "  SUSPECT: below the memory-bandwidth floor"
+        print(
+            f"{time.monotonic() - self.start:6.1f}s {model} {operation} {batch}x{length} {label}: {result[:300]}",
+            flush=True,
+        )
+        self.flush()
+
+    def flush(self) -> None:
+        versions = {}
+        for name in ("jax", "jaxlib", "torch", "triton", "flash-linear-attention"):
+            try:
+                versions[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                versions[name] = None
+        value = {"device": self.device, "versions": versions, "command": sys.argv, "date": time.strftime("%Y-%m-%d")}
+        timing.write_json(self.args.out / "benchmark.json", value | {"records": self.records})
+
+
+def measure_kernels(bench: Bench, jobs: list[Any]) -> None:
+    """Compile everything in parallel, then measure with the processor free for dispatch."""
+    from kernels_pallas.benchmark import suite
+
+    pool = concurrent.futures.ThreadPoolExecutor(max(2, os.cpu_count() or 4))
+    futures = [pool.submit(suite.compile_job, job) for job in jobs]
+    done, waiting = concurrent.futures.wait(futures, timeout=min(bench.args.compile_seconds, bench.left()))
+    for future in waiting:
+        future.cancel()
+    print(f"{time.monotonic() - bench.start:6.1f}s compiled {len(done)} of {len(jobs)}", flush=True)
+    held: tuple[Any, Any] = (None, None)
+    for job, future in zip(jobs, futures, strict=True):
+        note: dict[str, Any] = {"floor": suite.floor_bytes(job), "variant": bool(job.sizes)}
+        if future not in done or bench.left() < 2:
+            bench.add(job.row, job.label, skipped="skipped: no time left", **note)
+            continue
+        try:
+            compiled, shapes, memory = future.result()
+            if held[0] != job.row:
+                held = (None, None)
+                held = (job.row, suite.arguments(job, shapes))
+            ms = timing.measure(compiled, held[1], budget=bench.args.budget)
+            if job.operation == "decode":
+                ms |= {name: ms[name] / suite.DECODE_STEPS for name in ("median", "least", "most")}
+            bench.add(job.row, job.label, ms=ms, memory=memory, **note)
+        except Exception as problem:
+            held = (None, None)
+            bench.add(job.row, job.label, error=f"{type(problem).__name__}: {problem}"[:800], **note)
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def measure_peers(bench: Bench, rows: list[tuple[Any, str, int, int]]) -> None:
+    from kernels_pallas.benchmark import peers, suite
+
+    try:
+        import torch
+    except ImportError:
+        print("PyTorch is not installed: no peers", flush=True)
+        return
+    if not torch.cuda.is_available():
+        print("PyTorch has no CUDA device: no peers", flush=True)
+        return
+    missing: dict[str, str] = {}
+    # The comparisons that matter most first: a time budget may end before the gradients.
+    for model, operation, batch, length in sorted(rows, key=lambda row: {"prefill": 0, "forward": 1}.get(row[1], 2)):
+        for label, (operations, build) in peers.PEERS.items():
+            if label not in bench.args.peers or operation not in operations or label in missing:
+                continue
+            job = suite.Job(model, operation, batch, length, label)
+            floor = suite.floor_bytes(job)
+            if bench.left() < 3:
+                bench.add(job.row, label, floor, skipped="skipped: no time left")
+                continue
+            try:
+                function = build(model, batch, length, operation == "forward+backward")
+                bench.add(job.row, label, floor, ms=timing.measure_torch(function, budget=bench.args.budget))
+                del function
+            except ImportError as problem:
+                missing[label] = str(problem)
+                print(f"{label}: not installed ({problem})", flush=True)
+            except Exception as problem:
+                bench.add(job.row, label, floor, error=f"{type(problem).__name__}: {problem}"[:800])
+            torch.cuda.empty_cache()
+
+
+def main() -> int:
+    if "--static" in sys.argv[1:]:
+        from kernels_pallas.benchmark import static_tpu
+
+        return static_tpu.main([a for a in sys.argv[1:] if a != "--static"])
+    from kernels_pallas.benchmark import peers
+
+    parser = argparse.ArgumentParser(prog="kernels_pallas.benchmark", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmark_results"), help="folder for the results")
+    parser.add_argument("--quick", action="store_true", help="three shapes instead of seven")
+    parser.add_argument("--variants", action="store_true", help="also other block sizes, on the first shape")
+    parser.add_argument("--only", default=",".join(OPERATIONS), help=f"operations, of {','.join(OPERATIONS)}")
+    parser.add_argument("--models", default="llama-3.2-1b,mistral-7b")
+    parser.add_argument("--peers", default=",".join(peers.PEERS), help="peers to measure, '' for none")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="time budget; what is left over is skipped")
+    parser.add_argument("--compile_seconds", type=float, default=3600.0, help="how long to wait for the compiler")
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds a measurement")
+    parser.add_argument("--bandwidth", type=float, help="TB/s for the floor, where the device is not known")
+    parser.add_argument("--check", action="store_true", help="errors against the float64 recurrence instead of times")
+    parser.add_argument("--implementation", help="with --check: which one; default: the one for this device")
+    parser.add_argument("--max_length", type=int, default=65536, help="with --check: longest sequence")
+    parser.add_argument("--static", action="store_true", help="TPU kernels, compiled without a TPU; own options")
+    args = parser.parse_args()
+    if args.check:
+        return check(args)
+    if jax.default_backend() != "gpu":
+        parser.error(f"times are measured on a GPU; this process has {jax.default_backend()} (use --check or --static)")
+    operations, models = args.only.split(","), args.models.split(",")
+    for name, known in ((operations, OPERATIONS), (models, ("llama-3.2-1b", "mistral-7b"))):
+        unknown = sorted(set(name) - set(known))
+        if unknown:
+            parser.error(f"unknown {unknown[0]!r}, choose of {', '.join(known)}")
+    args.peers = [p for p in args.peers.split(",") if p]
+
+    from kernels_pallas.benchmark import suite
+
+    bench = Bench(args)
+    jobs = list(suite.jobs(models, operations, args.quick))
+    if args.variants:
+        jobs = [j for j in suite.variants(models) if j.operation in operations] + jobs
+    measure_kernels(bench, jobs)
+    rows = [(j.model, j.operation, j.batch, j.length) for j in jobs if not j.sizes and j.label == "pallas_triton"]
+    measure_peers(bench, rows)
+    print(report.table(bench.records))
+    try:
+        for path in report.plots(bench.records, args.out):
+            print("wrote", path)
+    except ImportError:
+        print("matplotlib is not installed: no plots")
+    return 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(main())

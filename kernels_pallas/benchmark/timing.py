@@ -1,8 +1,11 @@
-"""Timing of JAX functions on a device.
+"""Timing of functions on a device.
 
-A call runs ``repeats`` times inside one compiled function; an optimization barrier ties each run to the result of the one before, so that
-they run one after the other and none is merged or hoisted. The time between two ``block_until_ready`` over ``repeats`` then holds
-next to no dispatch overhead. The median over samples counts.
+JAX: the compiled function is dispatched ``few`` times and then ``many`` times without waiting in between, blocking once
+at the end of each; the difference of the two times over ``many - few`` calls holds neither dispatch nor synchronisation
+as long as a call takes longer than its dispatch. (Repeating a call inside one compiled function measures nothing: XLA
+merges identical kernels.) The median over samples counts.
+
+PyTorch: CUDA events around a run of calls, median over runs.
 """
 
 from __future__ import annotations
@@ -15,37 +18,48 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax import lax
 
 
-def chained(function: Callable[..., Any], repeats: int) -> Callable[..., Any]:
-    """``function`` run ``repeats`` times, each run waiting for the one before; returns the last result."""
-
-    def run(first, *rest):
-        result = function(first, *rest)
-        for _ in range(repeats - 1):
-            first, _ = lax.optimization_barrier((first, result))
-            result = function(first, *rest)
-        return result
-
-    return run
+def _elapsed(function: Callable[..., Any], args: tuple[Any, ...], calls: int) -> float:
+    start = time.perf_counter()
+    result = None
+    for _ in range(calls):
+        result = function(*args)
+    jax.block_until_ready(result)
+    return time.perf_counter() - start
 
 
-def measure(compiled: Callable[..., Any], args: tuple[Any, ...], repeats: int, *, samples: int = 7) -> dict[str, float]:
-    """Milliseconds a run of a compiled :func:`chained` function: {median, least, most}; one warm-up call first."""
-    jax.block_until_ready(compiled(*args))
-    times = []
-    for _ in range(samples):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*args))
-        times.append((time.perf_counter() - start) * 1e3 / repeats)
-    return {"median": statistics.median(times), "least": min(times), "most": max(times)}
+def measure(
+    function: Callable[..., Any], args: tuple[Any, ...], *, samples: int = 5, budget: float = 1.0
+) -> dict[str, float]:
+    """Milliseconds a call of a compiled function: {median, least, most, calls}; ``budget`` seconds for all samples."""
+    jax.block_until_ready(function(*args))
+    once = max(_elapsed(function, args, 3) / 3, 1e-5)
+    many = int(min(400, max(6, budget / samples / once)))
+    few = max(1, many // 4)
+    times = [
+        (_elapsed(function, args, many) - _elapsed(function, args, few)) * 1e3 / (many - few) for _ in range(samples)
+    ]
+    return {"median": statistics.median(times), "least": min(times), "most": max(times), "calls": many}
 
 
-def measure_function(function: Callable[..., Any], args: tuple[Any, ...], *, repeats: int = 8, samples: int = 7):
-    """Compile and :func:`measure`."""
-    compiled = jax.jit(chained(function, repeats)).lower(*args).compile()
-    return measure(compiled, args, repeats, samples=samples)
+def measure_torch(function: Callable[[], Any], *, samples: int = 9, budget: float = 0.8) -> dict[str, float]:
+    """As :func:`measure`, for a PyTorch function on the current CUDA device."""
+    import torch
+
+    def run(calls: int) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / calls
+
+    run(2)
+    calls = int(min(200, max(3, budget * 1e3 / samples / max(run(3), 1e-3))))
+    times = [run(calls) for _ in range(samples)]
+    return {"median": statistics.median(times), "least": min(times), "most": max(times), "calls": calls}
 
 
 def write_json(path: str | Path, value: Any) -> None:

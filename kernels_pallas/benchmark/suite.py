@@ -1,0 +1,212 @@
+"""What is measured: operations, shapes, and the bytes each operation has to move."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import kernels_pallas as kp
+from kernels_pallas.gla import block_sizes
+from kernels_pallas.gla.block_sizes import BlockSizes
+
+BOUND = -1.25
+
+
+class Model(NamedTuple):
+    name: str
+    heads: int
+    kv_heads: int
+    d: int
+
+
+MODELS = {"llama-3.2-1b": Model("llama-3.2-1b", 32, 8, 64), "mistral-7b": Model("mistral-7b", 32, 8, 128)}
+SHAPES = ((32, 1024), (8, 4096), (1, 32768), (16, 2048), (4, 8192), (2, 16384), (1, 65536))
+"""Batch x tokens, in the order in which a time budget is spent."""
+
+DECODE_BATCHES = (64, 1, 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One measurement of this project's kernels."""
+
+    model: Model
+    operation: str
+    batch: int
+    length: int
+    label: str = "pallas_triton"
+    sizes: tuple[tuple[str, BlockSizes], ...] = ()
+
+    @property
+    def row(self) -> tuple[str, str, int, int]:
+        return self.model.name, self.operation, self.batch, self.length
+
+    @property
+    def implementation(self) -> str:
+        return "scan" if self.label == "xla scan" else "pallas_triton"
+
+
+def struct(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def attention_inputs(model: Model, batch: int, length: int) -> tuple[Any, ...]:
+    """q, k, v, log_g of all heads, each its own (as fla's chunk_gla takes them), bfloat16."""
+    return tuple(struct(batch, length, model.heads, model.d) for _ in range(4))
+
+
+def layer_inputs(model: Model, batch: int, length: int, state: bool) -> dict[str, Any]:
+    """Raw projections and parameters of lawcat_attention; gate logits in float32 as the model makes them."""
+    H, Hkv, d = model.heads, model.kv_heads, model.d
+    arrays: dict[str, Any] = {
+        "q": struct(batch, length, H, d),
+        "k": struct(batch, length, Hkv, d),
+        "v": struct(batch, length, Hkv, d),
+        "gate_logits": struct(batch, length, Hkv, d, dtype=jnp.float32),
+        "conv_q": struct(H, 4, d, dtype=jnp.float32),
+        "conv_k": struct(H, 4, d, dtype=jnp.float32),
+        "phi": struct(H, d, d // 2, dtype=jnp.float32),
+    }
+    if state:
+        f32 = jnp.float32
+        arrays["initial_state"] = (struct(batch, H, d, d, dtype=f32), struct(batch, H, d, dtype=f32))
+        arrays["conv_state"] = (struct(batch, 3, H, d), struct(batch, 3, Hkv, d))
+    return arrays
+
+
+def forward(implementation: str, q, k, v, log_g):
+    return kp.gated_linear_attention(q, k, v, log_g, gate_lower_bound=BOUND, implementation=implementation)[0]
+
+
+def gradient(implementation: str, q, k, v, log_g, do):
+    _, pullback = jax.vjp(functools.partial(forward, implementation), q, k, v, log_g)
+    return pullback(do)
+
+
+def layer(implementation: str, arrays):
+    return kp.lawcat_attention(**arrays, gate_lower_bound=BOUND, implementation=implementation)
+
+
+DECODE_STEPS = 64
+"""Decoding is measured as a loop of this many steps in one program: one step is shorter than its dispatch."""
+
+
+def decode(implementation: str, arrays, state):
+    """Steps that depend on each other through the state and the convolution rows, as in generation."""
+
+    def step(_, carry):
+        state, tails, _ = carry
+        inputs = arrays | {"conv_state": tails}
+        o, state, tails = kp.lawcat_attention(
+            **inputs, initial_state=state, gate_lower_bound=BOUND, implementation=implementation
+        )
+        return state, tails, o
+
+    o = jnp.zeros((*arrays["q"].shape[:3], arrays["v"].shape[3]), arrays["v"].dtype)
+    return jax.lax.fori_loop(0, DECODE_STEPS, step, (state, arrays["conv_state"], o))
+
+
+def compile_job(job: Job) -> tuple[Any, tuple[Any, ...], dict[str, float]]:
+    """(compiled function, argument shapes, memory in bytes); thread-safe, touches no device memory."""
+    shapes: tuple[Any, ...]
+    if job.operation == "forward":
+        function: Callable[..., Any] = forward
+        shapes = attention_inputs(job.model, job.batch, job.length)
+    elif job.operation == "forward+backward":
+        function, shapes = gradient, attention_inputs(job.model, job.batch, job.length)
+        shapes = (*shapes, shapes[0])
+    elif job.operation == "prefill":
+        function, shapes = layer, (layer_inputs(job.model, job.batch, job.length, False),)
+    else:
+        arrays = layer_inputs(job.model, job.batch, 1, True)
+        state = arrays.pop("initial_state")
+        function, shapes = decode, (arrays, state)
+    with block_sizes.override(**dict(job.sizes)):
+        jitted = jax.jit(functools.partial(function, job.implementation))
+        compiled = jitted.lower(*shapes).compile()
+    try:
+        stats = compiled.memory_analysis()
+        memory = {name: getattr(stats, f"{name}_size_in_bytes") for name in ("argument", "output", "temp")}
+    except Exception:
+        memory = {}
+    return compiled, shapes, memory
+
+
+@functools.lru_cache(maxsize=64)
+def _pool(kind: str, size: int, width: int, dtype: Any, slot: int) -> jax.Array:
+    """Random [size / width, width], drawn once and reshaped for every batch x length."""
+
+    @jax.jit
+    def draw():
+        x = jax.random.normal(jax.random.key(slot), (size // width, width))
+        if kind == "features":
+            x = jax.nn.softmax(x, axis=-1)
+        elif kind == "gates":
+            x = jax.nn.log_sigmoid(x) / 16
+        return x.astype(dtype)
+
+    return draw()
+
+
+def arguments(job: Job, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Random arguments on the device; no two share memory. q, k of the plain operation are features, log_g gates."""
+    leaves, tree = jax.tree.flatten(shapes)
+    kinds = ["normal"] * len(leaves)
+    if job.operation in ("forward", "forward+backward"):
+        kinds[:4] = ["features", "features", "normal", "gates"]
+    arrays = [
+        _pool(kind, x.size, x.shape[-1], x.dtype, slot).reshape(x.shape)
+        for slot, (kind, x) in enumerate(zip(kinds, leaves, strict=True))
+    ]
+    return jax.tree.unflatten(tree, arrays)
+
+
+def floor_bytes(job: Job) -> float:
+    """Bytes that any implementation moves: every input read once, every output written once."""
+    H, Hkv, d, tokens = job.model.heads, job.model.kv_heads, job.model.d, job.batch * job.length
+    tile = tokens * d * 2
+    if job.operation == "forward":
+        return 5.0 * H * tile
+    if job.operation == "forward+backward":
+        return (5 + 9) * H * tile
+    state = job.batch * H * (d * d + d) * 4
+    layer_bytes = 2 * H * tile + 2 * Hkv * tile + 2 * Hkv * tile
+    return float(layer_bytes + (2 * state if job.operation == "decode" else state))
+
+
+def jobs(models: list[str], operations: list[str], quick: bool) -> Iterator[Job]:
+    """The kernels' jobs, the most telling first."""
+    shapes = SHAPES[:3] if quick else SHAPES
+    for batch, length in shapes:
+        for name in models:
+            for operation in operations:
+                if operation == "decode" or (operation == "forward+backward" and length > 32768):
+                    continue
+                yield Job(MODELS[name], operation, batch, length)
+    if "decode" in operations:
+        for name in models:
+            for batch in DECODE_BATCHES[: 2 if quick else None]:
+                yield Job(MODELS[name], "decode", batch, 1)
+    if not quick and "forward" in operations:
+        for name in models:
+            for batch, length in SHAPES[:3]:
+                yield Job(MODELS[name], "forward", batch, length, "xla scan")
+
+
+def variants(models: list[str]) -> Iterator[Job]:
+    """Block sizes worth trying, on the first shape."""
+    batch, length = SHAPES[0]
+    for name in models:
+        model = MODELS[name]
+        options = [("forward", BlockSizes(64, 64, 4, stages)) for stages in (1, 3)]
+        options += [("forward", BlockSizes(32, 64, 4, 2)), ("prefill", BlockSizes(64, 64, 4, 2))]
+        if model.d > 64:
+            options += [("forward", BlockSizes(64, 128, 4, 2)), ("prefill", BlockSizes(64, 128, 4, 1))]
+        for operation, s in options:
+            label = f"C{s.chunk} BV{s.block_v} w{s.num_warps} s{s.num_stages}"
+            yield Job(model, operation, batch, length, label, ((operation, s),))
