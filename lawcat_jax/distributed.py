@@ -18,6 +18,7 @@ _CLUSTER_HINTS = ("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS", "MEGASCALE_C
 
 # Where a failing process leaves word for the others, and how often they look.
 _FAILED, _LOOK_SECONDS = "lawcat_jax/failed", 1.0
+_leaving = threading.Event()
 
 
 def initialize(mode: str, *, heartbeat_seconds: int = 30) -> None:
@@ -67,15 +68,17 @@ def _client():
 
 def _watch() -> None:
     """End this process when another has failed: it may be waiting in a collective that will never complete."""
-    while (client := _client()) is not None:
+    while (client := _client()) is not None and not _leaving.is_set():
         try:
             said = client.key_value_try_get(_FAILED)
         except Exception as problem:
             if "NOT_FOUND" not in str(problem):
                 return  # the coordinator is gone: jax's heartbeats end this process
         else:
-            time.sleep(_LOOK_SECONDS)  # if this process fails by itself, let it say so
-            _exit(1, f"error: ending, because {said}")
+            # If this process fails by itself, it says so itself.
+            if not _leaving.wait(_LOOK_SECONDS):
+                _exit(1, f"error: ending, because {said}")
+            return
         time.sleep(_LOOK_SECONDS)
 
 
@@ -86,6 +89,7 @@ def leave(status: int) -> None:
     """
     if status in (0, 75) or not jax.distributed.is_initialized() or jax.process_count() == 1:
         return
+    _leaving.set()
     try:
         _client().key_value_set(
             _FAILED, f"process {jax.process_index()} failed with status {status}", allow_overwrite=True
