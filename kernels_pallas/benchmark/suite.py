@@ -203,7 +203,7 @@ def variants(models: list[str]) -> Iterator[Job]:
     batch, length = SHAPES[0]
     for name in models:
         model = MODELS[name]
-        options = [("forward", BlockSizes(64, 64, 4, stages)) for stages in (1, 3)]
+        options = [("forward", BlockSizes(64, 64, 4, stages)) for stages in ((1, 2) if model.d <= 64 else (1, 3))]
         options += [("forward", BlockSizes(32, 64, 4, 2)), ("prefill", BlockSizes(64, 64, 4, 2))]
         if model.d > 64:
             options += [("forward", BlockSizes(64, 128, 4, 2)), ("prefill", BlockSizes(64, 128, 4, 1))]

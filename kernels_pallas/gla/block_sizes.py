@@ -64,7 +64,11 @@ def default_sizes(kernel: str, dtype: Any, features: int, values: int) -> BlockS
         return BlockSizes(32, min(values, 64 if kernel != "backward" else values), 4, 1, 256)
     if kernel == "backward":
         return BlockSizes(64, values, 4, 1, 256)
-    return BlockSizes(64, min(values, 64), 4, 2 if kernel == "forward" else 1, 256)
+    # Deeper pipelines hide the loads, as long as two programs fit an SM's shared memory; the fused kernels load more rows.
+    stages = 1 if kernel.startswith("prefill") else 2
+    if kernel in ("forward", "segment_dstate") and features * values <= 64 * 64:
+        stages = 3
+    return BlockSizes(64, min(values, 64), 4, stages, 256)
 
 
 @functools.lru_cache

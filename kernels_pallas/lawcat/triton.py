@@ -217,12 +217,13 @@ def _out_kernel(*refs, options: Options, normalize: bool, states: str, initial: 
     def step(i, state):
         start = (segment * split.per_segment + i) * split.chunk
         k, x, r = _keys_and_gates(k_ref, a_ref, wk_ref, extra_k, phi_ref, start, matrix, options)
-        q = conv_features(q_ref, wq_ref, extra_q, phi_ref, start, options)
-        q = tuple(round_to(a * exp2(b), dtype) for a, b in zip(q, x, strict=True))
         v = load_rows(v_ref, start, split.chunk, limit)
+        # The state before q: its operands are gone before the tiles of q and of the output come up.
         before = gla.scaled(state, tuple(r))
         rounded = tuple(round_to(a, dtype) for a in before[0])
         state = gla.add_chunk(before, k, v, tuple(r))
+        q = conv_features(q_ref, wq_ref, extra_q, phi_ref, start, options)
+        q = tuple(round_to(a * exp2(b), dtype) for a, b in zip(q, x, strict=True))
         o, _ = gla.chunk_out(q, k, v, rounded, before[1], mask, normalize)
         store_rows(o_ref, start, o, limit)
         return state
