@@ -1,0 +1,116 @@
+"""Real compilation for TPU slices on a CPU. Every case is a process of its own: libtpu must not load in this one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+
+
+def aot(*arguments: str, timeout: int = 1500) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "lawcat_jax.aot", *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def report(*arguments: str) -> dict:
+    """The report of a configuration that fits, by program."""
+    done = aot("--json", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    values = json.loads(done.stdout)
+    assert values["fits"]
+    for program in values["programs"]:
+        assert 0 < program["peak_bytes"] < values["chip"]["hbm_bytes"]
+        assert program["argument_bytes"] + program["temp_bytes"] <= program["peak_bytes"]
+        assert program["seconds"][0] > 0
+        assert 0 < program["mfu"][0] < 1
+        # Recomputation, and the halves of score blocks that causality masks, are traced but not needed.
+        assert 0.5 < program["flops"] / program["model_flops"] < 3
+    return {program["program"]: program for program in values["programs"]}
+
+
+def error(*arguments: str) -> str:
+    done = aot(*arguments)
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in done.stderr
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--topology=v9:2x2",), "unknown chip 'v9'"),
+        (("--stages=stage7",), "'stage7' is not one of this configuration's programs, stage1, stage2, prefill, decode"),
+        (("--prefill_length=-1",), "--prefill_length=-1: must be at least 1"),
+    ],
+)
+def test_mistakes(arguments, message):
+    assert message in error("--config=configs/tiny.py", *arguments)
+
+
+@needs_libtpu
+def test_mistakes_that_libtpu_finds():
+    wrong_mesh = "config.mesh: data=1, fsdp=3, tensor=1, sequence=1 does not fit 4 device(s)"
+    assert wrong_mesh in error("--config=configs/tiny.py", "--topology=v5e:2x2", "--config.mesh.fsdp=3")
+
+
+@needs_libtpu
+def test_a_small_model_on_four_chips():
+    sizes = ["--config.mesh.tensor=2", "--config.stage1.seq_length=128"]
+    programs = report("--config=configs/tiny.py", "--topology=v5e:2x2", "--stages=stage1,decode", *sizes)
+    assert list(programs) == ["stage1", "decode"]
+    assert {entry["kind"] for entry in programs["stage1"]["collectives"]} >= {"all-reduce"}
+
+
+# name: configuration and slice of the models that must fit, and what runs on it
+FITS = {
+    "llama-3.2-1b v5e-8": ("llama1b", "v5e:2x4"),
+    "llama-3.2-1b v5e-16": ("llama1b", "v5e:4x4"),
+    "llama-3.1-8b v5e-64": ("llama8b", "v5e:8x8"),
+    "llama-3.1-8b v6e-16": ("llama8b", "v6e:4x4"),
+    "llama-3.1-8b v5p-16": ("llama8b", "v5p:2x2x2"),
+    "mistral-7b v5e-64": ("mistral7b", "v5e:8x8"),
+    "mistral-7b v6e-16": ("mistral7b", "v6e:4x4"),
+    "mistral-7b v5p-16": ("mistral7b", "v5p:2x2x2"),
+    "llama-3.1-70b v5p-512": ("llama70b", "v5p:4x8x8"),
+}
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FITS)
+def test_named_models_fit(name):
+    config, topology = FITS[name]
+    programs = report(f"--config=configs/{config}.py", f"--topology={topology}")
+    assert list(programs) == ["stage1", "stage2", "prefill", "decode"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_million_tokens_of_prefill():
+    options = ["--prefill_length=1048576", "--prefill_batch=1", "--config.mesh.fsdp=1", "--config.mesh.sequence=-1"]
+    programs = report("--config=configs/llama1b.py", "--topology=v5e:4x4", "--stages=prefill", *options)
+    assert programs["prefill"]["tokens"] == 2**20
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_what_does_not_fit_says_so():
+    options = ["--stages=stage2", "--config.stage2.loss_chunk=0", "--config.stage2.batch_size=64"]
+    done = aot("--config=configs/llama1b.py", "--topology=v5e:2x2", "--config.stage2.seq_length=8192", *options)
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "DOES NOT FIT" in done.stdout
+    assert "stage2 does not fit" in done.stderr
+    assert "loss_chunk=256" in done.stderr

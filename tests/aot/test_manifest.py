@@ -1,0 +1,30 @@
+"""The committed sharding manifest is what the code does."""
+
+from __future__ import annotations
+
+import json
+
+from tests.golden import sharding
+
+
+def test_sharding_manifest():
+    committed = json.loads(sharding.MANIFEST.read_text(encoding="utf-8"))
+    found = sharding.manifest()
+    assert set(found) == set(committed)
+    for part, specs in found.items():
+        differing = {path: (committed[part].get(path), spec) for path, spec in specs.items()}
+        differing = {path: pair for path, pair in differing.items() if pair[0] != pair[1]}
+        missing = sorted(set(committed[part]) - set(specs))
+        assert not differing, f"{part}: {differing}; if meant so: python -m tests.golden.sharding"
+        assert not missing, f"{part}: no longer there: {missing}; if meant so: python -m tests.golden.sharding"
+
+
+def test_big_arrays_are_split():
+    """Nothing of a million elements or more lies whole on every device."""
+    for part, specs in json.loads(sharding.MANIFEST.read_text(encoding="utf-8")).items():
+        for path, spec in specs.items():
+            size = 1
+            for dimension in spec.split() if spec != "scalar" else []:
+                size *= int(dimension.split(":")[0])
+            split = any(not dimension.endswith(":-") for dimension in spec.split()) if spec != "scalar" else False
+            assert split or size < 1_000_000, f"{part} {path}: {spec}"

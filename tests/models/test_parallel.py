@@ -1,0 +1,97 @@
+"""Token mixers on a mesh give what they give on one device."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lawcat_jax import generation, models, sharding
+from lawcat_jax.config import AttentionConfig, MeshConfig, ModelConfig
+from lawcat_jax.models import parallel
+from lawcat_jax.models.attention import softmax_attention
+
+MODEL = ModelConfig(
+    vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=48,
+    max_position_embeddings=64,
+)  # fmt: skip
+
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (simulated) devices")
+
+
+def mesh(**sizes: int):
+    return sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:8])
+
+
+def test_split_follows_what_divides():
+    def found(*sizes, **options):
+        with jax.sharding.use_abstract_mesh(mesh(data=2, fsdp=1, tensor=2, sequence=2).abstract_mesh):
+            return parallel.split(*sizes, **options)
+
+    assert parallel.split(4, 8) is None
+    assert found(4, 8, heads=(4, 2, 1)) == (("data", "fsdp"), "sequence", "tensor")
+    assert found(3, 7, heads=(4, 3)) == (None, None, None)
+    assert found(4, 8, least_tokens=5).tokens is None
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_softmax_attention_over_split_tokens(window):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 16, heads, 8)), jnp.float32) for heads in (4, 2, 2))
+    attend = functools.partial(softmax_attention, window=window)
+    where = mesh(data=2, fsdp=1, tensor=2, sequence=2)
+    split = jax.jit(sharding.on_mesh(attend, where), in_shardings=(sharding.replicated(where),) * 3)
+    np.testing.assert_allclose(split(q, k, v), attend(q, k, v), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_generation_on_a_mesh():
+    attention = AttentionConfig(gate_rank=4, softmax_layers=(1,))
+    graphdef, _ = models.abstract(MODEL, attention)
+    params = models.init_params(MODEL, attention, None, seed=0)
+    prompts = [[1, 2, 3, 4, 5] * 4, [7, 8], [9]]
+    options = {"max_new_tokens": 6, "batch_size": 4, "prefill_chunk": 16}
+    expected = generation.generate(graphdef, params, prompts, **options)
+    where = mesh(data=2, fsdp=1, tensor=2, sequence=2)
+    placed = jax.tree.map(jax.device_put, params, sharding.shardings(params, where))
+    assert generation.generate(graphdef, placed, prompts, **options) == expected
+    assert list(generation.stream(graphdef, placed, prompts[0], max_new_tokens=6)) == expected[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "attention",
+    [
+        AttentionConfig(gate_rank=0, tie_qk=False, conv="stacked", output_gate=True),
+        AttentionConfig(conv="shared", gate_kind="per_head", window_size=8, feature_map="relu"),
+        AttentionConfig(conv="off", gate_kind="none"),
+        AttentionConfig(kind="lolcats", conv="off", window_size=8, tie_qk=False),
+    ],
+)
+def test_variants_on_a_mesh(attention):
+    """Logits and gradients of the mixers."""
+    graphdef, _ = models.abstract(MODEL, attention)
+    params = models.init_params(MODEL, attention, None, seed=0)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, size=(4, 32)), jnp.int32)
+    lengths = jnp.asarray([32, 20, 7, 31], jnp.int32)
+
+    def loss(params):
+        logits = models.bind(graphdef, params)(tokens, lengths=lengths)
+        valid = jnp.arange(32) < lengths[:, None]
+        return jnp.sum(jnp.where(valid[:, :, None], logits, 0) ** 2)
+
+    expected, expected_gradient = jax.jit(jax.value_and_grad(loss))(params)
+    where = mesh(data=2, fsdp=1, tensor=2, sequence=2)
+    placed = jax.tree.map(jax.device_put, params, sharding.shardings(params, where))
+    value, gradient = jax.jit(sharding.on_mesh(jax.value_and_grad(loss), where))(placed)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for (path, found), wanted in zip(
+        jax.tree_util.tree_leaves_with_path(gradient["mixers"]),
+        jax.tree.leaves(expected_gradient["mixers"]),
+        strict=True,
+    ):
+        scale = float(jnp.max(jnp.abs(wanted))) + 1e-6
+        np.testing.assert_allclose(found, wanted, atol=2e-4 * scale, err_msg=sharding.path_name(path))
