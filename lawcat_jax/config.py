@@ -189,6 +189,7 @@ class StageConfig:
     plateau_factor: float = 0.1
     plateau_patience: int = 10
     eval_every: int = 0  # validation loss every so many steps; 0 = at the end only
+    validation_length: int = 0  # tokens of the validation samples; 0 = seq_length. Longer ones select for length
     keep_best: bool = True  # restore the parameters of the best validation loss at the end of the stage
     remat: str = "none"  # "none" | "layer" | "dots"
     loss_chunk: int = 0  # vocabulary cross entropy in chunks of so many tokens; 0 = at once
@@ -401,7 +402,16 @@ def _stage_problems(stage: StageConfig, path: str) -> list[str]:
         problems.append(f"{path}.warmup_fraction: {stage.warmup_fraction} is outside [0, 1]")
     if not stage.trainable:
         problems.append(f"{path}.trainable: names nothing to train")
-    for name in ("clip_norm", "spike_factor", "kl_weight", "mse_weight", "weight_decay", "eval_every", "loss_chunk"):
+    for name in (
+        "clip_norm",
+        "spike_factor",
+        "kl_weight",
+        "mse_weight",
+        "weight_decay",
+        "eval_every",
+        "loss_chunk",
+        "validation_length",
+    ):
         if getattr(stage, name) < 0:
             problems.append(f"{path}.{name}: {getattr(stage, name)} must not be negative")
     problems += _one_of(f"{path}.schedule", stage.schedule, ("cosine", "constant", "plateau"))

@@ -234,7 +234,7 @@ def validation_batches(stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh
     dataset = make_dataset(
         stage.data,
         tokenizer,
-        seq_length=stage.seq_length,
+        seq_length=stage.validation_length or stage.seq_length,
         batch_size=size,
         seed=seed,
         split="validation",

@@ -83,11 +83,12 @@ def build(name: str, config: Config, model: ModelConfig, mesh: Mesh, *, dtype: A
     stage = getattr(config, name)
     sharding.check_batch(stage.batch_size, stage.grad_accum, mesh, f"config.{name}")
     needs_teacher = name != "stage2" or stage.kl_weight > 0
-    if needs_teacher and stage.seq_length > model.max_position_embeddings:
-        raise UserError(
-            f"config.{name}.seq_length: {stage.seq_length} does not fit the teacher, which has "
-            f"{model.max_position_embeddings} positions"
-        )
+    for field in ("seq_length", "validation_length"):
+        if needs_teacher and getattr(stage, field) > model.max_position_embeddings:
+            raise UserError(
+                f"config.{name}.{field}: {getattr(stage, field)} does not fit the teacher, which has "
+                f"{model.max_position_embeddings} positions"
+            )
     steps = stage_steps(stage)
     attention, lora = architecture(name, config)
     graphdef, shapes = models.abstract(model, attention, lora, dtype=dtype)
