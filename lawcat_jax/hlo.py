@@ -104,7 +104,7 @@ class Module:
                 current = self.computations[name] = {}
                 if line.startswith("ENTRY"):
                     self.entry = name
-            elif line.startswith("}"):
+            elif line.rstrip() == "}":  # attributes of kernels may span lines that begin with a brace
                 current = None
         if not self.entry:
             raise ValueError("not the text of an HLO module: it has no ENTRY computation")
