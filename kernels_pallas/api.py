@@ -29,6 +29,10 @@ IMPLEMENTATIONS = ("reference", "scan", "pallas_triton", "pallas_tpu")
 # implementation -> (file name of the backend, platform it needs)
 _PALLAS = {"pallas_triton": ("triton", "cuda"), "pallas_tpu": ("tpu", "tpu")}
 
+_FUSED_BY_DEFAULT: tuple[str, ...] = ()
+"""Backends whose fused lawcat_attention is used unasked. Triton's has passed its checks in the interpreter, not yet on a
+GPU, and is slower than FlashAttention-2 at d = 128 up to 4K tokens (BENCHMARKS.md): ask for it by name."""
+
 _local = threading.local()
 
 
@@ -517,7 +521,8 @@ def lawcat_attention(
       normalize, gate_lower_bound: as in gated_linear_attention.
       lengths: number of valid tokens of each sequence among these T, or None for all: the rest is padding on the right,
         which leaves state and conv_state as they were and whose output is 0.
-      implementation: as in gated_linear_attention. None takes the fused kernel where one supports the case.
+      implementation: as in gated_linear_attention. A Pallas name takes the fused kernel where it supports the case; None
+        composes the parts, with gated_linear_attention's choice.
 
     Returns:
       o in v.dtype, the state after the last valid token, and conv_state: the last W - 1 valid rows of q and of k. Works
@@ -542,7 +547,9 @@ def lawcat_attention(
     if lengths is None and implementation not in ("reference", "scan"):
         platform = target_platform(q, k, v, gate_logits)
         for name, (_, needed) in _PALLAS.items():
-            if name != implementation and (implementation is not None or platform != needed):
+            if name != implementation and (
+                name not in _FUSED_BY_DEFAULT or implementation is not None or platform != needed
+            ):
                 continue
             options = {"normalize": normalize, "gate_lower_bound": bound}
             if _refusal(name, platform, "lawcat", *arrays[:7], **options) is None:
