@@ -7,11 +7,13 @@ call, with their shardings and donated buffers.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import time
 from typing import Any
 
+from lawcat_jax import flops
 from lawcat_jax.chips import GIB, Chip, chip_of
 from lawcat_jax.config import Config, ModelConfig
 from lawcat_jax.errors import UserError
@@ -123,8 +125,6 @@ def compile_program(name: str, config: Config, model: ModelConfig, mesh: Any, ch
       UserError: sizes that do not fit each other, or another failure of the compiler.
     """
     traced, tokens, length = _trace(name, config, model, mesh, options)
-    from lawcat_jax import flops
-
     report = Report(name, tokens, True, chip.hbm_bytes)
     report.flops = flops.traced_flops(traced.jaxpr) / mesh.size
     report.model_flops = flops.model_flops(name, config, model, length) * tokens / mesh.size
@@ -139,7 +139,8 @@ def compile_program(name: str, config: Config, model: ModelConfig, mesh: Any, ch
         if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
             raise UserError(f"{name} does not compile: {' '.join(text.split())[:600]}") from problem
         report.compile_seconds = time.monotonic() - started
-        report.fits, report.largest = False, largest_buffers(text)
+        report.fits = False
+        report.largest = largest_buffers(text) or largest_arrays(traced.jaxpr, mesh.size)
         report.peak_bytes = int(needed_bytes(text))
         report.problem = advice(name, report, config)
         return report
@@ -240,7 +241,7 @@ def _number(text: str) -> float:
 
 def needed_bytes(message: str) -> float:
     """Bytes of HBM that the compiler's complaint says it would use (0 when it does not)."""
-    found = re.search(r"[Uu]sed ([\d.]+[KMGT]?)B? of", message)
+    found = re.search(r"(?:[Uu]sed |memory required[^(]*\()([\d.]+[KMGT]?)", message)
     return _number(found.group(1)) if found else 0.0
 
 
@@ -260,6 +261,31 @@ def largest_buffers(message: str, count: int = 5) -> list[dict[str, Any]]:
             }
         )
     return sorted(found, key=lambda entry: -entry["bytes"])[:count]
+
+
+def largest_arrays(jaxpr: Any, devices: int, count: int = 5) -> list[dict[str, Any]]:
+    """The largest distinct arrays that a traced program computes, where the compiler names no buffers: bytes of a
+    device's share when all devices share, whole shape, and the operation.
+    """
+    found: dict[str, dict[str, Any]] = {}
+
+    def visit(jaxpr: Any, copies: int) -> None:
+        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "pallas_call":
+                continue
+            inner = flops.inner_jaxprs(equation.params)
+            for part in inner:
+                visit(part, devices if equation.primitive.name == "shard_map" else copies)
+            for variable in [] if inner else equation.outvars:
+                shape, dtype = getattr(variable.aval, "shape", ()), getattr(variable.aval, "dtype", None)
+                size = math.prod(shape) * getattr(dtype, "itemsize", 0) * copies / devices
+                name = f"{dtype}{list(shape)}" + (" a device" if copies > 1 else "")
+                entry = {"bytes": size, "shape": name, "operation": equation.primitive.name, "kind": "traced"}
+                found.setdefault(name, entry)
+
+    visit(jaxpr, 1)
+    return sorted(found.values(), key=lambda entry: -entry["bytes"])[:count]
 
 
 def advice(name: str, report: Report, config: Config) -> str:

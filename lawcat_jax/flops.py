@@ -96,10 +96,11 @@ def _equation(equation: Any) -> float:
         return max(map(traced_flops, params["branches"]))
     if name == "shard_map":
         return params["mesh"].size * traced_flops(params["jaxpr"])
-    return sum(map(traced_flops, _inner(params)))
+    return sum(map(traced_flops, inner_jaxprs(params)))
 
 
-def _inner(params: dict[str, Any]) -> list[Any]:
+def inner_jaxprs(params: dict[str, Any]) -> list[Any]:
+    """Jaxprs among the parameters of an equation."""
     found = []
     for value in params.values():
         for item in value if isinstance(value, tuple | list) else (value,):

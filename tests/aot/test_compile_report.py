@@ -45,6 +45,18 @@ def test_memory_complaint():
     assert (second["bytes"], second["kind"]) == (512.5 * 2**20, "HLO temp")
 
 
+def test_memory_complaint_without_buffers():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (72.80G) ..."
+    assert compile_report.needed_bytes(message) == 72.8 * 2**30
+    assert compile_report.largest_buffers(message) == []
+
+    def outer(x):
+        return jax.jit(lambda x: jnp.sum(x[:, None] * x[None, :]))(x)
+
+    (first, *_) = compile_report.largest_arrays(jax.jit(outer).trace(jnp.zeros(64)).jaxpr, devices=2)
+    assert (first["shape"], first["operation"], first["bytes"]) == ("float32[64, 64]", "mul", 64 * 64 * 4 / 2)
+
+
 def test_advice_names_buffers_and_remedies():
     config = Config(stage2=StageConfig(batch_size=16, trainable=("^lora/",)))
     report = compile_report.Report("stage2", 1, False, 16 * 2**30, peak_bytes=int(23.11 * 2**30))
