@@ -41,6 +41,7 @@ def main(argv: list[str]) -> int:
 
     model = compile_report.architecture(config)
     devices = compile_report.topology_devices(_TOPOLOGY.value)
+    chip = chip.as_devices(len(devices), _TOPOLOGY.value)
     mesh = sharding.make_mesh(config.mesh, devices, rows=sharding.common_rows(config))
     if not _JSON.value:
         print(aot_text.heading(_TOPOLOGY.value, chip, mesh, config), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from lawcat_jax.errors import UserError
@@ -18,6 +19,21 @@ class Chip(NamedTuple):
     hbm_bandwidth: float  # bytes a second
     ici_bandwidth: float
     dimensions: int  # of the topology's name
+    devices: int = 1  # JAX devices a chip
+
+    def as_devices(self, count: int, topology: str) -> Chip:
+        """The chip as JAX divides it where a slice ``topology`` has ``count`` devices (v4 may show its two cores)."""
+        chips = math.prod(int(size) for size in topology.partition(":")[2].split("x"))
+        parts = max(1, count // (chips * self.devices))
+        if parts == 1:
+            return self
+        return self._replace(
+            name=f"{self.name} (one of {parts} devices a chip)",
+            hbm_bytes=self.hbm_bytes / parts,
+            flops=self.flops / parts,
+            hbm_bandwidth=self.hbm_bandwidth / parts,
+            devices=self.devices * parts,
+        )
 
     def assumptions(self) -> str:
         """The figures, in words."""
@@ -33,7 +49,7 @@ CHIPS = {
     "v5p": Chip("v5p", 95 * GIB, 459e12, 2.77e12, 180e9, 3),
     "v6e": Chip("v6e", 32 * GIB, 918e12, 1.64e12, 180e9, 2),
     # A chip of this generation is two JAX devices; each has half of its 192 GiB, 2307 TFLOP/s and 7.4 TB/s.
-    "tpu7x": Chip("tpu7x (one of two devices a chip)", 96 * GIB, 1153e12, 3.7e12, 180e9, 3),
+    "tpu7x": Chip("tpu7x (one of two devices a chip)", 96 * GIB, 1153e12, 3.7e12, 180e9, 3, devices=2),
 }
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lawcat_jax.config import Config, MeshConfig
@@ -84,7 +85,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, *
         rest = taken
     shape = tuple(rest if size == -1 else size for size in sizes)
     # Auto, since the default (Explicit) asks for shardings in the types of every intermediate array.
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    kinds = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+    except NotImplementedError:  # a 4x4 torus as 8 x 2, say: some axis of the torus has to serve two of the mesh
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(array, AXES, axis_types=kinds)
 
 
 def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -84,6 +84,13 @@ def test_unknown_topologies(topology, message):
         chips.chip_of(topology)
 
 
+def test_chips_that_show_two_devices():
+    v4, v7 = chips.CHIPS["v4"], chips.CHIPS["tpu7x"]
+    assert v4.as_devices(4, "v4:2x2x1") == v4
+    assert v4.as_devices(8, "v4:2x2x1").hbm_bytes == v4.hbm_bytes / 2
+    assert v7.as_devices(8, "tpu7x:2x2x1") == v7
+
+
 def test_without_libtpu(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install libtpu"):
