@@ -117,6 +117,19 @@ def _several_processes() -> bool:
     return len([name for name in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]) > 1
 
 
+def avoid_cached_collectives(devices: int) -> None:
+    """Turn the persistent compilation cache off for meshes of several CPU devices.
+
+    XLA's CPU programs with collectives, read back from that cache, run independent collectives in an order of each
+    device's own, and the devices wait for each other until XLA aborts (seen with jaxlib 0.10.2).
+    """
+    if jax.default_backend() == "cpu" and devices > 1 and jax.config.jax_compilation_cache_dir:
+        from jax.experimental.compilation_cache import compilation_cache
+
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
+
+
 def is_primary() -> bool:
     """Whether this process writes files, bars and lines."""
     return jax.process_index() == 0

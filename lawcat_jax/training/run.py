@@ -57,6 +57,7 @@ def _run(config: Config) -> int:
     config.validate()
     distributed.initialize(config.mesh.distributed, heartbeat_seconds=config.mesh.heartbeat_seconds)
     mesh = sharding.make_mesh(config.mesh, rows=sharding.common_rows(config))
+    distributed.avoid_cached_collectives(mesh.size)
     if config.dry_run:
         from lawcat_jax.training.dry_run import dry_run
 

@@ -19,7 +19,7 @@ TRAIN = ["-m", "lawcat_jax.train", f"--config={Path(__file__).with_name('tiny.py
 class Processes:
     """Python commands, all started at once; their output goes to ``<folder>/<index>.log``. Ends them when left."""
 
-    def __init__(self, folder: Path, commands: Sequence[Sequence[str]], *, devices: int = 1, cache: Path | None = None):
+    def __init__(self, folder: Path, commands: Sequence[Sequence[str]], *, devices: int = 1):
         folder.mkdir(parents=True, exist_ok=True)
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
@@ -28,11 +28,6 @@ class Processes:
         self.children: list[subprocess.Popen] = []
         environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
         environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1"}
-        if cache is not None:
-            environment |= {
-                "JAX_COMPILATION_CACHE_DIR": str(cache),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-            }
         if len(commands) > 1:
             environment |= {
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",

@@ -38,10 +38,10 @@ def test_failing_process_ends_the_other(tmp_path, how, status):
         assert "this process f" in both.output(0)
 
 
-def train(folder: Path, workdir: Path, cache: Path, *options: str, count: int = 2, devices: int = 4) -> Processes:
+def train(folder: Path, workdir: Path, *options: str, count: int = 2, devices: int = 4) -> Processes:
     steps = [f"--config.{stage}.steps={STEPS}" for stage in ("stage1", "stage2")]
     command = [*TRAIN, f"--workdir={workdir}", *steps, *options]
-    return Processes(folder, [command] * count, devices=devices, cache=cache)
+    return Processes(folder, [command] * count, devices=devices)
 
 
 def numbers(workdir: Path) -> dict[tuple[str, int], dict]:
@@ -63,15 +63,10 @@ def reached(workdir: Path, stage: str, step: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory, cache) -> Path:
+def straight(tmp_path_factory) -> Path:
     """Both stages by two processes of four devices each."""
     workdir = tmp_path_factory.mktemp("straight")
-    with train(workdir / "logs", workdir / "run", cache) as both:
+    with train(workdir / "logs", workdir / "run") as both:
         assert both.wait(280) == [0, 0], both.report("straight")
         assert "finished:" in both.output(0)
         for text in ("finished:", "stage1", "loading"):  # lines come from process 0
@@ -92,8 +87,8 @@ def test_two_processes_train_both_stages(straight):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_one_process_gives_the_same(straight, tmp_path, cache):
-    with train(tmp_path / "logs", tmp_path / "run", cache, count=1, devices=8) as one:
+def test_one_process_gives_the_same(straight, tmp_path):
+    with train(tmp_path / "logs", tmp_path / "run", count=1, devices=8) as one:
         assert one.wait(280) == [0], one.report("one")
     expected, found = numbers(straight), numbers(tmp_path / "run")
     assert found.keys() == expected.keys()
@@ -104,15 +99,15 @@ def test_one_process_gives_the_same(straight, tmp_path, cache):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_signals_and_kills(straight, tmp_path, cache):
+def test_signals_and_kills(straight, tmp_path):
     """SIGTERM to one process, kill -9 of each: all end in time, and the run that goes on is the straight one."""
     workdir = tmp_path / "run"
-    with train(tmp_path / "0", workdir, cache) as both:
+    with train(tmp_path / "0", workdir) as both:
         both.until(lambda: reached(workdir, "stage1", 4))
         both.kill(1, signal.SIGTERM)
         assert both.wait(BOUND) == [75, 75], both.report("SIGTERM")
     for turn, (victim, stage, step) in enumerate([(0, "stage1", 8), (1, "stage2", 4)], start=1):
-        with train(tmp_path / str(turn), workdir, cache) as both:
+        with train(tmp_path / str(turn), workdir) as both:
             both.until(lambda stage=stage, step=step: reached(workdir, stage, step))
             both.kill(victim)
             started = time.monotonic()
@@ -120,7 +115,7 @@ def test_signals_and_kills(straight, tmp_path, cache):
             assert time.monotonic() - started < BOUND
             assert statuses[victim] == -signal.SIGKILL
             assert statuses[1 - victim] not in (0, 75), both.report("kill")
-    with train(tmp_path / "last", workdir, cache) as both:
+    with train(tmp_path / "last", workdir) as both:
         assert both.wait(280) == [0, 0], both.report("resumed")
         assert "resumed at step" in both.output(0)
     assert numbers(workdir) == numbers(straight)
@@ -128,10 +123,10 @@ def test_signals_and_kills(straight, tmp_path, cache):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_mistake_that_one_process_finds(tmp_path, cache):
+def test_mistake_that_one_process_finds(tmp_path):
     """A folder that only process 0 needs cannot be made; the other does not wait for it."""
     (tmp_path / "file").write_text("")
-    with train(tmp_path / "logs", tmp_path / "run", cache, f"--config.checkpoint.directory={tmp_path}/file/x") as both:
+    with train(tmp_path / "logs", tmp_path / "run", f"--config.checkpoint.directory={tmp_path}/file/x") as both:
         statuses = both.wait(120)
         assert statuses[0] == 2, both.report("status")
         assert 0 not in statuses

@@ -83,7 +83,10 @@ def steps_on(name: str, devices: int, sizes: tuple) -> tuple:
     stage = stages.build(name, config, MODEL, where)
     params = models.init_params(MODEL, *stages.architecture(name, config), seed=0)
     state, frozen = stage.split(stages.place(params, where))
-    losses, gradients = [], {}
+    losses, gradients, compiled = [], {}, []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(seconds) if event.endswith("backend_compile_duration") else None
+    )
     for index in range(2):
         rng = np.random.default_rng(index)
         lengths = rng.integers(16, 33, size=8).astype(np.int32)
@@ -93,12 +96,14 @@ def steps_on(name: str, devices: int, sizes: tuple) -> tuple:
             "tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": valid, "lengths": lengths,
             "loss_weights": valid.astype(np.float32),
         }  # fmt: skip
-        state, metrics = stage.train_step(state, frozen, sharding.place_batch(batch, where), stage.key(0))
+        arguments = (state, frozen, sharding.place_batch(batch, where), stage.key(0))
+        before = len(compiled)
+        state, metrics = stage.train_step(*arguments)
+        assert (len(compiled) > before) == (index == 0)  # compiles once
         losses.append(float(metrics["loss"]))
         if index == 0:  # Adam's first moment is then the gradient times 1 - b1
             moments = optim.flatten(jax.device_get(state.opt_state[0].mu))
             gradients = {path: value / (1 - stage_config.b1) for path, value in moments.items()}
-    assert stage.train_step._cache_size() == 1
     return losses, gradients, optim.flatten(jax.device_get(state.params))
 
 
