@@ -176,7 +176,31 @@ def check_batch(batch_size: int, grad_accum: int, mesh: Mesh, where: str) -> Non
         )
 
 
+def data_shard(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """(number, count): which part of every batch ``process`` (default: this one) loads, of how many.
+
+    Processes that hold the same rows, because ``tensor`` or ``sequence`` reaches over hosts, load the same part.
+
+    Raises:
+      UserError: processes that share some of their rows, but not all.
+    """
+    process = jax.process_index() if process is None else process
+    held: dict[int, set[int]] = {}
+    for index, device in np.ndenumerate(mesh.devices):
+        held.setdefault(device.process_index, set()).add(index[0] * mesh.devices.shape[1] + index[1])
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, parts)) != len(set().union(*parts)) or len({len(rows) for rows in parts}) != 1:
+        raise UserError(
+            "config.mesh: data x fsdp splits the batch so that processes share some of their rows but not all; choose "
+            "sizes whose product is a multiple or a divisor of the number of hosts"
+        )
+    return parts.index(tuple(sorted(held[process]))), len(parts)
+
+
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch, as global arrays."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+    """This process's rows of a batch (see :func:`data_shard`), as global arrays."""
+    sharding, (_, parts) = batch_sharding(mesh), data_shard(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, value, (value.shape[0] * parts, *value.shape[1:]))
+        for name, value in batch.items()
+    }

@@ -41,7 +41,7 @@ def dry_run(config: Config, mesh: Mesh) -> int:
             f"{stage.grad_accum} micro-batch(es); trains {_millions(built.state.params)} of "
             f"{_millions(optim.merge(built.state.params, built.frozen))}"
         )
-        print(f"  data: {_data(stage, tokenizer, config.seed, model)}")
+        print(f"  data: {_data(stage, tokenizer, config.seed, model, mesh)}")
         adam = [leaf for leaf in jax.tree.leaves(built.state.opt_state)]
         print(
             f"  bytes a device: frozen {_bytes(built.frozen)}, trainable {_bytes(built.state.params)}, "
@@ -86,11 +86,11 @@ def _is_local(path: str) -> bool:
     return path.startswith("asset:") or Path(path).exists()
 
 
-def _data(stage: StageConfig, tokenizer: Tokenizer | None, seed: int, model: ModelConfig) -> str:
+def _data(stage: StageConfig, tokenizer: Tokenizer | None, seed: int, model: ModelConfig, mesh: Mesh) -> str:
     if tokenizer is None:
         return f"{stage.data.kind}, not checked (no tokenizer)"
     started = time.monotonic()
-    batch = next(run.training_batches(stage, tokenizer, seed))
+    batch = next(run.training_batches(stage, tokenizer, seed, mesh))
     seconds = time.monotonic() - started
     top = int(batch["tokens"].max())
     if top >= model.vocab_size:

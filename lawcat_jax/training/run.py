@@ -212,16 +212,17 @@ def checked_tokenizer(path: str, model: ModelConfig) -> Tokenizer:
     return tokenizer
 
 
-def training_batches(stage: StageConfig, tokenizer: Tokenizer, seed: int) -> Any:
+def training_batches(stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh: Mesh) -> Any:
     """Iterator over this process's part of the endless training stream."""
+    part, parts = sharding.data_shard(mesh)
     dataset = make_dataset(
         stage.data,
         tokenizer,
         seq_length=stage.seq_length,
         batch_size=stage.batch_size,
         seed=seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part,
+        process_count=parts,
     )
     return iter(dataset)
 
@@ -232,6 +233,7 @@ def validation_batches(stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh
         return []
     # Without accumulation the whole batch would have to fit: evaluate in micro-batches.
     size = stage.batch_size // stage.grad_accum
+    part, parts = sharding.data_shard(mesh)
     dataset = make_dataset(
         stage.data,
         tokenizer,
@@ -239,8 +241,8 @@ def validation_batches(stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh
         batch_size=size,
         seed=seed,
         split="validation",
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part,
+        process_count=parts,
         repeat=False,
     )
     return [sharding.place_batch(batch, mesh) for batch in dataset]
@@ -251,6 +253,7 @@ def run_stage(
 ) -> optim.Params:
     """Run or resume one stage; returns all parameters with its result in them."""
     mesh, seed = stage.mesh, config.seed
+    _, parts = sharding.data_shard(mesh)
     state, frozen = stage.split(student.params)
     key = stage.key(seed)
     held_out = validation_batches(stage.config, student.tokenizer, seed, mesh)
@@ -271,8 +274,8 @@ def run_stage(
                 state=state,
                 train_step=train_step,
                 evaluate=validation(stage.eval_step, frozen, held_out) if held_out else None,
-                batches=training_batches(stage.config, student.tokenizer, seed),
-                tokens=lambda batch: int(batch["lengths"].sum()) * jax.process_count(),
+                batches=training_batches(stage.config, student.tokenizer, seed, mesh),
+                tokens=lambda batch: int(batch["lengths"].sum()) * parts,
                 diagnose=_diagnostics(stage, config, frozen, held_out),
                 utilization=utilization(stage.name, config, student.model),
             ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 
 from lawcat_jax import generation, models, sharding
 from lawcat_jax.config import AttentionConfig, MeshConfig, ModelConfig
+from lawcat_jax.errors import UserError
 from lawcat_jax.models import parallel
 from lawcat_jax.models.attention import softmax_attention
 
@@ -45,6 +47,19 @@ def test_softmax_attention_over_split_tokens(window):
     where = mesh(data=2, fsdp=1, tensor=2, sequence=2)
     split = jax.jit(sharding.on_mesh(attend, where), in_shardings=(sharding.replicated(where),) * 3)
     np.testing.assert_allclose(split(q, k, v), attend(q, k, v), atol=1e-6)
+
+
+def test_processes_that_hold_the_same_rows_load_the_same_part():
+    def shard(process, shape, chips_a_host=4):
+        count = np.prod(shape)
+        devices = np.array([SimpleNamespace(process_index=n // chips_a_host) for n in range(count)]).reshape(shape)
+        return sharding.data_shard(SimpleNamespace(devices=devices), process)
+
+    assert [shard(process, (1, 8, 1, 1)) for process in range(2)] == [(0, 2), (1, 2)]
+    assert [shard(process, (1, 2, 8, 1)) for process in range(4)] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert [shard(process, (1, 1, 2, 4)) for process in range(2)] == [(0, 1), (0, 1)]
+    with pytest.raises(UserError, match="share some of their rows but not all"):
+        shard(0, (1, 4, 3, 1))
 
 
 @pytest.mark.slow
