@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,21 @@ def _plain(value: Any) -> Any:
 
 
 class MetricsWriter:
-    """Appends to ``<workdir>/metrics.jsonl`` and to the optional writers. Does nothing unless ``primary``."""
+    """Appends to ``<workdir>/metrics.jsonl`` and to the optional writers. Does nothing unless ``primary``.
 
-    def __init__(self, workdir: Path, config: LogConfig, *, primary: bool = True, run_config: dict | None = None):
+    ``written()`` is called after every line.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        config: LogConfig,
+        *,
+        primary: bool = True,
+        run_config: dict | None = None,
+        written: Callable[[], None] = lambda: None,
+    ):
+        self._written = written
         self._file = self._tensorboard = self._wandb = None
         self._path = workdir / "metrics.jsonl"
         if not primary:
@@ -60,6 +72,7 @@ class MetricsWriter:
         plain = {name: _plain(value) for name, value in values.items()}
         self._file.write(json.dumps({"stage": stage, "step": step, **plain}) + "\n")
         self._file.flush()
+        self._written()
         if self._tensorboard is None and self._wandb is None:
             return
         curves: dict[str, float] = {}

@@ -23,6 +23,7 @@ from lawcat_jax.training.loop import EXIT_INTERRUPTED, InterruptedRunError, Loop
 from lawcat_jax.training.metrics import Manifest, MetricsWriter
 from lawcat_jax.training.step import validation
 from lawcat_jax.training.utilization import utilization
+from lawcat_jax.training.workdir import Workdir
 
 
 @dataclasses.dataclass
@@ -64,37 +65,40 @@ def _run(config: Config) -> int:
         return dry_run(config, mesh)
     if not config.workdir:
         raise UserError("config.workdir: name a folder for the run (--workdir=...)")
-    workdir, primary = Path(config.workdir), distributed.is_primary()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise UserError(f"--workdir={workdir}: cannot be created ({problem.strerror})") from problem
+    with Workdir(config.workdir, primary=distributed.is_primary()) as folder:
+        return _run_in(folder, config, mesh)
+
+
+def _run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
+    workdir, primary = folder.local, distributed.is_primary()
     manifest = Manifest.open(workdir, config, primary=primary)
     if manifest.finished:
-        say(f"{workdir}: this run is finished; its report is in {workdir / 'manifest.json'}")
+        say(f"{folder.name}: this run is finished; its report is in {folder.child('manifest.json')}")
         return 0
     # What does not fit shows before weights are loaded.
     model = config.teacher.architecture if config.pretrain.enabled else teacher_architecture(config)[0]
     dtype = np.dtype("float32") if config.pretrain.enabled else model_dir.resolve_dtype(config.teacher.dtype)
     built = [stages.build(name, config, model, mesh, dtype=dtype) for name, _ in config.stages()]
     student = prepare(config, mesh)
-    writer = MetricsWriter(workdir, config.log, primary=primary, run_config=to_dict(config))
+    writer = MetricsWriter(workdir, config.log, primary=primary, run_config=to_dict(config), written=folder.sync)
     try:
         with StopSignal() as stop:
             for stage in built:
-                student.params = run_stage(stage, config, student, workdir, writer, stop)
+                student.params = run_stage(stage, config, student, folder, writer, stop)
                 manifest.update(stage=stage.name)
+                folder.sync(now=True)
     except InterruptedRunError as interruption:
         manifest.update(status="interrupted")
         say(f"{interruption}; run the same command again to go on")
         return EXIT_INTERRUPTED
     finally:
         writer.close()
-    target = export(config, student, workdir)
+    target = folder.child(export(config, student, workdir).name)
     results: dict[str, Any] = {}
     if config.eval.enabled:
-        results = evaluate(config, student, workdir)
-    manifest.update(status="finished", model=str(target), results=results)
+        results = evaluate(config, student, folder)
+    manifest.update(status="finished", model=target, results=results)
+    folder.sync(now=True)
     distributed.barrier("finished")  # jax's own farewell gives the slowest process little time
     say(f"finished: {target}")
     return 0
@@ -249,7 +253,7 @@ def validation_batches(stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh
 
 
 def run_stage(
-    stage: stages.Stage, config: Config, student: Student, workdir: Path, writer: MetricsWriter, stop: StopSignal
+    stage: stages.Stage, config: Config, student: Student, folder: Workdir, writer: MetricsWriter, stop: StopSignal
 ) -> optim.Params:
     """Run or resume one stage; returns all parameters with its result in them."""
     mesh, seed = stage.mesh, config.seed
@@ -261,7 +265,7 @@ def run_stage(
     def train_step(state, batch):
         return stage.train_step(state, frozen, sharding.place_batch(batch, mesh), key)
 
-    directory = config.checkpoint.directory.rstrip("/") or str(workdir / "checkpoints")
+    directory = config.checkpoint.directory.rstrip("/") or folder.child("checkpoints")
     checkpointer = Checkpointer(
         f"{directory}/{stage.name}", keep=config.checkpoint.keep, primary=distributed.is_primary()
     )
@@ -283,7 +287,7 @@ def run_stage(
             checkpoint_config=config.checkpoint,
             writer=writer,
             log=config.log,
-            workdir=workdir,
+            workdir=folder.local,
             max_bad_steps=config.max_bad_steps,
         )
         trainable = loop.run(stop)
@@ -361,7 +365,7 @@ def export(config: Config, student: Student, workdir: Path) -> Path:
     return target
 
 
-def evaluate(config: Config, student: Student, workdir: Path) -> Any:
+def evaluate(config: Config, student: Student, folder: Workdir) -> Any:
     """Run the configured evaluation of the trained model; writes and returns its report."""
     from lawcat_jax.evals.runner import evaluate_model
 
@@ -372,8 +376,8 @@ def evaluate(config: Config, student: Student, workdir: Path) -> Any:
         student.params,
         student.tokenizer,
         config.eval,
-        model=str(workdir),
-        output=str(workdir / "eval"),
+        model=folder.name,
+        output=str(folder.local / "eval"),
         is_student=not config.pretrain.enabled,
         training_length=stage.seq_length,
         write=distributed.is_primary(),

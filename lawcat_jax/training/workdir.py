@@ -1,0 +1,103 @@
+"""The folder of a run, which may be in a bucket (``gs://bucket/run``; any scheme of etils epath).
+
+Orbax writes checkpoints to a bucket by itself. Everything else (manifest, metrics, TensorBoard, the exported model,
+reports) needs a file system that can append and rename: it is written to a local folder, from which process 0 uploads
+what has changed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from etils import epath
+
+from lawcat_jax.errors import UserError
+
+# What a resumed run reads.
+_NEEDED = ("manifest.json", "metrics.jsonl")
+
+
+class Workdir:
+    """``local`` is where to write, ``name`` what the user called it; they differ for a bucket only. A context manager:
+    leaving it uploads the rest and removes the local copy.
+
+    Raises:
+      UserError: it cannot be made, read, or (when left without another error) written.
+    """
+
+    def __init__(self, name: str, *, primary: bool = True, every_seconds: float = 120.0):
+        self.name, self._primary, self._every = name.rstrip("/") or name, primary, every_seconds
+        self._bucket = epath.Path(self.name) if "://" in name else None
+        self._sent: dict[Path, tuple[int, int]] = {}
+        self._last = time.monotonic()
+        if self._bucket is None:
+            self.local = Path(name)
+            try:
+                self.local.mkdir(parents=True, exist_ok=True)
+            except OSError as problem:
+                raise UserError(f"--workdir={name}: cannot be created ({problem.strerror})") from problem
+            return
+        self.local = Path(tempfile.mkdtemp(prefix="lawcat_jax-"))
+        try:
+            for file in _NEEDED:
+                if (self._bucket / file).exists():
+                    (self.local / file).write_bytes((self._bucket / file).read_bytes())
+        except Exception as problem:  # of whatever library serves the scheme
+            shutil.rmtree(self.local, ignore_errors=True)
+            hint = "; pip install gcsfs" if isinstance(problem, ImportError) and name.startswith("gs://") else ""
+            raise UserError(f"--workdir={name}: cannot be read ({_brief(problem)}){hint}") from problem
+
+    def child(self, name: str) -> str:
+        """Path or address of something in the folder."""
+        return f"{self.name}/{name}" if self._bucket is not None else str(self.local / name)
+
+    def sync(self, *, now: bool = False) -> None:
+        """Upload what has changed, when it is time or ``now``. A failure is tried again later; only when the folder is
+        left it is an error.
+        """
+        if self._bucket is None or not self._primary or (not now and time.monotonic() - self._last < self._every):
+            return
+        try:
+            self._upload()
+        except Exception as problem:
+            print(f"{self.name}: not uploaded, trying again later ({_brief(problem)})", file=sys.stderr, flush=True)
+        self._last = time.monotonic()
+
+    def _upload(self) -> None:
+        # The manifest comes last: when it says "finished", all that it speaks of is there.
+        files = [path for path in self.local.rglob("*") if path.is_file() and not path.name.startswith(".")]
+        for path in sorted(files, key=lambda path: (path.name == "manifest.json", path)):
+            status = path.stat()
+            mark = (status.st_size, status.st_mtime_ns)
+            if self._sent.get(path) == mark:
+                continue
+            target = self._bucket / path.relative_to(self.local).as_posix()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("rb") as source, target.open("wb") as out:
+                shutil.copyfileobj(source, out, 16 << 20)
+            self._sent[path] = mark
+
+    def __enter__(self) -> Workdir:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self._bucket is None:
+            return
+        try:
+            if self._primary:
+                self._upload()
+        except Exception as problem:
+            text = f"--workdir={self.name}: cannot be written ({_brief(problem)}); what is missing there is in {self.local}"
+            if kind is None:
+                raise UserError(text) from problem
+            print(text, file=sys.stderr, flush=True)
+            return
+        shutil.rmtree(self.local, ignore_errors=True)
+
+
+def _brief(problem: Exception) -> str:
+    return " ".join(str(problem).split())[:200] or type(problem).__name__
