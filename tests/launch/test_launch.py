@@ -277,7 +277,7 @@ def test_restart(root, tmp_path, statuses, status, runs):
 
 TRAINEE = """
 import os, signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), os._exit(75)))
+signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b"saved\\n"), os._exit(75)))
 print("ready", os.environ.get("JAX_PROCESS_ID"), os.environ.get("JAX_COORDINATOR_ADDRESS"), flush=True)
 time.sleep(60)
 """
