@@ -25,6 +25,7 @@ def load_tokenizer(source: str | os.PathLike, *, revision: str | None = None) ->
     Raises:
       UserError: when nothing usable is found; the message names the source.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": it is not needed here
     import transformers
 
     name = os.fspath(source)
