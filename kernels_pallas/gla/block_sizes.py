@@ -27,7 +27,7 @@ MAX_NATS = 80.0
 MIN_SEGMENT = 256
 """Tokens. Shorter segments spend more on their states than they win in parallelism."""
 
-KERNELS = ("forward", "segment_state", "states", "segment_dstate", "backward", "prefill", "prefill_state")
+KERNELS = ("forward", "segment_state", "states", "segment_dstate", "backward", "features")
 
 _local = threading.local()
 
@@ -64,8 +64,10 @@ def default_sizes(kernel: str, dtype: Any, features: int, values: int) -> BlockS
         return BlockSizes(32, min(values, 64 if kernel != "backward" else values), 4, 1, 256)
     if kernel == "backward":
         return BlockSizes(64, values, 4, 1, 256)
-    # Deeper pipelines hide the loads, as long as two programs fit an SM's shared memory; the fused kernels load more rows.
-    stages = 1 if kernel.startswith("prefill") else 2
+    if kernel == "features":
+        return BlockSizes(64, values, 4, 1, 256)  # no loop, so nothing to pipeline
+    # Deeper pipelines hide the loads, as long as two programs fit an SM's shared memory.
+    stages = 2
     if kernel in ("forward", "segment_dstate") and features * values <= 64 * 64:
         stages = 3
     return BlockSizes(64, min(values, 64), 4, stages, 256)

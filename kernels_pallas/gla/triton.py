@@ -53,6 +53,9 @@ from kernels_pallas.gla.triton_tiles import (
     token_spec,
 )
 
+APPLIES_BOUND = True
+"""Gates below the bound are raised to it on load, and get no gradient: a pass of its own over them would cost more."""
+
 Pair = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
 """(S [K, V], z [K, 8]) in blocks of features, float32. Features are rows: a decay is two registers a thread, not sixteen."""
 
@@ -99,9 +102,14 @@ def sizes_for(kernel: str, q: Any, v: Any, lower_bound: float | None) -> BlockSi
     return dataclasses.replace(sizes, chunk=chunk, block_v=min(sizes.block_v, v.shape[-1]))
 
 
-def load_gates(ref: Any, start: Any, chunk: int, limit: int | None, dtype: Any, block: tuple[int, int]) -> jax.Array:
-    """Natural-log gates, rounded once to the operand type so that every sum of them is exact."""
-    return round_to(load_rows(ref, start, chunk, limit, block), dtype)
+def load_gates(
+    ref: Any, start: Any, chunk: int, limit: int | None, dtype: Any, block: tuple[int, int], bound: float | None
+) -> jax.Array:
+    """Natural-log gates, bounded, and rounded once to the operand type so that every sum of them is exact."""
+    g = load_rows(ref, start, chunk, limit, block)
+    if bound is not None:
+        g = jnp.maximum(g, jnp.asarray(bound, g.dtype))
+    return round_to(g, dtype)
 
 
 def exponents(g: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -185,7 +193,7 @@ def add_chunk(before: Pair, k: tuple[jax.Array, ...], v: jax.Array, r: tuple[jax
     return State(S, z, r)
 
 
-def _segment_state_kernel(k_ref, v_ref, g_ref, *refs, split: Split, dtype: Any, per_chunk: bool):
+def _segment_state_kernel(k_ref, v_ref, g_ref, *refs, split: Split, dtype: Any, per_chunk: bool, bound: float | None):
     """P1: summary of a segment. With ``per_chunk`` (the backward pass) the scaled state before every chunk, from a given state."""
     segment = pl.program_id(2)
     chunk, limit = split.chunk, split.length if split.ragged else None
@@ -204,7 +212,7 @@ def _segment_state_kernel(k_ref, v_ref, g_ref, *refs, split: Split, dtype: Any, 
         ks, rs, Ls = [], [], []
         for block, before in zip(blocks, L, strict=True):
             k = load_rows(k_ref, start, chunk, limit, block)
-            g = load_gates(g_ref, start, chunk, limit, dtype, block)
+            g = load_gates(g_ref, start, chunk, limit, dtype, block, bound)
             r = half_total(g)
             ks.append(round_to(k.astype(f32) * exp2(-exponents(g, matrix)), dtype))
             rs.append(r)
@@ -240,7 +248,16 @@ def _combine_kernel(L_ref, Sl_ref, zl_ref, *rest, segments: int, reverse: bool, 
     lax.fori_loop(0, segments, step, (S, z))
 
 
-def _segment_out_kernel(*refs, split: Split, normalize: bool, states: str, initial: bool, save_den: bool, save_o: bool):
+def _segment_out_kernel(
+    *refs,
+    split: Split,
+    normalize: bool,
+    states: str,
+    initial: bool,
+    save_den: bool,
+    save_o: bool,
+    bound: float | None,
+):
     """P2: the outputs of a segment; the last one also writes the final state."""
     refs = iter(refs)
     q_ref, k_ref, v_ref, g_ref = (next(refs) for _ in range(4))
@@ -262,7 +279,7 @@ def _segment_out_kernel(*refs, split: Split, normalize: bool, states: str, initi
 
     def step(i, state):
         start = (segment * split.per_segment + i) * chunk
-        gates = [load_gates(g_ref, start, chunk, limit, dtype, block) for block in blocks]
+        gates = [load_gates(g_ref, start, chunk, limit, dtype, block, bound) for block in blocks]
         r = tuple(half_total(g) for g in gates)
         before = scaled(state, r)
         rounded = tuple(round_to(x, dtype) for x in before[0])
@@ -319,7 +336,7 @@ def chunk_out(q, k, v, S, z, mask, normalize: bool) -> tuple[jax.Array, jax.Arra
     return o * (1.0 / den)[:, None], den
 
 
-def segment_states(k, v, log_g, heads: int, split: Split, sizes: BlockSizes):
+def segment_states(k, v, log_g, heads: int, split: Split, sizes: BlockSizes, bound: float | None):
     """L, S, z of every segment: [B, H, n, K], [B, H, n, K, V], [B, H, n, K] float32, L in log2 units.
 
     The last segment's entry is left unwritten: nothing that is used depends on it.
@@ -329,7 +346,7 @@ def segment_states(k, v, log_g, heads: int, split: Split, sizes: BlockSizes):
     vectors, matrices = (batch, heads, count, features), (batch, heads, count, features, values)
     width = sizes.block_v
     return pl.pallas_call(
-        functools.partial(_segment_state_kernel, split=split, dtype=k.dtype, per_chunk=False),
+        functools.partial(_segment_state_kernel, split=split, dtype=k.dtype, per_chunk=False, bound=bound),
         grid=(heads, values // width, count - 1, batch),
         in_specs=[token_spec(k, heads), token_spec(v, heads, width), token_spec(log_g, heads)],
         out_specs=[segment_spec(vectors), segment_spec(matrices, width), segment_spec(vectors)],
@@ -373,7 +390,7 @@ def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: floa
     if initial_state is not None:
         given = initial_state
     if split.segments > 1:
-        summaries = segment_states(k, v, log_g, q.shape[2], split, sizes_for_segments(q, v, sizes))
+        summaries = segment_states(k, v, log_g, q.shape[2], split, sizes_for_segments(q, v, sizes), lower_bound)
         states = "prefix"
         if save_residuals or split.segments > PREFIX_SEGMENTS:
             given = combine(*summaries, initial_state)
@@ -383,7 +400,7 @@ def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: floa
     save_o = save_residuals and normalize and strong
     save_den = save_residuals and normalize
     o, S, z, den, exact = _segment_out(
-        q, k, v, log_g, given, summaries, sizes, split, states, normalize, save_den, save_o
+        q, k, v, log_g, given, summaries, sizes, split, states, normalize, save_den, save_o, lower_bound
     )
     residuals = None
     if save_residuals:
@@ -400,7 +417,7 @@ def sizes_for_segments(q, v, sizes: BlockSizes) -> BlockSizes:
     return dataclasses.replace(own, chunk=sizes.chunk, block_v=min(own.block_v, v.shape[-1]))
 
 
-def _segment_out(q, k, v, log_g, given, summaries, sizes, split, states, normalize, save_den, save_o):
+def _segment_out(q, k, v, log_g, given, summaries, sizes, split, states, normalize, save_den, save_o, bound):
     batch, length, heads, features = q.shape
     values, width = v.shape[-1], sizes.block_v
     inputs = [q, k, v, log_g]
@@ -433,6 +450,7 @@ def _segment_out(q, k, v, log_g, given, summaries, sizes, split, states, normali
         initial=given is not None,
         save_den=save_den,
         save_o=save_o,
+        bound=bound,
     )
     o, S, z, *saved = pl.pallas_call(
         kernel,

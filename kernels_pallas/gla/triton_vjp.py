@@ -70,7 +70,7 @@ from kernels_pallas.gla.triton_tiles import (
 )
 
 
-def _dstates_kernel(*refs, split: Split, normalize: bool, per_chunk: bool, given: bool):
+def _dstates_kernel(*refs, split: Split, normalize: bool, per_chunk: bool, given: bool, bound: float | None):
     """Reverse sweep of one segment. ``per_chunk``: writes every dS~, dz~, and the cotangent of the sequence's initial state."""
     refs = iter(refs)
     q_ref, g_ref, do_ref = (next(refs) for _ in range(3))
@@ -99,7 +99,7 @@ def _dstates_kernel(*refs, split: Split, normalize: bool, per_chunk: bool, given
         qs, rs, Ls = [], [], []
         for block, before in zip(blocks, L, strict=True):
             q = load_rows(q_ref, start, chunk, limit, block)
-            g = load_gates(g_ref, start, chunk, limit, dtype, block)
+            g = load_gates(g_ref, start, chunk, limit, dtype, block, bound)
             r = half_total(g)
             qs.append(round_to(q.astype(f32) * exp2(exponents(g, matrix)), dtype))
             rs.append(r)
@@ -135,7 +135,7 @@ def _over_blocks(width: int, body: Any, carry: Any) -> Any:
     return lax.fori_loop(0, len(blocks), lambda i, c: body((i * size, size), c), carry)
 
 
-def _chunk_vjp_kernel(*refs, split: Split, normalize: bool):
+def _chunk_vjp_kernel(*refs, split: Split, normalize: bool, bound: float | None):
     """B1. Tiles are loaded and formed again where they are next used: kept, they would take the registers of all that
     stands between. The first-level cache still has them."""
     refs = iter(refs)
@@ -158,7 +158,7 @@ def _chunk_vjp_kernel(*refs, split: Split, normalize: bool):
         return load_rows(ref, start, chunk, limit, block)
 
     def exponent(block: tuple[Any, int]) -> jax.Array:
-        return exponents(load_gates(g_ref, start, chunk, limit, dtype, block), centred(chunk, dtype))
+        return exponents(load_gates(g_ref, start, chunk, limit, dtype, block, bound), centred(chunk, dtype))
 
     def q_hat(block: tuple[Any, int], x: jax.Array) -> jax.Array:
         return round_to(load(q_ref, block).astype(f32) * exp2(x), dtype)
@@ -220,6 +220,8 @@ def _chunk_vjp_kernel(*refs, split: Split, normalize: bool):
         store_rows(dk_ref, start, exp2(-x) * (local + later), limit, block)
         before = (iota((chunk, chunk), 0) > iota((chunk, chunk), 1)).astype(dtype)
         dg += dot_exact(before, k.astype(f32) * later) + anchor[None, :]
+        if bound is not None:
+            dg = jnp.where(load(g_ref, block).astype(f32) < bound, 0.0, dg)
         store_rows(dg_ref, start, dg, limit, block)
         return carry
 
@@ -231,7 +233,7 @@ def _chunk_shapes(q, v, split: Split) -> tuple[tuple[int, ...], tuple[int, ...]]
     return (batch, heads, split.count, features, v.shape[-1]), (batch, heads, split.count, features)
 
 
-def _states(k, v, log_g, given, heads: int, split: Split, sizes: BlockSizes, shapes):
+def _states(k, v, log_g, given, heads: int, split: Split, sizes: BlockSizes, shapes, bound: float | None):
     """B0: S~ [B, H, n, K, V] in k's dtype and z~ [B, H, n, K] float32 before every chunk; ``given`` (S, z) before every segment."""
     batch, values, width = k.shape[0], v.shape[-1], sizes.block_v
     inputs, specs = [k, v, log_g], [token_spec(k, heads), token_spec(v, heads, width), token_spec(log_g, heads)]
@@ -239,7 +241,7 @@ def _states(k, v, log_g, given, heads: int, split: Split, sizes: BlockSizes, sha
         inputs += list(given)
         specs += [segment_spec(given[0].shape, width), segment_spec(given[1].shape)]
     return pl.pallas_call(
-        functools.partial(_segment_state_kernel, split=split, dtype=k.dtype, per_chunk=True),
+        functools.partial(_segment_state_kernel, split=split, dtype=k.dtype, per_chunk=True, bound=bound),
         grid=(heads, values // width, split.segments, batch),
         in_specs=specs,
         out_specs=[sequence_spec(shapes[0], width), sequence_spec(shapes[1])],
@@ -251,7 +253,18 @@ def _states(k, v, log_g, given, heads: int, split: Split, sizes: BlockSizes, sha
 
 
 def _dstates(
-    q, log_g, do, den, delta, final, split: Split, sizes: BlockSizes, shapes, normalize: bool, per_chunk: bool
+    q,
+    log_g,
+    do,
+    den,
+    delta,
+    final,
+    split: Split,
+    sizes: BlockSizes,
+    shapes,
+    normalize: bool,
+    per_chunk: bool,
+    bound: float | None,
 ):
     """The reverse sweep. per_chunk: (dS~, dz~ after every chunk, dS0, dz0); else (L, dS, dz) of every segment but the first."""
     batch, _, heads, features = q.shape
@@ -280,7 +293,9 @@ def _dstates(
         out_shape = [out_struct(s, f32, *inputs) for s in (vectors, matrices, vectors)]
         programs = split.segments - 1
     return pl.pallas_call(
-        functools.partial(_dstates_kernel, split=split, normalize=normalize, per_chunk=per_chunk, given=given),
+        functools.partial(
+            _dstates_kernel, split=split, normalize=normalize, per_chunk=per_chunk, given=given, bound=bound
+        ),
         grid=(heads, values // width, programs, batch),
         in_specs=specs,
         out_specs=out_specs,
@@ -291,7 +306,21 @@ def _dstates(
     )(*inputs)
 
 
-def _chunk_vjp(q, k, v, log_g, do, den, delta, states, dstates, split: Split, sizes: BlockSizes, normalize: bool):
+def _chunk_vjp(
+    q,
+    k,
+    v,
+    log_g,
+    do,
+    den,
+    delta,
+    states,
+    dstates,
+    split: Split,
+    sizes: BlockSizes,
+    normalize: bool,
+    bound: float | None,
+):
     batch, length, heads, _ = q.shape
     values = v.shape[-1]
     tokens = (q, k, v, log_g, do)
@@ -309,7 +338,7 @@ def _chunk_vjp(q, k, v, log_g, do, den, delta, states, dstates, split: Split, si
         out_struct(q.shape, log_g.dtype if shared_g else f32, *inputs),
     ]
     return pl.pallas_call(
-        functools.partial(_chunk_vjp_kernel, split=split, normalize=normalize),
+        functools.partial(_chunk_vjp_kernel, split=split, normalize=normalize, bound=bound),
         grid=(heads, 1, split.count, batch),
         in_specs=specs,
         out_specs=[token_spec(x, heads) for x in outs],
@@ -328,21 +357,22 @@ def _group_sum(x: jax.Array, heads: int, dtype: Any) -> jax.Array:
     return jnp.sum(grouped, axis=3, dtype=f32).astype(dtype)
 
 
-def backward(residuals, do, dstate, *, normalize: bool, lower_bound: float | None) -> Any:
-    """See ``kernels_pallas.gla`` for the signature."""
+def backward(residuals, do, dstate, *, normalize: bool, lower_bound: float | None, split: Split | None = None) -> Any:
+    """See ``kernels_pallas.gla`` for the signature. ``split``: how the forward cut the sequence, if not as ``triton`` does."""
     q, k, v, log_g, initial_state, o, den, segment_state = residuals
     heads = q.shape[2]
-    forward_sizes, split = plan_forward(q, v, lower_bound)
+    if split is None:
+        _, split = plan_forward(q, v, lower_bound)
     shapes = _chunk_shapes(q, v, split)
 
     def sizes(kernel: str) -> BlockSizes:
         own = block_sizes.lookup(kernel, q.dtype, q.shape[-1], v.shape[-1])
-        return dataclasses.replace(own, chunk=forward_sizes.chunk, block_v=min(own.block_v, v.shape[-1]))
+        return dataclasses.replace(own, chunk=split.chunk, block_v=min(own.block_v, v.shape[-1]))
 
     given = segment_state
     if given is None and initial_state is not None:
         given = (initial_state[0][:, :, None], initial_state[1][:, :, None])
-    states = _states(k, v, log_g, given, heads, split, sizes("states"), shapes)
+    states = _states(k, v, log_g, given, heads, split, sizes("states"), shapes, lower_bound)
 
     # The dn of delta is rounded as the kernels round theirs, and o is float32 where gates are strong (STRONG_GATES in
     # triton.py): dA of a token with itself is dn v + delta, and there the two nearly cancel.
@@ -353,13 +383,13 @@ def backward(residuals, do, dstate, *, normalize: bool, lower_bound: float | Non
             dn = lax.reduce_precision(dn, exponent_bits=8, mantissa_bits=7)
         delta = -jnp.sum(dn * o.astype(f32), axis=-1)
     final: Any = dstate
-    own, rest = sizes("segment_dstate"), dict(split=split, shapes=shapes, normalize=normalize)
+    own, rest = sizes("segment_dstate"), dict(split=split, shapes=shapes, normalize=normalize, bound=lower_bound)
     sweep = functools.partial(_dstates, q, log_g, do, den, delta, sizes=own, **rest)
     if split.segments > 1:
         final = combine(*sweep(None, per_chunk=False), dstate, reverse=True)
     dS, dz, dS0, dz0 = sweep(final, per_chunk=True)
     dq, dk, dv, dlog_g = _chunk_vjp(
-        q, k, v, log_g, do, den, delta, states, (dS, dz), split, sizes("backward"), normalize
+        q, k, v, log_g, do, den, delta, states, (dS, dz), split, sizes("backward"), normalize, lower_bound
     )
     dv = _group_sum(dv, v.shape[2], v.dtype)
     dlog_g = _group_sum(dlog_g, log_g.shape[2], log_g.dtype)

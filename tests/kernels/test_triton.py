@@ -156,7 +156,7 @@ def test_lawcat(monkeypatch, options, segments):
     monkeypatch.setattr(block_sizes, "MIN_SEGMENT", 16)
     arrays = lawcat_inputs(**options)
     sizes = BlockSizes(16, 32, 4, 1, 2 * segments)
-    with interpreted(), block_sizes.override(prefill=sizes, prefill_state=sizes):
+    with interpreted(), block_sizes.override(features=sizes, forward=sizes, segment_state=sizes):
         got = jax.jit(lambda x: kp.lawcat_attention(**x, implementation="pallas_triton"), compiler_options=QUICK)(
             arrays
         )

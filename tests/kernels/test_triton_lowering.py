@@ -74,8 +74,8 @@ def test_gla_launches(options, expected):
 @pytest.mark.parametrize(
     ("batch", "length", "expected"),
     [
-        (32, 1024, ["lawcat_prefill"]),
-        (1, 1024, ["lawcat_segment_state", "lawcat_prefill"]),
+        (32, 1024, ["lawcat_features", OUT]),
+        (1, 1024, ["lawcat_features", STATE, OUT]),
         (64, 1, ["lawcat_decode"]),
     ],
 )

@@ -1,0 +1,424 @@
+"""Forward of gated linear attention for NVIDIA Hopper GPUs, through Pallas' Mosaic GPU lowering.
+
+A program is four (or two) warpgroups that walk a segment of one head (d = 128) or of two heads (d = 64) in chunks of 64 tokens. Tiles
+come by TMA into a ring in shared memory.
+
+*Preparing* warpgroups, one for 64 features, do all that no state has to wait for, on tiles in place: the sums of the gates as products
+with a constant matrix, q^ = q 2^(b - r) and k^ = k 2^(r - b), and the part of the denominator that the past contributes. *Recurrent*
+warpgroups, one for 64 value columns, keep S [K, 64] in registers: scores, outputs and the state update are five chains of ``wgmma`` on
+the prepared tiles. The two kinds work on neighbouring chunks at the same time. Algebra as in ``kernels_pallas.gla.triton``:
+
+    q^ = q 2^(b - r)     k^ = k 2^(r - b)     A = where(i >= j, q^ k^T, 0)     S~ = 2^r S     z~ = 2^r z
+    o = (A v + q^ S~) / (sum_j A + q^ z~ + eps)              S' = 2^r (S~ + k^T v)     z' = 2^r (z~ + sum_j k^)
+
+The closing factor 2^r of S' waits for the next chunk's, to be applied once. The backward pass is ``triton_vjp``'s.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from kernels_pallas.common import EPS, LOG2E, interpret_mode, out_struct
+from kernels_pallas.gla import block_sizes, triton
+from kernels_pallas.gla.block_sizes import Split
+
+f32, bf16 = jnp.float32, jnp.bfloat16
+
+CHUNK = 64
+"""Tokens a step: the rows of one wgmma, and what one reference point allows within a gate bound of -1.25."""
+
+WIDTH = 64
+"""Features or value columns a warpgroup: 128 bytes of bfloat16, one swizzled row."""
+
+STAGES = 2
+"""Chunks in shared memory: at d = 128 two fill it."""
+
+PROGRAMS = 120
+"""Programs below which a sequence is cut into segments: an H100 or H200 runs 132 at a time, one a multiprocessor."""
+
+
+APPLIES_BOUND = True
+"""As in ``triton``."""
+
+
+def supports(q, k, v, log_g, *, normalize: bool, lower_bound: float | None, differentiated: bool) -> str | None:
+    """Why this backend cannot run these arguments (the end of a sentence), or None."""
+    del k, log_g, normalize, differentiated
+    if jax.__version_info__ < (0, 11):
+        return f"it needs jax 0.11 or newer, this is {jax.__version__}"
+    if q.dtype != bf16:
+        return f"q must be bfloat16, got {q.dtype}"
+    for name, size in (("K", q.shape[-1]), ("V", v.shape[-1])):
+        if size not in (64, 128):
+            return f"{name} must be 64 or 128, got {size}"
+    if block_sizes.single_reference_limit(lower_bound) < CHUNK:
+        return f"it needs a gate_lower_bound of at least -1.25, got {lower_bound}"
+    return None
+
+
+def plan(q, v) -> tuple[int, Split]:
+    """(heads a program, how the sequence is cut)."""
+    batch, length, heads, features = q.shape
+    per_program = 2 if features == v.shape[-1] == WIDTH and heads % 2 == 0 else 1
+    return per_program, block_sizes.split_sequence(length, CHUNK, batch * heads // per_program, PROGRAMS)
+
+
+def _constants() -> jax.Array:
+    """[2, C, C]: M with M @ lg = b - b_C / 2, and halves, whose products are half sums."""
+    i = np.arange(CHUNK)
+    return jnp.asarray(np.stack([np.where(i[:, None] >= i, 0.5, -0.5), np.full((CHUNK, CHUNK), 0.5)]), bf16)
+
+
+def _kernel(
+    *refs,
+    split: Split,
+    heads: int,
+    groups: tuple[int, int],
+    shape: tuple[int, int],
+    flags: dict[str, bool],
+    bound: float | None,
+):
+    """Body of a program. ``heads`` a program; ``groups``: query heads that a value head and a gate head serve; ``shape``
+    (K, V); ``flags``: outputs (else the summary of the segment), given (a state before each segment), normalize, save_den;
+    ``bound``: raise the gates to it (None: they are)."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    outputs, given, normalize = flags["outputs"], flags["given"], flags["normalize"]
+    refs = iter(refs)
+    c_ref = next(refs)
+    q_ref = next(refs) if outputs else None
+    k_ref, v_ref, g_ref = (next(refs) for _ in range(3))
+    S0_ref, z0_ref, z0_again_ref = (next(refs) for _ in range(3)) if given else (None,) * 3
+    o_ref = next(refs) if outputs else None
+    L_ref = None if outputs else next(refs)
+    S_ref, z_ref = next(refs), next(refs)
+    den_ref = next(refs) if flags["save_den"] else None
+    c_s, k_s, g_s, v_s, r_s = (next(refs) for _ in range(5))
+    q_s, S_s, o_s, den_s, out_den_s = (next(refs) for _ in range(5)) if outputs else (None,) * 5
+    constants, loaded, ready, free = refs
+
+    preparing, recurrent = shape[0] // WIDTH, shape[1] // WIDTH
+    tile = plgpu.Layout.WGMMA
+    row = tile.reduce(1)
+    M_s, half_s = c_s.at[0], c_s.at[1]
+    eight_halves = half_s.at[pl.ds(0, 8)].transpose((1, 0))
+
+    segment, b, wg = (lax.axis_index(name) for name in ("segment", "batch", "warpgroup"))
+    first = segment * split.per_segment
+    count = jnp.minimum(split.per_segment, split.count - first)
+
+    def product(rows: int, columns: int, *pairs: Any) -> jax.Array:
+        """Sum of a @ b, a in shared memory or registers."""
+
+        def body(acc):
+            for x, y in pairs:
+                plgpu.wgmma(acc, x, y)
+            return acc[...]
+
+        return pl.run_scoped(body, plgpu.ACC((rows, columns), f32))
+
+    def over_columns(x: jax.Array) -> jax.Array:
+        return lax.broadcast_in_dim(x, (x.shape[0], WIDTH), [0])
+
+    def transposed(ref: Any) -> Any:
+        return ref.transpose((1, 0))
+
+    def prepare(j: int, p: int) -> None:
+        h = lax.axis_index("head") * heads + j
+
+        def slot_of(i):
+            return j * STAGES + lax.rem(i, jnp.int32(STAGES))
+
+        def load(i):
+            """Start the copies of chunk i, all in one barrier's count. Rows beyond the sequence arrive as zeros: they
+            leave the state alone."""
+            slot, rows = slot_of(i), pl.ds((first + i) * CHUNK, CHUNK)
+            gates, values = lax.div(h, jnp.int32(groups[1])), lax.div(h, jnp.int32(groups[0]))
+            for part in range(preparing):
+                columns = pl.ds(WIDTH * part, WIDTH)
+                plgpu.copy_gmem_to_smem(g_ref.at[b, rows, gates, columns], g_s.at[slot, part], loaded.at[slot])
+                plgpu.copy_gmem_to_smem(k_ref.at[b, rows, h, columns], k_s.at[slot, part], loaded.at[slot])
+                if outputs:
+                    plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h, columns], q_s.at[slot, part], loaded.at[slot])
+            for part in range(recurrent):
+                columns = pl.ds(WIDTH * part, WIDTH)
+                plgpu.copy_gmem_to_smem(v_ref.at[b, rows, values, columns], v_s.at[slot, part], loaded.at[slot])
+
+        if p == 0:
+            if j == 0:
+                plgpu.copy_gmem_to_smem(c_ref, c_s, constants)
+            for i in range(STAGES):
+                pl.when(i < count)(functools.partial(load, jnp.int32(i)))
+        plgpu.barrier_wait(constants)
+
+        columns = pl.ds(WIDTH * p, WIDTH)
+        if given:
+            z = plgpu.load(z0_ref.at[b, h, segment, columns], layout=row, optimized=False)
+            # From an argument of its own: the compiler would merge two loads of one and find no layout that serves both.
+            across = plgpu.load(z0_again_ref.at[b, h, segment, columns], layout=tile.reduce(0), optimized=False)
+            Z = lax.broadcast_in_dim(across, (CHUNK, WIDTH), [1])
+        else:
+            z = plgpu.layout_cast(jnp.zeros((WIDTH,), f32), row)
+            Z = plgpu.layout_cast(jnp.zeros((CHUNK, WIDTH), f32), tile)
+        L = plgpu.layout_cast(jnp.zeros((WIDTH,), f32), row)
+
+        # z is carried twice: along rows, as the state has its features, and (Z) the same in every row of a tile, as q^ has
+        # them. A transposition would cost more.
+        def step(i, carry):
+            z, Z, L = carry
+            slot = slot_of(i)
+            plgpu.barrier_wait(loaded.at[slot])
+            g, k = g_s.at[slot, p], k_s.at[slot, p]
+            if bound is not None:
+                g[...] = jnp.maximum(plgpu.load(g, layout=tile).astype(f32), bound).astype(bf16)
+                plgpu.commit_smem()
+            x = product(CHUNK, WIDTH, (M_s, g)) * LOG2E
+            r = jnp.max(product(WIDTH, 8, (transposed(g), eight_halves)), axis=1) * LOG2E
+            r_s[slot, p] = r
+            k[...] = (plgpu.load(k, layout=tile).astype(f32) * jnp.exp2(-x)).astype(bf16)
+            if outputs:
+                q = q_s.at[slot, p]
+                hat = (plgpu.load(q, layout=tile).astype(f32) * jnp.exp2(x)).astype(bf16)
+                q[...] = hat
+                if normalize:
+                    factor = jnp.exp2(product(CHUNK, WIDTH, (half_s, g)) * LOG2E)
+                    Z = factor * Z
+                    den_s[slot, p] = jnp.sum(hat.astype(f32) * Z, axis=1)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(ready.at[slot])
+            decay = jnp.exp2(r)
+            z = decay * (decay * z + 2.0 * jnp.max(product(WIDTH, 8, (transposed(k), eight_halves)), axis=1))
+            if outputs and normalize:
+                Z = factor * (Z + 2.0 * product(CHUNK, WIDTH, (half_s, k)))
+            if p == 0:
+                following = i + (STAGES - 1)
+
+                @pl.when((i > 0) & (following < count))
+                def _():
+                    plgpu.barrier_wait(free.at[slot_of(following)])
+                    load(following)
+
+            return z, Z, L + 2.0 * r
+
+        z, _, L = lax.fori_loop(0, count, step, (z, Z, L))
+        if outputs:
+
+            @pl.when(segment == split.segments - 1)
+            def _():
+                z_ref[b, h, columns] = z
+        else:
+            z_ref[b, h, segment, columns] = z
+            L_ref[b, h, segment, columns] = L
+        if p == 0:
+            for back in range(STAGES):  # of every barrier each phase is waited for
+
+                @pl.when(count > back)
+                def _(back=back):
+                    plgpu.barrier_wait(free.at[slot_of(count - 1 - back)])
+
+    def recur(j: int, w: int) -> None:
+        h = lax.axis_index("head") * heads + j
+        values = pl.ds(WIDTH * w, WIDTH)
+        features = [pl.ds(WIDTH * p, WIDTH) for p in range(preparing)]
+        if given:
+            S = tuple(
+                plgpu.load(S0_ref.at[b, h, segment, rows, values], layout=tile, optimized=False) for rows in features
+            )
+        else:
+            S = tuple(plgpu.layout_cast(jnp.zeros((WIDTH, WIDTH), f32), tile) for _ in features)
+        pending = tuple(plgpu.layout_cast(jnp.zeros((WIDTH,), f32), row) for _ in features)
+        mask = plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 0, layout=tile) >= plgpu.broadcasted_iota(
+            jnp.int32, (CHUNK, CHUNK), 1, layout=tile
+        )
+
+        def step(i, carry):
+            S, pending = carry
+            slot = j * STAGES + lax.rem(i, jnp.int32(STAGES))
+            plgpu.barrier_wait(ready.at[slot])
+
+            # References are formed where they are used: the index constants of one from outside have no place in the body
+            # of a run_state.
+            def v():
+                return v_s.at[slot, w]
+
+            def ks():
+                return [transposed(k_s.at[slot, p]) for p in range(preparing)]
+
+            def qs():
+                return [q_s.at[slot, p] for p in range(preparing)]
+
+            def own():
+                return [S_s.at[j * recurrent + w, p] for p in range(preparing)]
+
+            def scale():
+                rs = tuple(plgpu.load(r_s.at[slot, p], layout=row) for p in range(preparing))
+                return tuple(x * over_columns(jnp.exp2(p + r)) for x, p, r in zip(S, pending, rs, strict=True)), rs
+
+            def add_chunk(S):
+                if interpret_mode():  # which has no accumulators with a start
+                    return tuple(x + product(WIDTH, WIDTH, (k, v())) for x, k in zip(S, ks(), strict=True))
+
+                def body(accs):
+                    for acc, k in zip(accs, ks(), strict=True):
+                        plgpu.wgmma(acc, k, v())
+
+                return pl.run_state(body)(tuple(plgpu.ACC.init(x) for x in S))
+
+            if not outputs:
+                S, rs = scale()
+                S = add_chunk(S)
+                plgpu.barrier_arrive(free.at[slot])
+                return S, rs
+
+            def scores(acc):
+                for q, k in zip(qs(), ks(), strict=True):
+                    plgpu.wgmma(acc, q, k)
+                # While the tensor cores work: S~, and its operand copy.
+                S, rs = scale()
+                for ref, x in zip(own(), S, strict=True):
+                    ref[...] = x.astype(bf16)
+                return acc[...], S, rs
+
+            A, S, rs = pl.run_scoped(scores, plgpu.ACC((CHUNK, CHUNK), f32))
+            A = jnp.where(mask, A, 0.0).astype(bf16)
+            plgpu.commit_smem()
+            if interpret_mode():  # which has no products with an operand in registers
+                o = lax.dot(A.astype(f32), plgpu.load(v()).astype(f32))
+                o += product(CHUNK, WIDTH, *zip(qs(), own(), strict=True))
+                S = add_chunk(S)
+            else:
+
+                def accumulate(accs):
+                    acc, *states = accs
+                    plgpu.wgmma(acc, A, v())
+                    for q, s in zip(qs(), own(), strict=True):
+                        plgpu.wgmma(acc, q, s)
+                    for state, k in zip(states, ks(), strict=True):
+                        plgpu.wgmma(state, k, v())
+
+                zeros = plgpu.layout_cast(jnp.zeros((CHUNK, WIDTH), f32), tile)
+                o, *S = pl.run_state(accumulate)(tuple(plgpu.ACC.init(x) for x in (zeros, *S)))
+                S = tuple(S)
+            out = o_s.at[j * recurrent + w]
+            if normalize:
+                den = jnp.sum(A.astype(f32), axis=1) + EPS
+                for p in range(preparing):
+                    den += plgpu.load(den_s.at[slot, p], layout=row)
+                o = o * over_columns(1.0 / den)
+            plgpu.barrier_arrive(free.at[slot])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out[...] = o.astype(bf16)
+            saves = den_ref is not None and w == 0
+            if saves:
+                out_den_s[j] = den
+            plgpu.commit_smem()
+            rows = pl.ds((first + i) * CHUNK, CHUNK)
+            plgpu.copy_smem_to_gmem(out, o_ref.at[b, rows, h, values])
+            if saves:
+                plgpu.copy_smem_to_gmem(out_den_s.at[j], den_ref.at[b, h, rows])
+            return S, rs
+
+        S, pending = lax.fori_loop(0, count, step, (S, pending))
+
+        def write(*index):
+            for rows, x, p in zip(features, S, pending, strict=True):
+                S_ref[*index, rows, values] = x * over_columns(jnp.exp2(p))
+
+        if outputs:
+            pl.when(segment == split.segments - 1)(functools.partial(write, b, h))
+            plgpu.wait_smem_to_gmem(0)
+        else:
+            write(b, h, segment)
+
+    for j in range(heads):
+        at = j * (preparing + recurrent)
+        for p in range(preparing):
+            pl.when(wg == at + p)(functools.partial(prepare, j, p))
+        for w in range(recurrent):
+            pl.when(wg == at + preparing + w)(functools.partial(recur, j, w))
+
+
+def _call(
+    q, k, v, log_g, given, split: Split, heads: int, bound: float | None, *, normalize: bool, save_den: bool
+) -> tuple[Any, ...]:
+    """One launch. q None: (L, S, z) of every segment but the last; else (o, S, z[, den])."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    batch, length, all_heads, features = k.shape
+    values, outputs = v.shape[-1], q is not None
+    preparing, recurrent = features // WIDTH, values // WIDTH
+    operand = (plgpu.TilingTransform((8, WIDTH)), plgpu.SwizzleTransform(128))
+
+    def tiles(*lead: int) -> Any:
+        return plgpu.SMEM((*lead, CHUNK, WIDTH), bf16, transforms=operand)
+
+    def vectors(*lead: int) -> Any:
+        return plgpu.SMEM((*lead, CHUNK), f32)
+
+    slots = heads * STAGES
+    scratch = [tiles(2), *(tiles(slots, preparing),) * 2, tiles(slots, recurrent), vectors(slots, preparing)]
+    if outputs:
+        scratch += [tiles(slots, preparing), tiles(heads * recurrent, preparing), tiles(heads * recurrent)]
+        scratch += [vectors(slots, preparing), vectors(heads)]
+    copies = (3 if outputs else 2) * preparing + recurrent
+    scratch += [plgpu.Barrier(), plgpu.Barrier(num_arrivals=copies, num_barriers=slots)]
+    scratch += [plgpu.Barrier(num_arrivals=n, num_barriers=slots) for n in (preparing, recurrent)]
+
+    inputs = [_constants(), *((q,) if outputs else ()), k, v, log_g, *((*given, given[1]) if given else ())]
+    segments = split.segments
+    lead = (batch, all_heads) if outputs else (batch, all_heads, segments)
+    shapes = [((*lead, features, values), f32), ((*lead, features), f32)]
+    if outputs:
+        shapes.insert(0, ((batch, length, all_heads, values), bf16))
+        if save_den:
+            shapes.append(((batch, all_heads, split.count * CHUNK), f32))
+    else:
+        shapes.insert(0, ((*lead, features), f32))
+    flags = {"outputs": outputs, "given": given is not None, "normalize": normalize, "save_den": save_den}
+    body = functools.partial(
+        _kernel,
+        split=split,
+        heads=heads,
+        groups=(all_heads // v.shape[2], all_heads // log_g.shape[2]),
+        shape=(features, values),
+        flags=flags,
+        bound=bound,
+    )
+    return plgpu.kernel(
+        body,
+        out_type=[out_struct(shape, dtype, *inputs) for shape, dtype in shapes],
+        scratch_types=scratch,
+        grid=(all_heads // heads, segments if outputs else segments - 1, batch),
+        grid_names=("head", "segment", "batch"),
+        num_threads=heads * (preparing + recurrent),
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams() if interpret_mode() else None,
+    )(*inputs)
+
+
+def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: float | None, save_residuals: bool) -> Any:
+    """See ``kernels_pallas.gla`` for the signature. Residuals as in ``triton``, whose backward pass takes them."""
+    heads, split = plan(q, v)
+    gates, bound = log_g, lower_bound
+    if log_g.dtype != bf16:  # a pass over the gates anyway, or none where XLA fuses it into what makes them
+        gates, bound = jnp.maximum(log_g, lower_bound).astype(bf16), None
+    given = None if initial_state is None else tuple(x[:, :, None] for x in initial_state)
+    if split.segments > 1:
+        summaries = _call(None, k, v, gates, None, split, heads, bound, normalize=False, save_den=False)
+        given = triton.combine(*summaries, initial_state)
+    save_den = save_residuals and normalize
+    o, S, z, *den = _call(q, k, v, gates, given, split, heads, bound, normalize=normalize, save_den=save_den)
+    residuals = None
+    if save_residuals:
+        den = den[0][:, :, : q.shape[1]].swapaxes(1, 2) if normalize else None
+        segment = None if split.segments == 1 else given
+        residuals = (q, k, v, log_g, initial_state, o if normalize else None, den, segment)
+    return o, (S, z), residuals
