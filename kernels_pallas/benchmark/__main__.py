@@ -32,8 +32,7 @@ BANDWIDTH = {"NVIDIA H200": 4.3e12}
 def check(args: argparse.Namespace) -> int:
     from kernels_pallas.benchmark import checks
 
-    backend = {"gpu": "pallas_triton", "tpu": "pallas_tpu"}.get(jax.default_backend(), "scan")
-    implementation = args.implementation or backend
+    implementation = args.implementation  # None: the best of the device for each case
     results: list[dict[str, Any]] = []
 
     def show(result: dict[str, Any]) -> None:
@@ -51,7 +50,7 @@ def check(args: argparse.Namespace) -> int:
 
     chosen = [case for case in checks.cases() if case.length <= args.max_length]
     failures = checks.run(implementation, show, chosen=chosen)
-    print(f"{implementation}: {len(results)} cases, {failures} failures")
+    print(f"{implementation or 'best of the device'}: {len(results)} cases, {failures} failures")
     return 1 if failures else 0
 
 
@@ -178,7 +177,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=1.0, help="seconds a measurement")
     parser.add_argument("--bandwidth", type=float, help="TB/s for the floor, where the device is not known")
     parser.add_argument("--check", action="store_true", help="errors against the float64 recurrence instead of times")
-    parser.add_argument("--implementation", help="with --check: which one; default: the one for this device")
+    parser.add_argument("--implementation", help="with --check: which one; default: the best for each case")
     parser.add_argument("--max_length", type=int, default=65536, help="with --check: longest sequence")
     parser.add_argument("--static", action="store_true", help="TPU kernels, compiled without a TPU; own options")
     args = parser.parse_args()
@@ -200,7 +199,7 @@ def main() -> int:
     if args.variants:
         jobs = [j for j in suite.variants(models) if j.operation in operations] + jobs
     measure_kernels(bench, jobs)
-    rows = [(j.model, j.operation, j.batch, j.length) for j in jobs if not j.sizes and j.label == "pallas_triton"]
+    rows = [(j.model, j.operation, j.batch, j.length) for j in jobs if not j.sizes and j.label == "pallas"]
     measure_peers(bench, rows)
     print(report.table(bench.records))
     try:

@@ -121,7 +121,7 @@ def relative(value: Any, want: np.ndarray) -> float:
     return float(np.linalg.norm(value - want) / max(np.linalg.norm(want), 1e-30))
 
 
-def run_case(case: Case, data: dict[str, Any], implementation: str) -> dict[str, np.ndarray]:
+def run_case(case: Case, data: dict[str, Any], implementation: str | None) -> dict[str, np.ndarray]:
     """o, S, z and every gradient of the backend."""
     import kernels_pallas as kp
 
@@ -150,7 +150,9 @@ def judge(case: Case, got: dict[str, Any], want: dict[str, np.ndarray]) -> dict[
     return {"case": case._asdict(), "errors": errors, "failed": failed}
 
 
-def run(implementation: str, report: Callable[[dict[str, Any]], None], *, chosen: Any = None, workers: int = 8) -> int:
+def run(
+    implementation: str | None, report: Callable[[dict[str, Any]], None], *, chosen: Any = None, workers: int = 8
+) -> int:
     """Run all cases and hand each result to ``report``; returns the number of failures."""
     from tests.kernels import oracle
 

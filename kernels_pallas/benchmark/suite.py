@@ -39,7 +39,7 @@ class Job:
     operation: str
     batch: int
     length: int
-    label: str = "pallas_triton"
+    label: str = "pallas"
     sizes: tuple[tuple[str, BlockSizes], ...] = ()
 
     @property
@@ -47,8 +47,9 @@ class Job:
         return self.model.name, self.operation, self.batch, self.length
 
     @property
-    def implementation(self) -> str:
-        return "scan" if self.label == "xla scan" else "pallas_triton"
+    def implementation(self) -> str | None:
+        """What ``implementation=None`` takes on this GPU, unless the label names another."""
+        return {"pallas": None, "xla scan": "scan"}.get(self.label, "pallas_triton")
 
 
 def struct(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -79,16 +80,16 @@ def layer_inputs(model: Model, batch: int, length: int, state: bool) -> dict[str
     return arrays
 
 
-def forward(implementation: str, q, k, v, log_g):
+def forward(implementation: str | None, q, k, v, log_g):
     return kp.gated_linear_attention(q, k, v, log_g, gate_lower_bound=BOUND, implementation=implementation)[0]
 
 
-def gradient(implementation: str, q, k, v, log_g, do):
+def gradient(implementation: str | None, q, k, v, log_g, do):
     _, pullback = jax.vjp(functools.partial(forward, implementation), q, k, v, log_g)
     return pullback(do)
 
 
-def layer(implementation: str, arrays):
+def layer(implementation: str | None, arrays):
     return kp.lawcat_attention(**arrays, gate_lower_bound=BOUND, implementation=implementation)
 
 
@@ -96,7 +97,7 @@ DECODE_STEPS = 64
 """Decoding is measured as a loop of this many steps in one program: one step is shorter than its dispatch."""
 
 
-def decode(implementation: str, arrays, state):
+def decode(implementation: str | None, arrays, state):
     """Steps that depend on each other through the state and the convolution rows, as in generation."""
 
     def step(_, carry):
@@ -193,9 +194,10 @@ def jobs(models: list[str], operations: list[str], quick: bool) -> Iterator[Job]
             for batch in DECODE_BATCHES[: 2 if quick else None]:
                 yield Job(MODELS[name], "decode", batch, 1)
     if not quick and "forward" in operations:
-        for name in models:
-            for batch, length in SHAPES[:3]:
-                yield Job(MODELS[name], "forward", batch, length, "xla scan")
+        for label in ("pallas_triton", "xla scan"):
+            for name in models:
+                for batch, length in SHAPES[:3]:
+                    yield Job(MODELS[name], "forward", batch, length, label)
 
 
 def variants(models: list[str]) -> Iterator[Job]:
@@ -204,9 +206,9 @@ def variants(models: list[str]) -> Iterator[Job]:
     for name in models:
         model = MODELS[name]
         options = [("forward", BlockSizes(64, 64, 4, stages)) for stages in ((1, 2) if model.d <= 64 else (1, 3))]
-        options += [("forward", BlockSizes(32, 64, 4, 2)), ("prefill", BlockSizes(64, 64, 4, 2))]
+        options += [("forward", BlockSizes(32, 64, 4, 2))]
         if model.d > 64:
-            options += [("forward", BlockSizes(64, 128, 4, 2)), ("prefill", BlockSizes(64, 128, 4, 1))]
+            options += [("forward", BlockSizes(64, 128, 4, 2))]
         for operation, s in options:
             label = f"C{s.chunk} BV{s.block_v} w{s.num_warps} s{s.num_stages}"
             yield Job(model, operation, batch, length, label, ((operation, s),))

@@ -37,6 +37,9 @@ CHUNK = 64
 WIDTH = 64
 """Features or value columns a warpgroup: 128 bytes of bfloat16, one swizzled row."""
 
+ROWS = 8
+"""Rows of a tile in shared memory: TMA takes sequences of a multiple of them, others are padded first (a copy)."""
+
 STAGES = 2
 """Chunks in shared memory: at d = 128 two fill it."""
 
@@ -406,7 +409,11 @@ def _call(
 
 def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: float | None, save_residuals: bool) -> Any:
     """See ``kernels_pallas.gla`` for the signature. Residuals as in ``triton``, whose backward pass takes them."""
+    residuals = (q, k, v, log_g)
     heads, split = plan(q, v)
+    length = q.shape[1]
+    if missing := -length % ROWS:  # keys and gates of zero leave the state alone
+        q, k, v, log_g = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in residuals)
     gates, bound = log_g, lower_bound
     if log_g.dtype != bf16:  # a pass over the gates anyway, or none where XLA fuses it into what makes them
         gates, bound = jnp.maximum(log_g, lower_bound).astype(bf16), None
@@ -416,9 +423,9 @@ def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: floa
         given = triton.combine(*summaries, initial_state)
     save_den = save_residuals and normalize
     o, S, z, *den = _call(q, k, v, gates, given, split, heads, bound, normalize=normalize, save_den=save_den)
-    residuals = None
-    if save_residuals:
-        den = den[0][:, :, : q.shape[1]].swapaxes(1, 2) if normalize else None
-        segment = None if split.segments == 1 else given
-        residuals = (q, k, v, log_g, initial_state, o if normalize else None, den, segment)
-    return o, (S, z), residuals
+    o = o[:, :length]
+    if not save_residuals:
+        return o, (S, z), None
+    den = den[0][:, :, :length].swapaxes(1, 2) if normalize else None
+    segment = None if split.segments == 1 else given
+    return o, (S, z), (*residuals, initial_state, o if normalize else None, den, segment)

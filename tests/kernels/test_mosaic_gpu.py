@@ -1,0 +1,102 @@
+"""The Mosaic GPU kernels in their interpreter, against the float64 oracle; on a Hopper GPU the same tests run the compiled
+ones. They need jax 0.11, which needs Python 3.12."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import kernels_pallas as kp
+from kernels_pallas.gla import block_sizes, mosaic_gpu
+
+from . import base
+
+ON_GPU = jax.default_backend() == "gpu"
+supported = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic GPU's interpreter came with jax 0.11")
+
+
+def interpreted():
+    return contextlib.nullcontext() if ON_GPU else kp.interpret()
+
+
+def forward(case: base.Case, save_residuals: bool = False):
+    run = functools.partial(
+        mosaic_gpu.forward,
+        normalize=case.options["normalize"],
+        lower_bound=case.options["gate_lower_bound"],
+        save_residuals=save_residuals,
+    )
+    with interpreted():
+        return jax.jit(run)(*case.arrays, case.state)
+
+
+def make(name: str, **options) -> base.Case:
+    regime = next(r for r in base.REGIMES if r.name == name)
+    return base.make_case(regime, **{"dtype": jnp.bfloat16, **options})
+
+
+def check(case: base.Case) -> None:
+    o, (S, z), _ = forward(case)
+    base.assert_close({"o": o, "S": S, "z": z}, base.expected(case), base.BFLOAT16)
+
+
+@supported
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gla", {"length": 192, "heads": 2}),
+        ("below", {"length": 100, "heads": 2, "gate_heads": 1, "value_heads": 1}),
+        ("bound", {"length": 70, "heads": 1, "K": 128, "V": 128, "state": False}),
+        ("one", {"length": 1, "heads": 1, "V": 128, "normalize": False}),
+    ],
+)
+def test_forward(name, options):
+    check(make(name, **options))
+
+
+@supported
+def test_segments_equal_one_pass(monkeypatch):
+    monkeypatch.setattr(block_sizes, "MIN_SEGMENT", 64)
+    monkeypatch.setattr(mosaic_gpu, "PROGRAMS", 6)
+    case = make("gla", length=260, heads=4, value_heads=2)
+    assert mosaic_gpu.plan(case.arrays[0], case.arrays[2])[1].segments == 3
+    check(case)
+
+
+@supported
+def test_residuals_are_what_the_backward_pass_takes():
+    case = make("gla", length=70, heads=2)
+    o, _, residuals = forward(case, save_residuals=True)
+    _, _, _, _, _, saved, den, segment = residuals
+    assert segment is None
+    assert saved is o
+    assert den.shape == (1, 70, 2)
+
+
+def test_reasons():
+    def reason(K=64, V=64, dtype=jnp.bfloat16, bound=-1.25):
+        q, v = jax.ShapeDtypeStruct((1, 8, 2, K), dtype), jax.ShapeDtypeStruct((1, 8, 2, V), dtype)
+        return mosaic_gpu.supports(q, q, v, q, normalize=True, lower_bound=bound, differentiated=True)
+
+    if jax.__version_info__ < (0, 11):
+        assert "jax 0.11" in reason()
+        return
+    assert reason() is None
+    assert "K must be 64 or 128, got 32" in reason(K=32)
+    assert "V must be 64 or 128, got 256" in reason(V=256)
+    assert "float32" in reason(dtype=jnp.float32)
+    assert "gate_lower_bound" in reason(bound=-5.0)
+
+
+@supported
+@pytest.mark.slow
+class TestMosaicGpu(base.GlaBackend):
+    implementation = "pallas_mosaic_gpu"
+    interpreted = not ON_GPU
+    supports_unbounded = False
+    dtypes: ClassVar = {"bfloat16": base.BFLOAT16}
