@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -87,6 +87,32 @@ def interpret(enabled: bool = True) -> Iterator[None]:
         yield
     finally:
         _local.interpret = before
+
+
+def fold_vmap(function: Callable[..., Any], shared: tuple[int, ...] = ()) -> Callable[..., Any]:
+    """``function`` of pytrees of arrays with the batch as their first axis (positions in ``shared``: without), such that
+    ``jax.vmap`` makes the mapped axis part of the batch: Mosaic GPU kernels have no rule of their own. Mapped shared
+    arguments run one after another."""
+    folded = jax.custom_batching.custom_vmap(function)
+
+    @folded.def_vmap
+    def rule(axis_size: int, batched: Any, *args: Any) -> Any:
+        if any(jax.tree.leaves([batched[i] for i in shared])):
+            full = jax.tree.map(
+                lambda x, b: x if b else jnp.broadcast_to(x, (axis_size, *x.shape)), tuple(args), tuple(batched)
+            )
+            out = lax.map(lambda each: folded(*each), full)
+        else:
+
+            def fold(x, b):
+                x = x if b else jnp.broadcast_to(x, (axis_size, *x.shape))
+                return x.reshape(-1, *x.shape[2:])
+
+            args = [x if i in shared else jax.tree.map(fold, x, batched[i]) for i, x in enumerate(args)]
+            out = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), folded(*args))
+        return out, jax.tree.map(lambda _: True, out)
+
+    return folded
 
 
 def varying_axes(*arrays: Any) -> frozenset[str]:

@@ -37,9 +37,10 @@ def empty_cache(params, *, graphdef, batch: int, length: int, as_teacher: bool =
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher"), donate_argnames=("cache", "logits"))
 def prefill_chunk(params, cache, logits, tokens, lengths, *, graphdef, as_teacher: bool):
-    """One chunk; a sequence that has ended already keeps its cache and its logits."""
+    """One chunk; a sequence that has ended already keeps its cache and its logits. lengths None: all of it is valid, which
+    takes the fused kernels."""
     new, cache = bind(graphdef, params).prefill(tokens, cache, lengths=lengths, as_teacher=as_teacher)
-    return jnp.where(lengths[:, None] > 0, new, logits), cache
+    return new if lengths is None else jnp.where(lengths[:, None] > 0, new, logits), cache
 
 
 def _choose(logits, step, keys, temperature):
@@ -115,7 +116,7 @@ def _consume(graphdef, params, prompts, new_tokens: int, chunk: int, as_teacher:
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     for start in range(0, tokens.shape[1], size):
-        part = np.clip(lengths - start, 0, size)
+        part = None if np.all(lengths - start >= size) else np.clip(lengths - start, 0, size)
         with mesh_of(params):
             logits, cache = prefill_chunk(params, cache, logits, tokens[:, start : start + size], part, **options)
     return cache, logits

@@ -25,7 +25,7 @@ import jax
 from kernels_pallas.benchmark import report, timing
 
 OPERATIONS = ("forward", "forward+backward", "prefill", "decode")
-BANDWIDTH = {"NVIDIA H200": 4.3e12}
+BANDWIDTH = {"NVIDIA H200": 4.3e12, "NVIDIA H100 80GB HBM3": 3.0e12}
 """Bytes a second that a large copy reaches (counting reads and writes), measured; other devices: --bandwidth."""
 
 

@@ -1,13 +1,14 @@
 """Backends of the normalised gated linear attention, and the signature they share.
 
 ``kernels_pallas.api`` is the only caller. It validates the arguments, applies the gate bound
-(``where(log_g < lb, lb, log_g)``, outside the ``custom_vjp``) and chooses the backend; a backend gets clean inputs and
-never clamps, checks or dispatches again.
+(``where(log_g < lb, lb, log_g)``, outside the ``custom_vjp``; backends with ``APPLIES_BOUND`` do it themselves, with zero
+gradient below) and chooses the backend; a backend gets clean inputs and never checks or dispatches again.
 
 | name            | forward              | backward               | runs on                      |
 |-----------------|----------------------|------------------------|------------------------------|
 | "reference"     | ``gla/reference.py`` | ``gla/reference.py``   | everything (slow)            |
 | "scan"          | ``gla/scan.py``      | ``gla/scan.py``        | everything                   |
+| "pallas_mosaic_gpu" | ``gla/mosaic_gpu.py`` | ``gla/mosaic_gpu_vjp.py`` | NVIDIA Hopper, or interpreted |
 | "pallas_triton" | ``gla/triton.py``    | ``gla/triton_vjp.py``  | NVIDIA GPU, or interpreted   |
 | "pallas_tpu"    | ``gla/tpu.py``       | ``gla/tpu_vjp.py``     | TPU, or interpreted          |
 
@@ -67,10 +68,10 @@ One decode step (optional, plain XLA stands in; no custom_vjp around it), shapes
 
     decode(q, k, v, log_g, state, *, normalize) -> (o, (S, z))
 
-The fused prefill ``lawcat/triton.py`` (and ``lawcat/tpu.py``, should it come), called when there are no ``lengths``::
+The fused prefill ``lawcat/{mosaic_gpu,triton,tpu}.py``, called when there are no ``lengths``::
 
     forward(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, *,
-            normalize, gate_normalizer, gate_lower_bound) -> (o, (S, z))
+            normalize, gate_normalizer, gate_lower_bound) -> (o, (S, z)) or (o, (S, z), (q tail, k tail))
     supports(q, k, v, gate_logits, conv_q, conv_k, phi, *, normalize, gate_lower_bound) -> str | None
 
     q [B, T, H, d]; k, v [B, T, Hkv, d]; gate_logits [B, T, Hkv, K]; conv_q, conv_k float32 or q.dtype [H, W, d];
@@ -78,6 +79,8 @@ The fused prefill ``lawcat/triton.py`` (and ``lawcat/tpu.py``, should it come), 
     initial_state None or (S, z) as above; conv_state None (zeros) or (q [B, W-1, H, d], k [B, W-1, Hkv, d])
     gate_lower_bound is applied inside, to logsigmoid(gate_logits) / gate_normalizer
 
-api computes the new conv_state (the last W-1 rows) and the gradient (recomputing the composition), so the fused
-operation has no backward.
+    q tail, k tail: the new conv_state, the last W-1 rows of [conv_state ; x], in q.dtype
+
+api computes the new conv_state where forward does not return it, and the gradient (recomputing the composition), so the
+fused operation has no backward.
 """

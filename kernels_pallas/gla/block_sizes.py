@@ -27,7 +27,7 @@ MAX_NATS = 80.0
 MIN_SEGMENT = 256
 """Tokens. Shorter segments spend more on their states than they win in parallelism."""
 
-KERNELS = ("forward", "segment_state", "states", "segment_dstate", "backward", "features")
+KERNELS = ("forward", "segment_state", "states", "segment_dstate", "backward", "features", "decode")
 
 _local = threading.local()
 
@@ -58,6 +58,12 @@ def single_reference_limit(lower_bound: float | None) -> int:
 
 def default_sizes(kernel: str, dtype: Any, features: int, values: int) -> BlockSizes:
     """Rules for shapes that no table lists: the state of one program stays within 32 (forward) or 64 registers a thread."""
+    if kernel == "decode":
+        width = min(values, 64)
+        # 64 registers of state a thread, and no more threads than features: lawcat/triton_decode.py says why, and what
+        # num_stages means there. The operands of float32 scores leave no registers for an early state.
+        warps = max(1, min(features * width // 2048, features // 32))
+        return BlockSizes(16, width, warps, 1 if jnp.dtype(dtype) == jnp.float32 else 2, 256)
     # More warps do not help: a product that feeds another puts all warps along its 64 rows, where four are enough.
     if jnp.dtype(dtype) == jnp.float32:
         # float32 tiles are twice as large in shared memory and take three products each.

@@ -25,11 +25,14 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.common import EPS, LOG2E, interpret_mode, out_struct
+from kernels_pallas.common import EPS, LOG2E, fold_vmap, interpret_mode, match_varying
 from kernels_pallas.gla import block_sizes, triton
 from kernels_pallas.gla.block_sizes import Split
 
 f32, bf16 = jnp.float32, jnp.bfloat16
+
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+"""Names of devices with wgmma, the products of warpgroups, of compute capability 9.0 and no other."""
 
 CHUNK = 64
 """Tokens a step: the rows of one wgmma, and what one reference point allows within a gate bound of -1.25."""
@@ -40,8 +43,14 @@ WIDTH = 64
 ROWS = 8
 """Rows of a tile in shared memory: TMA takes sequences of a multiple of them, others are padded first (a copy)."""
 
+PARTS = 16
+"""Columns of z~ as an operand, the narrowest swizzled line: its high and its low part, eight times each."""
+
 STAGES = 2
 """Chunks in shared memory: at d = 128 two fill it."""
+
+REGISTERS = (96, 160)
+"""A thread of a preparing and of a recurrent warpgroup, where there are two of each: the state alone takes 64."""
 
 PROGRAMS = 120
 """Programs below which a sequence is cut into segments: an H100 or H200 runs 132 at a time, one a multiprocessor."""
@@ -56,6 +65,9 @@ def supports(q, k, v, log_g, *, normalize: bool, lower_bound: float | None, diff
     del k, log_g, normalize, differentiated
     if jax.__version_info__ < (0, 11):
         return f"it needs jax 0.11 or newer, this is {jax.__version__}"
+    kind = block_sizes.device_kind()
+    if kind != "default" and not interpret_mode() and not any(name in kind for name in HOPPER):
+        return f"it needs a Hopper GPU, this is {kind}"
     if q.dtype != bf16:
         return f"q must be bfloat16, got {q.dtype}"
     for name, size in (("K", q.shape[-1]), ("V", v.shape[-1])):
@@ -98,16 +110,17 @@ def _kernel(
     c_ref = next(refs)
     q_ref = next(refs) if outputs else None
     k_ref, v_ref, g_ref = (next(refs) for _ in range(3))
-    S0_ref, z0_ref, z0_again_ref = (next(refs) for _ in range(3)) if given else (None,) * 3
+    S0_ref, z0_ref = (next(refs), next(refs)) if given else (None, None)
     o_ref = next(refs) if outputs else None
     L_ref = None if outputs else next(refs)
     S_ref, z_ref = next(refs), next(refs)
     den_ref = next(refs) if flags["save_den"] else None
     c_s, k_s, g_s, v_s, r_s = (next(refs) for _ in range(5))
-    q_s, S_s, o_s, den_s, out_den_s = (next(refs) for _ in range(5)) if outputs else (None,) * 5
+    q_s, S_s, o_s, z_s, out_den_s = (next(refs) for _ in range(5)) if outputs else (None,) * 5
     constants, loaded, ready, free = refs
 
     preparing, recurrent = shape[0] // WIDTH, shape[1] // WIDTH
+    redistribute = outputs and heads * preparing == heads * recurrent == 2
     tile = plgpu.Layout.WGMMA
     row = tile.reduce(1)
     M_s, half_s = c_s.at[0], c_s.at[1]
@@ -117,23 +130,26 @@ def _kernel(
     first = segment * split.per_segment
     count = jnp.minimum(split.per_segment, split.count - first)
 
-    def product(rows: int, columns: int, *pairs: Any) -> jax.Array:
-        """Sum of a @ b, a in shared memory or registers."""
+    def products(*sums: Any) -> list[jax.Array]:
+        """For each of (shape, *pairs) the sum of a @ b, a in shared memory or registers; waited for together."""
 
-        def body(acc):
-            for x, y in pairs:
-                plgpu.wgmma(acc, x, y)
-            return acc[...]
+        def body(*accs):
+            for acc, (_, *pairs) in zip(accs, sums, strict=True):
+                for x, y in pairs:
+                    plgpu.wgmma(acc, x, y)
+            return [acc[...] for acc in accs]
 
-        return pl.run_scoped(body, plgpu.ACC((rows, columns), f32))
+        return pl.run_scoped(body, *(plgpu.WGMMAAccumulatorRef(shape, f32) for shape, *_ in sums))
 
-    def over_columns(x: jax.Array) -> jax.Array:
-        return lax.broadcast_in_dim(x, (x.shape[0], WIDTH), [0])
+    def over_columns(x: jax.Array, columns: int = WIDTH) -> jax.Array:
+        return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
 
     def transposed(ref: Any) -> Any:
         return ref.transpose((1, 0))
 
     def prepare(j: int, p: int) -> None:
+        if redistribute:
+            plgpu.set_max_registers(REGISTERS[0], action="decrease")
         h = lax.axis_index("head") * heads + j
 
         def slot_of(i):
@@ -163,43 +179,41 @@ def _kernel(
 
         columns = pl.ds(WIDTH * p, WIDTH)
         if given:
-            z = plgpu.load(z0_ref.at[b, h, segment, columns], layout=row, optimized=False)
-            # From an argument of its own: the compiler would merge two loads of one and find no layout that serves both.
-            across = plgpu.load(z0_again_ref.at[b, h, segment, columns], layout=tile.reduce(0), optimized=False)
-            Z = lax.broadcast_in_dim(across, (CHUNK, WIDTH), [1])
+            # + 0.0: under shard_map a loaded array varies over the mesh in its type, what is computed in a kernel does not,
+            # and a loop's carry may not change its type.
+            z = plgpu.load(z0_ref.at[b, h, segment, columns], layout=row, optimized=False) + 0.0
         else:
             z = plgpu.layout_cast(jnp.zeros((WIDTH,), f32), row)
-            Z = plgpu.layout_cast(jnp.zeros((CHUNK, WIDTH), f32), tile)
         L = plgpu.layout_cast(jnp.zeros((WIDTH,), f32), row)
+        left = plgpu.broadcasted_iota(jnp.int32, (WIDTH, PARTS), 1, layout=tile) < PARTS // 2
 
-        # z is carried twice: along rows, as the state has its features, and (Z) the same in every row of a tile, as q^ has
-        # them. A transposition would cost more.
         def step(i, carry):
-            z, Z, L = carry
+            z, L = carry
             slot = slot_of(i)
             plgpu.barrier_wait(loaded.at[slot])
             g, k = g_s.at[slot, p], k_s.at[slot, p]
             if bound is not None:
                 g[...] = jnp.maximum(plgpu.load(g, layout=tile).astype(f32), bound).astype(bf16)
                 plgpu.commit_smem()
-            x = product(CHUNK, WIDTH, (M_s, g)) * LOG2E
-            r = jnp.max(product(WIDTH, 8, (transposed(g), eight_halves)), axis=1) * LOG2E
+            x, r = products(((CHUNK, WIDTH), (M_s, g)), ((WIDTH, 8), (transposed(g), eight_halves)))
+            x, r = x * LOG2E, jnp.max(r, axis=1) * LOG2E
             r_s[slot, p] = r
+            decay = jnp.exp2(r)
+            z = decay * z
             k[...] = (plgpu.load(k, layout=tile).astype(f32) * jnp.exp2(-x)).astype(bf16)
             if outputs:
                 q = q_s.at[slot, p]
-                hat = (plgpu.load(q, layout=tile).astype(f32) * jnp.exp2(x)).astype(bf16)
-                q[...] = hat
+                q[...] = (plgpu.load(q, layout=tile).astype(f32) * jnp.exp2(x)).astype(bf16)
                 if normalize:
-                    factor = jnp.exp2(product(CHUNK, WIDTH, (half_s, g)) * LOG2E)
-                    Z = factor * Z
-                    den_s[slot, p] = jnp.sum(hat.astype(f32) * Z, axis=1)
+                    # As an operand of q^ z~: eight columns of z~ rounded, eight of what the rounding left.
+                    high = z.astype(bf16).astype(f32)
+                    z_s[slot, p] = jnp.where(left, over_columns(high, PARTS), over_columns(z - high, PARTS)).astype(
+                        bf16
+                    )
             plgpu.commit_smem()
             plgpu.barrier_arrive(ready.at[slot])
-            decay = jnp.exp2(r)
-            z = decay * (decay * z + 2.0 * jnp.max(product(WIDTH, 8, (transposed(k), eight_halves)), axis=1))
-            if outputs and normalize:
-                Z = factor * (Z + 2.0 * product(CHUNK, WIDTH, (half_s, k)))
+            (added,) = products(((WIDTH, 8), (transposed(k), eight_halves)))
+            z = decay * (z + 2.0 * jnp.max(added, axis=1))
             if p == 0:
                 following = i + (STAGES - 1)
 
@@ -208,9 +222,9 @@ def _kernel(
                     plgpu.barrier_wait(free.at[slot_of(following)])
                     load(following)
 
-            return z, Z, L + 2.0 * r
+            return z, L + 2.0 * r
 
-        z, _, L = lax.fori_loop(0, count, step, (z, Z, L))
+        z, L = lax.fori_loop(0, count, step, (z, L))
         if outputs:
 
             @pl.when(segment == split.segments - 1)
@@ -227,12 +241,15 @@ def _kernel(
                     plgpu.barrier_wait(free.at[slot_of(count - 1 - back)])
 
     def recur(j: int, w: int) -> None:
+        if redistribute:
+            plgpu.set_max_registers(REGISTERS[1], action="increase")
         h = lax.axis_index("head") * heads + j
         values = pl.ds(WIDTH * w, WIDTH)
         features = [pl.ds(WIDTH * p, WIDTH) for p in range(preparing)]
         if given:
             S = tuple(
-                plgpu.load(S0_ref.at[b, h, segment, rows, values], layout=tile, optimized=False) for rows in features
+                plgpu.load(S0_ref.at[b, h, segment, rows, values], layout=tile, optimized=False) + 0.0
+                for rows in features
             )
         else:
             S = tuple(plgpu.layout_cast(jnp.zeros((WIDTH, WIDTH), f32), tile) for _ in features)
@@ -257,6 +274,9 @@ def _kernel(
             def qs():
                 return [q_s.at[slot, p] for p in range(preparing)]
 
+            def zs():
+                return [z_s.at[slot, p] for p in range(preparing)]
+
             def own():
                 return [S_s.at[j * recurrent + w, p] for p in range(preparing)]
 
@@ -266,13 +286,13 @@ def _kernel(
 
             def add_chunk(S):
                 if interpret_mode():  # which has no accumulators with a start
-                    return tuple(x + product(WIDTH, WIDTH, (k, v())) for x, k in zip(S, ks(), strict=True))
+                    return tuple(x + products(((WIDTH, WIDTH), (k, v())))[0] for x, k in zip(S, ks(), strict=True))
 
                 def body(accs):
                     for acc, k in zip(accs, ks(), strict=True):
                         plgpu.wgmma(acc, k, v())
 
-                return pl.run_state(body)(tuple(plgpu.ACC.init(x) for x in S))
+                return pl.run_state(body)(tuple(plgpu.WGMMAAccumulatorRef.init(x) for x in S))
 
             if not outputs:
                 S, rs = scale()
@@ -280,21 +300,40 @@ def _kernel(
                 plgpu.barrier_arrive(free.at[slot])
                 return S, rs
 
-            def scores(acc):
-                for q, k in zip(qs(), ks(), strict=True):
-                    plgpu.wgmma(acc, q, k)
-                # While the tensor cores work: S~, and its operand copy.
+            def scaled():
+                """S~, and its operand copy: made while the tensor cores work on the scores."""
                 S, rs = scale()
                 for ref, x in zip(own(), S, strict=True):
                     ref[...] = x.astype(bf16)
-                return acc[...], S, rs
+                return S, rs
 
-            A, S, rs = pl.run_scoped(scores, plgpu.ACC((CHUNK, CHUNK), f32))
-            A = jnp.where(mask, A, 0.0).astype(bf16)
-            plgpu.commit_smem()
+            def scores(acc, *past):
+                # q^ in registers, as the narrow product wants it: of two operands in shared memory lines must be alike.
+                for ref, k, z in zip(qs(), ks(), zs(), strict=True):
+                    q = plgpu.load(ref, layout=tile)
+                    plgpu.wgmma(acc, q, k)
+                    for other in past:
+                        plgpu.wgmma(other, q, z)
+                S, rs = scaled()
+                return acc[...], [other[...] for other in past], S, rs
+
             if interpret_mode():  # which has no products with an operand in registers
+                A, *past = products(
+                    ((CHUNK, CHUNK), *zip(qs(), ks(), strict=True)), ((CHUNK, PARTS), *zip(qs(), zs(), strict=True))
+                )
+                S, rs = scaled()
+            else:
+                shapes = [(CHUNK, CHUNK), *([(CHUNK, PARTS)] if normalize else [])]
+                A, past, S, rs = pl.run_scoped(scores, *(plgpu.WGMMAAccumulatorRef(shape, f32) for shape in shapes))
+            A = jnp.where(mask, A, 0.0).astype(bf16)
+            inverse = None
+            if normalize:
+                den = jnp.sum(A.astype(f32), axis=1) + jnp.sum(past[0], axis=1) * (2 / PARTS) + EPS
+                inverse = 1.0 / den
+            plgpu.commit_smem()
+            if interpret_mode():
                 o = lax.dot(A.astype(f32), plgpu.load(v()).astype(f32))
-                o += product(CHUNK, WIDTH, *zip(qs(), own(), strict=True))
+                o += products(((CHUNK, WIDTH), *zip(qs(), own(), strict=True)))[0]
                 S = add_chunk(S)
             else:
 
@@ -307,14 +346,11 @@ def _kernel(
                         plgpu.wgmma(state, k, v())
 
                 zeros = plgpu.layout_cast(jnp.zeros((CHUNK, WIDTH), f32), tile)
-                o, *S = pl.run_state(accumulate)(tuple(plgpu.ACC.init(x) for x in (zeros, *S)))
+                o, *S = pl.run_state(accumulate)(tuple(plgpu.WGMMAAccumulatorRef.init(x) for x in (zeros, *S)))
                 S = tuple(S)
             out = o_s.at[j * recurrent + w]
             if normalize:
-                den = jnp.sum(A.astype(f32), axis=1) + EPS
-                for p in range(preparing):
-                    den += plgpu.load(den_s.at[slot, p], layout=row)
-                o = o * over_columns(1.0 / den)
+                o = o * over_columns(inverse)
             plgpu.barrier_arrive(free.at[slot])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out[...] = o.astype(bf16)
@@ -351,7 +387,15 @@ def _kernel(
 def _call(
     q, k, v, log_g, given, split: Split, heads: int, bound: float | None, *, normalize: bool, save_den: bool
 ) -> tuple[Any, ...]:
-    """One launch. q None: (L, S, z) of every segment but the last; else (o, S, z[, den])."""
+    """One launch, with a batch axis more under vmap. q None: (L, S, z) of every segment but the last; else (o, S, z[, den])."""
+    options = {"normalize": normalize, "save_den": save_den}
+    launch = functools.partial(_launch, split=split, heads=heads, bound=bound, **options)
+    return fold_vmap(launch)(q, k, v, log_g, given)
+
+
+def _launch(
+    q, k, v, log_g, given, *, split: Split, heads: int, bound: float | None, normalize: bool, save_den: bool
+) -> tuple[Any, ...]:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     batch, length, all_heads, features = k.shape
@@ -369,12 +413,13 @@ def _call(
     scratch = [tiles(2), *(tiles(slots, preparing),) * 2, tiles(slots, recurrent), vectors(slots, preparing)]
     if outputs:
         scratch += [tiles(slots, preparing), tiles(heads * recurrent, preparing), tiles(heads * recurrent)]
-        scratch += [vectors(slots, preparing), vectors(heads)]
+        line = (plgpu.TilingTransform((8, PARTS)), plgpu.SwizzleTransform(2 * PARTS))
+        scratch += [plgpu.SMEM((slots, preparing, WIDTH, PARTS), bf16, transforms=line), vectors(heads)]
     copies = (3 if outputs else 2) * preparing + recurrent
     scratch += [plgpu.Barrier(), plgpu.Barrier(num_arrivals=copies, num_barriers=slots)]
     scratch += [plgpu.Barrier(num_arrivals=n, num_barriers=slots) for n in (preparing, recurrent)]
 
-    inputs = [_constants(), *((q,) if outputs else ()), k, v, log_g, *((*given, given[1]) if given else ())]
+    inputs = [_constants(), *((q,) if outputs else ()), k, v, log_g, *(given or ())]
     segments = split.segments
     lead = (batch, all_heads) if outputs else (batch, all_heads, segments)
     shapes = [((*lead, features, values), f32), ((*lead, features), f32)]
@@ -394,9 +439,10 @@ def _call(
         flags=flags,
         bound=bound,
     )
-    return plgpu.kernel(
+    # The outputs' types tell nothing of the mesh: plgpu.kernel drops it.
+    outs = plgpu.kernel(
         body,
-        out_type=[out_struct(shape, dtype, *inputs) for shape, dtype in shapes],
+        out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes],
         scratch_types=scratch,
         grid=(all_heads // heads, segments if outputs else segments - 1, batch),
         grid_names=("head", "segment", "batch"),
@@ -405,6 +451,7 @@ def _call(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret_mode() else None,
     )(*inputs)
+    return tuple(match_varying(x, *inputs) for x in outs)
 
 
 def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: float | None, save_residuals: bool) -> Any:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -306,7 +307,7 @@ def _dstates(
     )(*inputs)
 
 
-def _chunk_vjp(
+def chunk_gradients(
     q,
     k,
     v,
@@ -316,11 +317,14 @@ def _chunk_vjp(
     delta,
     states,
     dstates,
+    *,
     split: Split,
-    sizes: BlockSizes,
     normalize: bool,
     bound: float | None,
-):
+    sizes: BlockSizes,
+) -> Any:
+    """(dq, dk, dv, dlog_g) of every query head [B, T, H, .], from the scaled (S~, z~) and (dS~, dz~) of every chunk; den and
+    delta [B, T, H] float32, read only when ``normalize``."""
     batch, length, heads, _ = q.shape
     values = v.shape[-1]
     tokens = (q, k, v, log_g, do)
@@ -357,8 +361,18 @@ def _group_sum(x: jax.Array, heads: int, dtype: Any) -> jax.Array:
     return jnp.sum(grouped, axis=3, dtype=f32).astype(dtype)
 
 
-def backward(residuals, do, dstate, *, normalize: bool, lower_bound: float | None, split: Split | None = None) -> Any:
-    """See ``kernels_pallas.gla`` for the signature. ``split``: how the forward cut the sequence, if not as ``triton`` does."""
+def backward(
+    residuals,
+    do,
+    dstate,
+    *,
+    normalize: bool,
+    lower_bound: float | None,
+    split: Split | None = None,
+    gradients: Callable[..., Any] | None = None,
+) -> Any:
+    """See ``kernels_pallas.gla`` for the signature. ``split``: how the forward cut the sequence, if not as ``triton`` does;
+    ``gradients``: instead of :func:`chunk_gradients`."""
     q, k, v, log_g, initial_state, o, den, segment_state = residuals
     heads = q.shape[2]
     if split is None:
@@ -369,11 +383,6 @@ def backward(residuals, do, dstate, *, normalize: bool, lower_bound: float | Non
         own = block_sizes.lookup(kernel, q.dtype, q.shape[-1], v.shape[-1])
         return dataclasses.replace(own, chunk=split.chunk, block_v=min(own.block_v, v.shape[-1]))
 
-    given = segment_state
-    if given is None and initial_state is not None:
-        given = (initial_state[0][:, :, None], initial_state[1][:, :, None])
-    states = _states(k, v, log_g, given, heads, split, sizes("states"), shapes, lower_bound)
-
     # The dn of delta is rounded as the kernels round theirs, and o is float32 where gates are strong (STRONG_GATES in
     # triton.py): dA of a token with itself is dn v + delta, and there the two nearly cancel.
     delta = None
@@ -382,14 +391,23 @@ def backward(residuals, do, dstate, *, normalize: bool, lower_bound: float | Non
         if do.dtype == jnp.bfloat16:
             dn = lax.reduce_precision(dn, exponent_bits=8, mantissa_bits=7)
         delta = -jnp.sum(dn * o.astype(f32), axis=-1)
+    # o, which only delta reads, is done with before the states of all chunks are formed: they may take its memory.
+    if delta is not None:
+        k, v, log_g, delta = lax.optimization_barrier((k, v, log_g, delta))
+    given = segment_state
+    if given is None and initial_state is not None:
+        given = (initial_state[0][:, :, None], initial_state[1][:, :, None])
+    states = _states(k, v, log_g, given, heads, split, sizes("states"), shapes, lower_bound)
+
     final: Any = dstate
     own, rest = sizes("segment_dstate"), dict(split=split, shapes=shapes, normalize=normalize, bound=lower_bound)
     sweep = functools.partial(_dstates, q, log_g, do, den, delta, sizes=own, **rest)
     if split.segments > 1:
         final = combine(*sweep(None, per_chunk=False), dstate, reverse=True)
     dS, dz, dS0, dz0 = sweep(final, per_chunk=True)
-    dq, dk, dv, dlog_g = _chunk_vjp(
-        q, k, v, log_g, do, den, delta, states, (dS, dz), split, sizes("backward"), normalize, lower_bound
+    run = gradients or functools.partial(chunk_gradients, sizes=sizes("backward"))
+    dq, dk, dv, dlog_g = run(
+        q, k, v, log_g, do, den, delta, states, (dS, dz), split=split, normalize=normalize, bound=lower_bound
     )
     dv = _group_sum(dv, v.shape[2], v.dtype)
     dlog_g = _group_sum(dlog_g, log_g.shape[2], log_g.dtype)

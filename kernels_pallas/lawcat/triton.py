@@ -1,18 +1,17 @@
 """LAWCAT attention from raw projections for NVIDIA GPUs, through Pallas' Triton lowering.
 
 A sequence takes two steps. ``_features_kernel`` forms what no token has to wait for (convolutions, Hedgehog features and
-gates, one program a head and tile of rows), then gated linear attention of the given backend runs on them. K and V of a kv
+gates, one program a head and tile of rows), then gated linear attention runs on them. K and V of a kv
 head are read in place by the query heads that share it; only features are stored, in the operand type. One kernel for both
 was measured and lost (BENCHMARKS.md): the state and the tiles of the feature map do not fit the registers together.
 
-One token (decoding) is a single launch: convolution, features, gate, state update and read-out, the state updated in place.
+One token (decoding) is a single launch, of the kernel in ``triton_decode``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -20,10 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.common import EPS, LOG2E, interpret_mode, out_struct
+from kernels_pallas.common import LOG2E, interpret_mode, out_struct
 from kernels_pallas.gla import block_sizes
 from kernels_pallas.gla import triton as gla
-from kernels_pallas.gla.block_sizes import BlockSizes
 from kernels_pallas.gla.triton_tiles import (
     compiler_params,
     dot,
@@ -86,13 +84,32 @@ def log_gates(a: jax.Array, options: Options) -> jax.Array:
     return g if options.bound is None else jnp.maximum(g, options.bound)
 
 
+def _multiply_add(x: jax.Array, w: jax.Array, y: jax.Array) -> jax.Array:
+    """x w + y in the operand type, bfloat16 two at a time and rounded once: four conversions an element would otherwise cost
+    more than the convolution."""
+    if x.dtype == f32:
+        return x * w + y
+    if interpret_mode():
+        return round_to(x.astype(f32) * w.astype(f32) + y.astype(f32), x.dtype)
+    from jax.experimental.pallas import triton as plgpu
+
+    (out,) = plgpu.elementwise_inline_asm(
+        "fma.rn.bf16x2 $0, $1, $2, $3;",
+        args=[x, w, y],
+        constraints="=r,r,r,r",
+        pack=2,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+    )
+    return out
+
+
 def convolved(
     x_ref: Any, w_ref: Any, extra_ref: Any, start: Any, block: tuple[int, int], options: Options
 ) -> jax.Array:
-    """Rows [start, start + C), channels ``block``, of the causal convolution of x [T, d] with taps w [W, d]; float32.
+    """Rows [start, start + C), channels ``block``, of the causal convolution of x [T, d] with taps w [W, d] (x's dtype).
 
-    Rows before the sequence are masked; ``extra`` [W - 1, d] float32 is what the rows before it (conv_state) add to the
-    first W - 1 outputs.
+    Oldest token first, so that the rounding of the partial sums is that of the smaller terms. Rows before the sequence are
+    masked; ``extra`` [W - 1, d] float32 is what the rows before it (conv_state) add to the first W - 1 outputs.
     """
     from jax.experimental.pallas import triton as plgpu
 
@@ -100,22 +117,28 @@ def convolved(
     taps, length, limit = w_ref.shape[0], options.length, options.limit
     shape = (options.chunk, n)
     rows, columns = start + iota(shape, 0), at + iota(shape, 1)
-    y = load_rows(x_ref, start, shape[0], limit, block).astype(f32) * w_ref[taps - 1, pl.ds(at, n)].astype(f32)[None, :]
-    for j in range(taps - 1):
-        shifted = rows - (taps - 1 - j)
-        inside = shifted >= 0 if limit is None else (shifted >= 0) & (shifted < length)
-        # Index arrays, not a slice: the interpreter has no slices that begin before row 0.
-        clipped = jnp.clip(shifted, 0, length - 1) if interpret_mode() else shifted
-        x = plgpu.load(x_ref.at[clipped, columns], mask=inside, other=0.0)
-        y += x.astype(f32) * w_ref[j, pl.ds(at, n)].astype(f32)[None, :]
+    y = jnp.zeros(shape, x_ref.dtype)
+    for j in range(taps):
+        w = jnp.broadcast_to(w_ref[j, pl.ds(at, n)][None, :], shape)
+        if j == taps - 1:
+            x = load_rows(x_ref, start, shape[0], limit, block)
+        else:
+            shifted = rows - (taps - 1 - j)
+            inside = shifted >= 0 if limit is None else (shifted >= 0) & (shifted < length)
+            # Index arrays, not a slice: the interpreter has no slices that begin before row 0.
+            clipped = jnp.clip(shifted, 0, length - 1) if interpret_mode() else shifted
+            x = plgpu.load(x_ref.at[clipped, columns], mask=inside, other=0.0)
+        y = _multiply_add(x, w, y)
     if options.carried:
         kept = jnp.minimum(rows, taps - 2)
-        y += plgpu.load(extra_ref.at[kept, columns], mask=rows < taps - 1, other=0.0)
+        extra = plgpu.load(extra_ref.at[kept, columns], mask=rows < taps - 1, other=0.0)
+        y = round_to(y.astype(f32) + extra, y.dtype)
     return y
 
 
 def softmax(s: jax.Array, axis: int) -> jax.Array:
-    """Of scores in log2 units, raised to the feature floor."""
+    """Of scores, raised to the feature floor."""
+    s = s * LOG2E
     p = exp2(s - jnp.max(s, axis=axis, keepdims=True))
     return jnp.maximum(p * (1.0 / jnp.sum(p, axis=axis, keepdims=True)), FEATURE_FLOOR)
 
@@ -126,14 +149,13 @@ def _features_kernel(*refs, options: Options, group: int):
     q_ref, k_ref, a_ref, wq_ref, wk_ref, phi_ref = (next(refs) for _ in range(6))
     extra = (next(refs), next(refs)) if options.carried else (None, None)
     q_out, k_out, g_out = refs
-    start, limit, half = pl.program_id(1) * options.chunk, options.limit, phi_ref.shape[1]
+    start, limit, half = pl.program_id(2) * options.chunk, options.limit, phi_ref.shape[1]
 
     for x_ref, w_ref, extra_ref, out in ((k_ref, wk_ref, extra[1], k_out), (q_ref, wq_ref, extra[0], q_out)):
         s = jnp.zeros((options.chunk, half), f32)
         for at, n in feature_blocks(x_ref.shape[1]):
-            u = round_to(convolved(x_ref, w_ref, extra_ref, start, (at, n), options), x_ref.dtype)
+            u = convolved(x_ref, w_ref, extra_ref, start, (at, n), options)
             s += dot(u, phi_ref[pl.ds(at, n), :])
-        s *= LOG2E
         store_rows(out, start, softmax(s, 1), limit, (0, half))
         store_rows(out, start, softmax(-s, 1), limit, (half, half))
 
@@ -173,11 +195,10 @@ def features(
     chunk = min(sizes.chunk, max(16, 1 << (length - 1).bit_length()))
     options = Options(chunk, length, gate_normalizer, bound, conv_state is not None)
     carry = () if conv_state is None else (conv_carry(conv_state[0], conv_q), conv_carry(conv_state[1], conv_k))
-    inputs = [q, k, gate_logits, conv_q, conv_k, phi.astype(q.dtype), *carry]
+    inputs = [q, k, gate_logits, *(x.astype(q.dtype) for x in (conv_q, conv_k, phi)), *carry]
 
     def tokens(x: Any) -> pl.BlockSpec:
-        spec = token_spec(x, heads)
-        return pl.BlockSpec(spec.block_shape, lambda h, c, b: spec.index_map(h, 0, c, b))
+        return token_spec(x, heads)
 
     specs = [tokens(q), tokens(k), tokens(gate_logits), _head_spec(conv_q), _head_spec(conv_k), _head_spec(phi)]
     specs += [tokens(x) for x in carry]
@@ -185,7 +206,7 @@ def features(
     out_shape = [out_struct(shape, q.dtype, *inputs) for shape in shapes]
     return pl.pallas_call(
         functools.partial(_features_kernel, options=options, group=heads // kv_heads),
-        grid=(heads, -(-length // chunk), batch),
+        grid=(heads, 1, -(-length // chunk), batch),
         in_specs=specs,
         out_specs=[tokens(x) for x in out_shape],
         out_shape=out_shape,
@@ -209,100 +230,28 @@ def forward(
     normalize: bool,
     gate_normalizer: float,
     gate_lower_bound: float | None,
-    backend: ModuleType = gla,
 ) -> Any:
-    """See ``kernels_pallas.gla`` for the signature: (o, (S, z)). T = 1 takes the decoding kernel; ``backend`` is the module
-    whose gated linear attention runs on the features."""
+    """See ``kernels_pallas.gla`` for the signature: (o, (S, z)). T = 1 takes the decoding kernel, which returns the new
+    conv_state as well."""
     if q.shape[1] == 1:
-        return _decode(
+        from kernels_pallas.lawcat.triton_decode import decode
+
+        return decode(
             q,
             k,
             v,
             gate_logits,
             conv_q,
             conv_k,
-            phi.astype(q.dtype),
+            phi,
             initial_state,
             conv_state,
-            normalize,
-            gate_normalizer,
-            gate_lower_bound,
+            normalize=normalize,
+            gate_normalizer=gate_normalizer,
+            gate_lower_bound=gate_lower_bound,
         )
     q, k, log_g = features(q, k, gate_logits, conv_q, conv_k, phi, conv_state, gate_normalizer, gate_lower_bound)
-    o, state, _ = backend.forward(
+    o, state, _ = gla.forward(
         q, k, v, log_g, initial_state, normalize=normalize, lower_bound=gate_lower_bound, save_residuals=False
     )
     return o, state
-
-
-def _decode_kernel(*refs, options: Options, normalize: bool):
-    refs = iter(refs)
-    q_ref, k_ref, v_ref, a_ref, wq_ref, wk_ref, phi_ref = (next(refs) for _ in range(7))
-    tails = (next(refs), next(refs)) if options.carried else (None, None)
-    S_in, z_in, o_ref, S_ref, z_ref = refs
-    half = phi_ref.shape[1]
-    # Both halves of the features as rows of their own: vectors cannot be joined. The state is on its way from memory while
-    # the features are formed.
-    halves = [pl.ds(0, half), pl.ds(half, half)]
-    states = [S_in[rows, :] for rows in halves]
-
-    def scores(x_ref, w_ref, tail_ref):
-        taps = w_ref.shape[0]
-        u = x_ref[:].astype(f32) * w_ref[taps - 1, :].astype(f32)
-        if tail_ref is not None:
-            for j in range(taps - 1):
-                u += tail_ref[j, :].astype(f32) * w_ref[j, :].astype(f32)
-        # Rounded as the prefill rounds it, so that decoding continues what prefill began.
-        u = round_to(u, x_ref.dtype).astype(f32)
-        return jnp.sum(u[:, None] * phi_ref[:, :].astype(f32), axis=0) * LOG2E
-
-    sq, sk = scores(q_ref, wq_ref, tails[0]), scores(k_ref, wk_ref, tails[1])
-    v = v_ref[:].astype(f32)
-    o = jnp.zeros_like(v)
-    den = jnp.float32(EPS)
-    for rows, S, sign in zip(halves, states, (1.0, -1.0), strict=True):
-        q, k = (round_to(softmax(sign * s, 0), q_ref.dtype).astype(f32) for s in (sq, sk))
-        decay = exp2(round_to(log_gates(a_ref[rows], options), q_ref.dtype).astype(f32) * LOG2E)
-        S = decay[:, None] * S + k[:, None] * v[None, :]
-        z = decay * z_in[rows] + k
-        o += jnp.sum(q[:, None] * S, axis=0)
-        den += jnp.sum(q * z)
-        S_ref[rows, :], z_ref[rows] = S, z
-    o_ref[:] = (o / den if normalize else o).astype(o_ref.dtype)
-
-
-def _decode(q, k, v, a, conv_q, conv_k, phi, state, conv_state, normalize, gate_normalizer, bound) -> Any:
-    """One token: everything in one launch; the state is updated in place (when the caller donates it)."""
-    batch, _, heads, _ = q.shape
-    features, values = 2 * phi.shape[-1], v.shape[-1]
-    if state is None:
-        state = (jnp.zeros((batch, heads, features, values), f32), jnp.zeros((batch, heads, features), f32))
-    options = Options(1, 1, gate_normalizer, bound, conv_state is not None)
-
-    def vector(x):
-        group = heads // x.shape[2]
-        return pl.BlockSpec((None, None, None, x.shape[3]), lambda h, b: (b, 0, lax.div(h, jnp.int32(group)), 0))
-
-    def rows(x):
-        group = heads // x.shape[2]
-        return pl.BlockSpec((None, x.shape[1], None, x.shape[3]), lambda h, b: (b, 0, lax.div(h, jnp.int32(group)), 0))
-
-    parameter = [_head_spec(x) for x in (conv_q, conv_k, phi)]
-    tails = () if conv_state is None else tuple(conv_state)
-    inputs = [q, k, v, a, conv_q, conv_k, phi, *tails, *state]
-    matrix = pl.BlockSpec((None, None, features, values), lambda h, b: (b, h, 0, 0))
-    line = pl.BlockSpec((None, None, features), lambda h, b: (b, h, 0))
-    o = out_struct((batch, 1, heads, values), v.dtype, *inputs)
-    sizes = BlockSizes(num_warps=4 if features * values <= 64 * 64 else 8, num_stages=1)
-    o, S, z = pl.pallas_call(
-        functools.partial(_decode_kernel, options=options, normalize=normalize),
-        grid=(heads, batch),
-        in_specs=[*(vector(x) for x in (q, k, v, a)), *parameter, *(rows(x) for x in tails), matrix, line],
-        out_specs=[vector(o), matrix, line],
-        out_shape=[o, *(out_struct(x.shape, f32, *inputs) for x in state)],
-        input_output_aliases={len(inputs) - 2: 1, len(inputs) - 1: 2},
-        compiler_params=compiler_params(sizes),
-        interpret=interpret_mode(),
-        name="lawcat_decode",
-    )(*inputs)
-    return o, (S, z)

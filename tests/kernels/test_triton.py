@@ -120,7 +120,7 @@ def test_block_sizes(tmp_path, monkeypatch):
     assert [block_sizes.single_reference_limit(b) for b in (-5.0, -2.5, -1.25, -0.625, None)] == [16, 32, 64, 128, 1]
 
 
-def lawcat_inputs(*, length, heads=2, kv_heads=1, width=64, state=True, seed=0, dtype=jnp.bfloat16):
+def lawcat_inputs(*, length, batch=1, heads=2, kv_heads=1, width=64, state=True, seed=0, dtype=jnp.bfloat16):
     rng = np.random.default_rng(seed)
 
     def normal(*shape, kind=dtype, scale=1.0):
@@ -128,18 +128,18 @@ def lawcat_inputs(*, length, heads=2, kv_heads=1, width=64, state=True, seed=0, 
 
     f = width // 2
     arrays = {
-        "q": normal(1, length, heads, width),
-        "k": normal(1, length, kv_heads, width),
-        "v": normal(1, length, kv_heads, width),
-        "gate_logits": normal(1, length, kv_heads, 2 * f, kind=jnp.float32, scale=4),
+        "q": normal(batch, length, heads, width),
+        "k": normal(batch, length, kv_heads, width),
+        "v": normal(batch, length, kv_heads, width),
+        "gate_logits": normal(batch, length, kv_heads, 2 * f, kind=jnp.float32, scale=4),
         "conv_q": normal(heads, 4, width, kind=jnp.float32, scale=0.4),
         "conv_k": normal(heads, 4, width, kind=jnp.float32, scale=0.4),
         "phi": normal(heads, width, f, kind=jnp.float32, scale=0.2),
     }
     if state:
-        S = jnp.abs(normal(1, heads, 2 * f, width, kind=jnp.float32))
-        arrays["initial_state"] = (S, jnp.abs(normal(1, heads, 2 * f, kind=jnp.float32)) + 1)
-        arrays["conv_state"] = (normal(1, 3, heads, width), normal(1, 3, kv_heads, width))
+        S = jnp.abs(normal(batch, heads, 2 * f, width, kind=jnp.float32))
+        arrays["initial_state"] = (S, jnp.abs(normal(batch, heads, 2 * f, kind=jnp.float32)) + 1)
+        arrays["conv_state"] = (normal(batch, 3, heads, width), normal(batch, 3, kv_heads, width))
     return arrays
 
 
@@ -147,7 +147,6 @@ def lawcat_inputs(*, length, heads=2, kv_heads=1, width=64, state=True, seed=0, 
     ("options", "segments"),
     [
         ({"length": 45, "width": 32}, 1),
-        ({"length": 1, "width": 64}, 1),
         ({"length": 32, "width": 128, "state": False}, 1),
         ({"length": 61, "width": 32}, 4),
     ],
@@ -165,6 +164,76 @@ def test_lawcat(monkeypatch, options, segments):
     limits = (5e-3, 1e-2, 5e-3, 1e-6, 1e-6)
     for a, b, limit in zip(jax.tree.leaves(got), jax.tree.leaves(want), limits, strict=True):
         assert oracle.error(np.asarray(a.astype(jnp.float32)), np.asarray(b)) < limit
+
+
+def fused(arrays: dict) -> tuple:
+    """lawcat_attention by the fused kernels, (o, (S, z), tails)."""
+    with interpreted():
+        run = jax.jit(lambda x: kp.lawcat_attention(**x, implementation="pallas_triton"), compiler_options=QUICK)
+        return run(arrays)
+
+
+def assert_lawcat(got, want, limits) -> None:
+    for a, b, limit in zip(jax.tree.leaves(got[:2]), jax.tree.leaves(want[:2]), limits, strict=True):
+        assert oracle.error(np.asarray(a.astype(jnp.float32)), np.asarray(b.astype(jnp.float32))) < limit
+    for a, b in zip(got[2], want[2], strict=True):
+        np.testing.assert_array_equal(np.asarray(a.astype(jnp.float32)), np.asarray(b.astype(jnp.float32)))
+
+
+DECODE_LIMITS = {jnp.bfloat16: (5e-3, 1e-2, 5e-3), jnp.float32: (1e-5, 1e-5, 1e-5)}
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "sizes"),
+    [
+        ({"width": 32}, ("initial_state", "conv_state"), None),
+        ({"width": 64, "heads": 4, "kv_heads": 2, "batch": 2}, ("initial_state", "conv_state"), None),
+        ({"width": 64, "heads": 2, "kv_heads": 2}, ("initial_state", "conv_state"), None),
+        ({"width": 64, "dtype": jnp.float32}, ("initial_state", "conv_state"), BlockSizes(block_v=32, num_stages=1)),
+        ({"width": 128, "batch": 2}, ("initial_state", "conv_state"), None),
+        ({"width": 128}, ("initial_state", "conv_state"), BlockSizes(block_v=128)),
+        ({"width": 64}, ("initial_state",), None),
+        ({"width": 64}, ("conv_state",), BlockSizes(block_v=32)),
+        ({"width": 32}, (), None),
+    ],
+)
+def test_decode(options, given, sizes):
+    """One token: the state of every head, and tails that are the input's rows, however the columns are divided."""
+    arrays = lawcat_inputs(length=1, **options)
+    arrays = {n: x for n, x in arrays.items() if n not in ("initial_state", "conv_state") or n in given}
+    with block_sizes.override(**({} if sizes is None else {"decode": sizes})):
+        got = fused(arrays)
+    want = kp.lawcat_attention(**jax.tree.map(lambda x: x.astype(jnp.float32), arrays), implementation="scan")
+    assert_lawcat(got, want, DECODE_LIMITS[arrays["q"].dtype.type])
+
+
+def test_prefill_and_decode_equal_the_whole():
+    arrays = lawcat_inputs(length=6, width=32, heads=4, kv_heads=2, dtype=jnp.float32)
+    whole = fused(arrays)
+    sequence = {n: arrays.pop(n) for n in ("q", "k", "v", "gate_logits")}
+    start = {n: arrays.pop(n) for n in ("initial_state", "conv_state")}
+    o, state, tails = fused(arrays | start | {n: x[:, :3] for n, x in sequence.items()})
+    parts = [o]
+    for t in range(3, 6):
+        one = {n: x[:, t : t + 1] for n, x in sequence.items()}
+        o, state, tails = fused(arrays | one | {"initial_state": state, "conv_state": tails})
+        parts.append(o)
+    assert_lawcat((jnp.concatenate(parts, axis=1), state, tails), whole, (1e-5, 1e-5, 1e-5))
+
+
+def test_decode_gradient():
+    """Of everything a step returns, the tails among it, to everything it is given."""
+    arrays = lawcat_inputs(length=1, width=32, heads=4, kv_heads=2, dtype=jnp.float32)
+
+    def loss(implementation, arrays):
+        leaves = jax.tree.leaves(kp.lawcat_attention(**arrays, implementation=implementation))
+        return sum(jnp.sum(x * jnp.sin(jnp.arange(x.size)).reshape(x.shape)) for x in leaves)
+
+    with interpreted():
+        got = jax.jit(jax.grad(functools.partial(loss, "pallas_triton")), compiler_options=QUICK)(arrays)
+    want = jax.jit(jax.grad(functools.partial(loss, "scan")))(arrays)
+    for (path, a), (_, b) in zip(*(jax.tree_util.tree_leaves_with_path(x) for x in (got, want)), strict=True):
+        assert oracle.error(a, b) < 2e-5, path
 
 
 @pytest.mark.slow

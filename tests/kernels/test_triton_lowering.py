@@ -14,12 +14,16 @@ import kernels_pallas as kp
 BF16, F32 = jnp.bfloat16, jnp.float32
 
 
-def launches(function, *shapes) -> list[str]:
-    """Names of the kernels in the CUDA module, in order."""
+def cuda_module(function, *shapes) -> str:
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        text = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+        return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def launches(function, *shapes) -> list[str]:
+    """Names of the kernels in the CUDA module, in order."""
+    text = cuda_module(function, *shapes)
     calls = re.findall(r"custom_call @(?:triton_kernel_call\w*|__gpu\$xla\.gpu\.triton)[^\n]*?name = \"(\w+)\"", text)
     assert len(calls) == len(re.findall(r"custom_call @(?:triton_kernel_call|__gpu\$xla\.gpu\.triton)", text))
     return calls
@@ -81,19 +85,34 @@ def test_gla_launches(options, expected):
 )
 @pytest.mark.parametrize("d", [64, 128])
 def test_lawcat_launches(batch, length, expected, d):
+    found = launches(fused, lawcat_arrays(batch, length, d))
+    assert sorted(found) == sorted(expected)
+
+
+def fused(arrays):
+    return kp.lawcat_attention(**arrays, implementation="pallas_triton")
+
+
+def lawcat_arrays(batch, length, d, kv_heads=8):
     def struct(*shape, dtype=BF16):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    arrays = {
+    return {
         "q": struct(batch, length, 32, d),
-        "k": struct(batch, length, 8, d),
-        "v": struct(batch, length, 8, d),
-        "gate_logits": struct(batch, length, 8, d, dtype=F32),
+        "k": struct(batch, length, kv_heads, d),
+        "v": struct(batch, length, kv_heads, d),
+        "gate_logits": struct(batch, length, kv_heads, d, dtype=F32),
         "conv_q": struct(32, 4, d, dtype=F32),
         "conv_k": struct(32, 4, d, dtype=F32),
         "phi": struct(32, d, d // 2, dtype=F32),
         "initial_state": (struct(batch, 32, d, d, dtype=F32), struct(batch, 32, d, dtype=F32)),
-        "conv_state": (struct(batch, 3, 32, d), struct(batch, 3, 8, d)),
+        "conv_state": (struct(batch, 3, 32, d), struct(batch, 3, kv_heads, d)),
     }
-    found = launches(lambda x: kp.lawcat_attention(**x, implementation="pallas_triton"), arrays)
-    assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize(("d", "kv_heads"), [(64, 8), (128, 32)])
+def test_decode_writes_the_state_in_place(d, kv_heads):
+    """S alone, input 9; the new tails come from the kernel, not from XLA."""
+    text = cuda_module(fused, lawcat_arrays(2, 1, d, kv_heads))
+    assert re.findall(r"output_operand_alias<[^>]*operand_index = (\d+)", text) == ["9"]
+    assert "stablehlo.concatenate" not in text
