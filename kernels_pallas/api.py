@@ -24,14 +24,17 @@ from kernels_pallas.lawcat import xla as lawcat_xla
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-IMPLEMENTATIONS = ("reference", "scan", "pallas_triton", "pallas_tpu")
+IMPLEMENTATIONS = ("reference", "scan", "pallas_mosaic_gpu", "pallas_triton", "pallas_tpu")
 
-# implementation -> (file name of the backend, platform it needs)
-_PALLAS = {"pallas_triton": ("triton", "cuda"), "pallas_tpu": ("tpu", "tpu")}
+# implementation -> (file name of the backend, platform it needs), the preferred one of a platform first
+_PALLAS = {
+    "pallas_mosaic_gpu": ("mosaic_gpu", "cuda"),
+    "pallas_triton": ("triton", "cuda"),
+    "pallas_tpu": ("tpu", "tpu"),
+}
 
-_FUSED_BY_DEFAULT: tuple[str, ...] = ()
-"""Backends whose fused lawcat_attention is used unasked. Triton's has passed its checks in the interpreter, not yet on a
-GPU, and is slower than FlashAttention-2 at d = 128 up to 4K tokens (BENCHMARKS.md): ask for it by name."""
+_FUSED_BY_DEFAULT = ("pallas_mosaic_gpu", "pallas_triton", "pallas_tpu")
+"""Backends whose fused lawcat_attention is used unasked, where there are no ``lengths``."""
 
 _local = threading.local()
 
@@ -89,8 +92,8 @@ def implementation_for(
 ) -> str:
     """The name of the implementation that gated_linear_attention uses for these arrays (or ShapeDtypeStructs).
 
-    None picks, for the platform of ``kernels_pallas.target_platform``: on "cuda" pallas_triton and on "tpu" pallas_tpu
-    where they support the case, else scan. A name is strict: ValueError with the reason when it cannot serve.
+    None picks, for the platform of ``kernels_pallas.target_platform``: on "cuda" pallas_mosaic_gpu, else pallas_triton, and
+    on "tpu" pallas_tpu, where they support the case, else scan. A name is strict: ValueError with the reason when it cannot serve.
     """
     _check_name(implementation)
     implementation = implementation or getattr(_local, "implementation", None)
@@ -286,8 +289,8 @@ def gated_linear_attention(
       normalize: divide by the denominator; when False o = S^T q (z is carried all the same).
       gate_lower_bound: nats a token, below 0, or None. Lower gates are raised to it, with zero gradient there. A bound
         >= -1.25 allows 64-token chunks with one reference; None costs more.
-      implementation: "reference", "scan", "pallas_triton", "pallas_tpu" or None, the best for the platform
-        (implementation_for).
+      implementation: "reference", "scan", "pallas_mosaic_gpu", "pallas_triton", "pallas_tpu" or None, the best for the
+        platform (implementation_for).
 
     Returns:
       o in v.dtype and the state (S, z) after the last token, float32. Differentiable in every array argument, state
@@ -310,7 +313,9 @@ def gated_linear_attention(
         q, k, v, log_g, normalize=normalize, gate_lower_bound=gate_lower_bound, implementation=implementation
     )
     spec = _Spec(name, bool(normalize), None if gate_lower_bound is None else float(gate_lower_bound))
-    return _gla(spec, *_alike(q, k, v, _bounded(log_g, gate_lower_bound), initial_state))
+    if not getattr(_backend(name), "APPLIES_BOUND", False):
+        log_g = _bounded(log_g, gate_lower_bound)
+    return _gla(spec, *_alike(q, k, v, log_g, initial_state))
 
 
 def decode_step(
@@ -423,20 +428,31 @@ def _lawcat_unfused(
         o = o[:, None]
     else:
         o, state = gated_linear_attention(q, k, v, log_g, initial_state=initial_state, **options)
-    if valid is not None:
-        o = jnp.where(valid[:, :, None, None], o, 0)
     return o, state
+
+
+def _conv_tails(q, k, conv_q, conv_state, lengths=None):
+    """The next call's conv_state."""
+    rows, tails = conv_q.shape[1] - 1, conv_state or (None, None)
+    return tuple(lawcat_xla.last_rows(x, tail, rows, lengths) for x, tail in zip((q, k), tails, strict=True))
+
+
+def _lawcat_composed(spec: _LawcatSpec, *arrays):
+    """What _lawcat_fused computes, from parts that have gradients: (o, (S, z), conv_state)."""
+    q, k, conv_q, conv_state = arrays[0], arrays[1], arrays[4], arrays[8]
+    return *_lawcat_unfused(spec, *arrays), _conv_tails(q, k, conv_q, conv_state)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _lawcat_fused(spec: _LawcatSpec, *arrays):
     run = importlib.import_module(f"kernels_pallas.lawcat.{_PALLAS[spec.implementation][0]}").forward
-    return run(
+    o, state, *tails = run(
         *arrays,
         normalize=spec.normalize,
         gate_normalizer=spec.gate_normalizer,
         gate_lower_bound=spec.lower_bound,
     )
+    return o, state, tails[0] if tails else _conv_tails(arrays[0], arrays[1], arrays[4], arrays[8])
 
 
 def _lawcat_fused_forward(spec: _LawcatSpec, *arrays):
@@ -445,8 +461,9 @@ def _lawcat_fused_forward(spec: _LawcatSpec, *arrays):
 
 def _lawcat_fused_backward(spec: _LawcatSpec, arrays, cotangents):
     # The inputs are the only residuals: features and gates are recomputed, which costs less than storing them.
-    _, pullback = jax.vjp(functools.partial(_lawcat_unfused, spec), *arrays)
-    return pullback((cotangents[0], tuple(cotangents[1])))
+    _, pullback = jax.vjp(functools.partial(_lawcat_composed, spec), *arrays)
+    do, state, tails = cotangents
+    return pullback((do, tuple(state), tuple(tails)))
 
 
 _lawcat_fused.defvjp(_lawcat_fused_forward, _lawcat_fused_backward)
@@ -504,6 +521,7 @@ def lawcat_attention(
     gate_normalizer: float = 16.0,
     gate_lower_bound: float | None = -1.25,
     lengths: Int[Array, " B"] | None = None,
+    zero_padding: bool = True,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], tuple[Array, Array], tuple[Array, Array]]:
     """LAWCAT attention of one layer from its raw projections (arXiv 2509.18467; no rotary embedding).
@@ -521,8 +539,10 @@ def lawcat_attention(
       normalize, gate_lower_bound: as in gated_linear_attention.
       lengths: number of valid tokens of each sequence among these T, or None for all: the rest is padding on the right,
         which leaves state and conv_state as they were and whose output is 0.
-      implementation: as in gated_linear_attention. A Pallas name takes the fused kernel where it supports the case; None
-        composes the parts, with gated_linear_attention's choice.
+      zero_padding: False leaves the output at padding finite but meaningless, for callers that mask later: a pass over
+        the output (and one over its gradient) less.
+      implementation: as in gated_linear_attention. Without ``lengths``, a Pallas name and None take the fused kernels where
+        they support the case; else the parts are composed, with gated_linear_attention's choice.
 
     Returns:
       o in v.dtype, the state after the last valid token, and conv_state: the last W - 1 valid rows of q and of k. Works
@@ -554,12 +574,13 @@ def lawcat_attention(
             options = {"normalize": normalize, "gate_lower_bound": bound}
             if _refusal(name, platform, "lawcat", *arrays[:7], **options) is None:
                 fused = name
+                break
     if fused is None:
         valid = None if lengths is None else lawcat_xla.valid_tokens(lengths, q.shape[1])
         o, state = _lawcat_unfused(spec, *arrays, valid)
+        if valid is not None and zero_padding:
+            o = jnp.where(valid[:, :, None, None], o, 0)
+        tails = _conv_tails(q, k, conv_q, conv_state, lengths)
     else:
-        o, state = _lawcat_fused(spec._replace(implementation=fused), *_alike(*arrays))
-    rows = conv_q.shape[1] - 1
-    tails = conv_state or (None, None)
-    tails = tuple(lawcat_xla.last_rows(x, tail, rows, lengths) for x, tail in zip((q, k), tails, strict=True))
+        o, state, tails = _lawcat_fused(spec._replace(implementation=fused), *_alike(*arrays))
     return o, state, tails

@@ -30,6 +30,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.common import interpret_mode, out_struct
+from kernels_pallas.gla import decode as decode_xla
+from kernels_pallas.gla import tpu_decode
 from kernels_pallas.gla.tpu_plan import (
     VMEM_BUDGET_BYTES,
     VMEM_LIMIT_BYTES,
@@ -42,10 +44,15 @@ from kernels_pallas.gla.tpu_plan import (
     unpack_state,
     vmem_bytes,
 )
-from kernels_pallas.gla.tpu_tiles import next_state, read_out, tile_inputs, tile_of
+from kernels_pallas.gla.tpu_tiles import TileInputs, next_state, read_out, tile_inputs, tile_of
 
 INTERPRET: Any = True
 """What ``pallas_call`` gets in interpret mode; tests set ``pltpu.InterpretParams`` here."""
+
+
+def interpreter() -> Any:
+    """What to pass to ``pallas_call`` as ``interpret``."""
+    return INTERPRET if interpret_mode() else False
 
 
 def supports(q, k, v, log_g, *, normalize: bool, lower_bound: float | None, differentiated: bool) -> str | None:
@@ -68,8 +75,8 @@ def supports(q, k, v, log_g, *, normalize: bool, lower_bound: float | None, diff
 # Kernels
 
 
-def _start_state(refs, state, has_state: bool) -> None:
-    """Before the first chunk: the initial state, or zeros."""
+def start_state(refs, state, has_state: bool) -> None:
+    """Before the first chunk: the initial state, or zeros. Called at the start of every program."""
     S_ref, z_ref = state
 
     @pl.when(pl.program_id(2) == 0)
@@ -82,24 +89,29 @@ def _start_state(refs, state, has_state: bool) -> None:
         z_ref[...] = refs[1][...] if has_state else jnp.zeros_like(z_ref)
 
 
+def attend_tile(tile: int, q, k, shared: TileInputs, o_ref, S_ref, z_ref, plan: Plan, normalize: bool) -> None:
+    """One tile of the chunk: writes its outputs, moves its state on. q, k float32 [C, lanes]."""
+    v, decay = shared.values(tile, plan), shared.decays(tile, plan)
+    S, z = S_ref[0, tile], z_ref[0, 0, tile : tile + 1]
+    num, inverse, _, _ = read_out(q, k, v, S, z, decay, plan, normalize)
+    out = num if inverse is None else num * inverse
+    o_ref[0, :, tile * plan.lanes : (tile + 1) * plan.lanes] = out.astype(o_ref.dtype)
+    S_ref[0, tile], z_ref[0, 0, tile : tile + 1] = next_state(k, v, S, z, decay, plan)
+
+
 def _forward_kernel(*refs, plan: Plan, normalize: bool, has_state: bool):
     q_ref, k_ref, v_ref, g_ref, m_ref, *initial, o_ref, S_ref, z_ref = refs
-    _start_state(initial, (S_ref, z_ref), has_state)
+    start_state(initial, (S_ref, z_ref), has_state)
     shared = tile_inputs(v_ref, g_ref, m_ref, pl.program_id(2), plan)
     for tile in range(plan.tiles):
         q, k = tile_of(q_ref, tile, shared.valid, plan), tile_of(k_ref, tile, shared.valid, plan)
-        v, decay = shared.values(tile, plan), shared.decays(tile, plan)
-        S, z = S_ref[0, tile], z_ref[0, 0, tile : tile + 1]
-        num, inverse, _, _ = read_out(q, k, v, S, z, decay, plan, normalize)
-        out = num if inverse is None else num * inverse
-        o_ref[0, :, tile * plan.lanes : (tile + 1) * plan.lanes] = out.astype(o_ref.dtype)
-        S_ref[0, tile], z_ref[0, 0, tile : tile + 1] = next_state(k, v, S, z, decay, plan)
+        attend_tile(tile, q, k, shared, o_ref, S_ref, z_ref, plan, normalize)
 
 
 def _states_kernel(*refs, plan: Plan, has_state: bool):
     """The states at the start of every chunk, for the backward pass."""
     k_ref, v_ref, g_ref, m_ref, *initial, states_ref, zs_ref, S_ref, z_ref = refs
-    _start_state(initial, (S_ref, z_ref), has_state)
+    start_state(initial, (S_ref, z_ref), has_state)
     shared = tile_inputs(v_ref, g_ref, m_ref, pl.program_id(2), plan)
     zs_ref[0, 0] = z_ref[0]
     for tile in range(plan.tiles):
@@ -180,7 +192,7 @@ def call(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT_BYTES
         ),
         cost_estimate=pl.CostEstimate(flops=int(flops), bytes_accessed=int(moved), transcendentals=int(exponentials)),
-        interpret=INTERPRET if interpret_mode() else False,
+        interpret=interpreter(),
         name=name,
     )(*inputs)
 
@@ -255,3 +267,10 @@ def chunk_states(inputs, packed_state, plan: Plan) -> tuple[jax.Array, jax.Array
         scratch=[pltpu.VMEM(tile, jnp.float32), pltpu.VMEM((1, 1, plan.tiles, plan.lanes), jnp.float32)],
     )
     return states, zs
+
+
+def decode(q, k, v, log_g, state, *, normalize: bool):
+    """See ``kernels_pallas.gla``. Plain XLA takes states too large, or too oddly shaped, for the kernel."""
+    if tpu_decode.refusal(tpu_decode.step_of(q, v, log_g)) is not None:
+        return decode_xla.decode(q, k, v, log_g, state, normalize=normalize)
+    return tpu_decode.decode(q, k, v, log_g, state, normalize=normalize, interpret=interpreter())

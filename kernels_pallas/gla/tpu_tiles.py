@@ -72,9 +72,10 @@ def tile_heads(plan: Plan, tile: int, group: int) -> list[int]:
     return [h // group if plan.heads_block % group == 0 else 0 for h in heads]
 
 
-def valid_rows(plan: Plan, chunk_index) -> jax.Array | None:
-    """Rows of this chunk inside the sequence [C, 1] (boolean), or None when every chunk is full."""
-    if not plan.ragged or plan.chunks == 1:
+def valid_rows(plan: Plan, chunk_index, *, neutral_padding: bool = True) -> jax.Array | None:
+    """Rows of this chunk inside the sequence [C, 1] (boolean), or None when every chunk is full, or there is but one,
+    padded with zeros, and zero rows are neutral (``neutral_padding``)."""
+    if not plan.ragged or (plan.chunks == 1 and neutral_padding):
         return None
     row = lax.broadcasted_iota(jnp.int32, (plan.chunk, 1), 0)
     return row < plan.length - chunk_index * plan.chunk

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import kernels_pallas as kp
+from kernels_pallas.lawcat.xla import feature_map
 
 from . import oracle
 
@@ -142,6 +143,63 @@ def test_padding_is_neutral(length):
             assert oracle.error(o[row, :count], want[0][0]) < 2e-6
         for a, b in zip(jax.tree.leaves((state, tails)), jax.tree.leaves(want[1:]), strict=True):
             assert oracle.error(a[row], b[0]) < 2e-6
+
+
+def test_padding_may_keep_its_output():
+    inputs = make_inputs(length=12, scale=3.0)
+    lengths = jnp.asarray([7, 12])
+    valid = jnp.arange(12) < lengths[:, None]
+
+    def loss(zero_padding, inputs):
+        o, state, _ = kp.lawcat_attention(**inputs, lengths=lengths, zero_padding=zero_padding)
+        weight = valid[..., None, None] * jnp.cos(jnp.arange(o.size)).reshape(o.shape)
+        return jnp.sum(weight * o) + sum(map(jnp.sum, state)), o
+
+    (kept, o), got = jax.jit(jax.value_and_grad(functools.partial(loss, False), has_aux=True))(inputs)
+    (zeroed, masked), want = jax.jit(jax.value_and_grad(functools.partial(loss, True), has_aux=True))(inputs)
+    np.testing.assert_allclose(kept, zeroed, rtol=1e-6)
+    assert np.all(np.isfinite(o))
+    assert np.any(np.asarray(o)[0, 7:])
+    np.testing.assert_allclose(jnp.where(valid[..., None, None], o, 0), masked, atol=1e-6)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def plain_features(u, phi):
+    """The feature map as the paper writes it, left to automatic differentiation."""
+    s = jnp.einsum("bthd,hdf->bthf", u, phi, precision=jax.lax.Precision.HIGHEST)
+    both = jnp.concatenate([jax.nn.softmax(s, axis=-1), jax.nn.softmax(-s, axis=-1)], axis=-1)
+    return jnp.maximum(both, 1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+def test_gradient_of_the_feature_map(scale):
+    rng = np.random.default_rng(0)
+    u, phi, d = (rng.normal(size=size) for size in ((2, 9, 3, 8), (3, 8, 4), (2, 9, 3, 8)))
+    # Gradients of a normalised layer are large and nearly equal along the features; only their differences count.
+    u, phi, d = (jnp.asarray(x, jnp.bfloat16) for x in (scale * u, phi, 5 + d))
+
+    def run(function, dtype):
+        features, pullback = jax.vjp(function, u.astype(dtype), phi.astype(jnp.float32))
+        return features, *pullback(d.astype(dtype))
+
+    want = jax.jit(run, static_argnums=(0, 1))(plain_features, jnp.float32)
+    assert scale < 20 or np.any(np.asarray(want[0]) == np.float32(1e-12))
+    for dtype, tolerance in ((jnp.float32, 5e-6), (jnp.bfloat16, 5e-3)):
+        got = jax.jit(run, static_argnums=(0, 1))(feature_map, dtype)
+        assert [x.dtype for x in got] == [dtype, dtype, jnp.float32]
+        for a, b in zip(got, want, strict=True):
+            assert oracle.error(a, b) < tolerance
+
+
+def test_features_at_the_floor_pass_no_gradient():
+    # softmax of (0, -40): the second entry is at the floor, whatever its cotangent.
+    u, phi = jnp.ones((1, 1, 1, 1)), jnp.asarray([[[0.0, -40.0]]])
+    features, pullback = jax.vjp(feature_map, u, phi)
+    np.testing.assert_allclose(np.ravel(features), [1, 1e-12, 1e-12, 1], rtol=1e-6)
+    du, dphi = pullback(jnp.asarray([0.0, 1e10, 1e10, 0.0]).reshape(features.shape))
+    assert not np.any(du)
+    assert not np.any(dphi)
 
 
 def test_identity_initialisation():

@@ -20,10 +20,16 @@ SCRIPT = """
 import json, sys
 from kernels_pallas.benchmark import static_tpu
 chip, cases = json.loads(sys.argv[1])
-for shape, mode, length, bound, dtype in cases:
-    static_tpu.compile_case(
-        chip, static_tpu.Shape(*shape), mode, batch=1, length=length, bound=bound, dtype=dtype
-    )
+for shape, mode, length, bound, dtype, *more in cases:
+    options = {"batch": 1, "length": length, "bound": bound, "dtype": dtype} | (more[0] if more else {})
+    compiled = static_tpu.compile_case(chip, static_tpu.Shape(*shape), mode, **options)
+    text = compiled.as_text()
+    kernels = static_tpu.KERNELS[mode]
+    assert text.count('custom_call_target="tpu_custom_call"') == len(kernels), (shape, mode)
+    assert all(kernel in text for kernel in kernels), (shape, mode)
+    if mode == "decode":
+        state = shape[0] * shape[2] * (shape[2] + 1) * 4 * options["batch"]
+        assert compiled.memory_analysis().alias_size_in_bytes >= state
     print("compiled", flush=True)
 """
 LLAMA, MISTRAL = (list(static_tpu.SHAPES[name]) for name in ("llama-3.2-1b", "mistral-7b"))
@@ -37,6 +43,22 @@ OTHERS = [
     ((4, 2, 32), "gradient", 17, -1.25, "float32"),
     ((4, 2, 256), "gradient", 300, -1.25, "bfloat16"),
     ((3, 3, 64), "gradient", 1, -1.25, "float32"),
+]
+CARRIED = {"carried": True}
+LAWCAT = [
+    *((shape, "prefill", 32768, -1.25, "bfloat16", options) for shape in (LLAMA, MISTRAL) for options in ({}, CARRIED)),
+    *((shape, "decode", 1, -1.25, "bfloat16", {"batch": batch}) for shape in (LLAMA, MISTRAL) for batch in (11, 64)),
+    ((32, 32, 64), "prefill", 1000, -1.25, "bfloat16", CARRIED),
+    ((32, 1, 128), "prefill", 300, -1.25, "bfloat16", CARRIED),
+    ((32, 1, 64), "prefill", 300, -5.0, "bfloat16", {}),
+    ((32, 8, 64), "prefill", 4096, None, "bfloat16", {}),
+    ((6, 2, 64), "prefill", 300, -1.25, "bfloat16", CARRIED),
+    ((8, 2, 128), "prefill", 300, None, "float32", CARRIED),
+    ((4, 2, 32), "prefill", 17, -1.25, "float32", CARRIED),
+    ((32, 8, 128), "decode", 1, -1.25, "float32", {"batch": 16}),
+    ((6, 3, 48), "decode", 1, -1.25, "bfloat16", {"batch": 3}),
+    ((4, 2, 16), "decode", 1, -1.25, "float32", {"batch": 2}),
+    ((32, 8, 256), "decode", 1, -1.25, "bfloat16", {}),
 ]
 
 
@@ -64,6 +86,12 @@ def test_other_shapes_compile(chip):
     _compile(chip, OTHERS)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", static_tpu.CHIPS)
+def test_prefill_and_decode_compile(chip):
+    _compile(chip, LAWCAT)
+
+
 TRANSFORMS = """
 import functools, sys
 import jax, numpy as np
@@ -78,18 +106,36 @@ def gradient(*arrays):
     o, pullback = jax.vjp(run, *arrays)
     return pullback(o)
 
-def compiles(function, sharding, lead):
-    kinds = [(8, "bfloat16"), (8, "bfloat16"), (4, "bfloat16"), (4, "float32")]
+def compiles(function, sharding, lead, kernels, key_heads=8):
+    kinds = [(8, "bfloat16"), (key_heads, "bfloat16"), (4, "bfloat16"), (4, "float32")]
     arrays = [jax.ShapeDtypeStruct((*lead, 300, h, 64), kind, sharding=sharding) for h, kind in kinds]
     with kp.lowering_for("tpu"):
-        jax.jit(function).lower(*arrays).compile()
+        text = jax.jit(function).lower(*arrays).compile().as_text()
+    assert all(name in text for name in kernels)
     print("compiled", flush=True)
 
+def layer(*arrays):
+    shapes = [(4, 64), (4, 64), (64, 32)]
+    heads = arrays[0].shape[2]
+    parameters = [jax.numpy.ones((heads, *shape)) for shape in shapes]
+    o, state, tails = kp.lawcat_attention(*arrays, *parameters, implementation="pallas_tpu")
+    last = [x[:, -1:] for x in arrays]
+    o2, state, tails = kp.lawcat_attention(
+        *last, *parameters, initial_state=state, conv_state=tails, implementation="pallas_tpu"
+    )
+    return o, o2, *state
+
+backward, fused = ("gla_states", "gla_backward"), ("lawcat_prefill", "lawcat_decode")
 mesh = Mesh(devices.reshape(2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 rows = P("data", None, "model")
 sharded = jax.shard_map(gradient, mesh=mesh, in_specs=(rows,) * 4, out_specs=(rows,) * 4)
-compiles(sharded, NamedSharding(mesh, rows), (2,))
-compiles(jax.vmap(gradient), NamedSharding(Mesh(devices.flat[:1], ("x",)), P()), (3, 2))
+compiles(sharded, NamedSharding(mesh, rows), (2,), backward)
+one = NamedSharding(Mesh(devices.flat[:1], ("x",)), P())
+compiles(jax.vmap(gradient), one, (3, 2), backward)
+out = (rows, rows, P("data", "model"), P("data", "model"))
+sharded = jax.shard_map(layer, mesh=mesh, in_specs=(rows,) * 4, out_specs=out)
+compiles(sharded, NamedSharding(mesh, rows), (2,), fused, 4)
+compiles(jax.vmap(layer), one, (3, 2), fused, 4)
 """
 
 
@@ -98,7 +144,7 @@ def test_shard_map_and_vmap_compile():
     command = [sys.executable, "-c", TRANSFORMS]
     done = subprocess.run(command, env=static_tpu.environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("compiled") == 2
+    assert done.stdout.count("compiled") == 4
 
 
 @pytest.mark.slow
@@ -112,13 +158,20 @@ def test_static_report(tmp_path):
         "4096",
         "--json",
         str(tmp_path / "static.json"),
+        "--modes",
+        "forward,gradient,prefill,decode,front",
     ]
     command = [sys.executable, "-m", "kernels_pallas.benchmark.static_tpu", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     records = json.loads((tmp_path / "static.json").read_text())["records"]
-    assert {r["kernel"] for r in records} == {"gla_forward", "gla_states", "gla_backward"}
+    kernels = {"gla_forward", "gla_states", "gla_backward", "lawcat_prefill", "lawcat_decode"}
+    assert {r["kernel"] for r in records} == kernels | {"xla_front"}
     for record in records:
+        if record["kernel"] == "xla_front":
+            assert record["core_ms"] > 0
+            assert record["hbm_bytes"] > 0
+            continue
         assert 10 < record["bundles_per_chunk_head"] < 2000
         assert 0 < record["vmem_bytes"] < 48 * 2**20
         assert f"| {record['bundles']} |" in done.stdout
