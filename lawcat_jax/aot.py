@@ -1,8 +1,9 @@
 """Will it fit? ``python -m lawcat_jax.aot --config=configs/llama1b.py --topology=v5e:4x4 [--config.<field>=<value>]``.
 
-Compiles every stage's train step, prefill and decoding for a TPU slice on a machine without one (``pip install
-libtpu``), and prints bytes a chip, operations, collectives and a roofline estimate. Exit codes: 0 everything fits, 1
-something does not, 2 a mistake that the user can mend.
+Compiles every stage's train step, prefill and decoding for a TPU slice (``pip install libtpu``) or for GPUs
+(``--topology=h200:8``, two machines ``h200:2x8``; ``pip install 'jax[cuda13]'``) on a machine without one, and prints
+bytes a chip, operations, collectives and a roofline estimate. Exit codes: 0 everything fits, 1 something does not, 2 a
+mistake that the user can mend.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from lawcat_jax import command_line
 from lawcat_jax.errors import UserError, run_main
 
 _CONFIG = command_line.define_config()
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "TPU slice: v4, v5e, v5p, v6e or tpu7x with its shape.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    "v5e:4x4",
+    "TPU slice: v4, v5e, v5p, v6e or tpu7x with its shape; or GPUs: a100, h100, h200 or b200 with their number (h200:8) "
+    "or machines x GPUs of each (h200:2x8).",
+)
 _STAGES = flags.DEFINE_list("stages", None, "Which of pretrain, stage1, stage2, prefill, decode; default: all enabled.")
 _PREFILL_LENGTH = flags.DEFINE_integer("prefill_length", 0, "Tokens of a prefill; default: the last stage's length.")
 _PREFILL_BATCH = flags.DEFINE_integer("prefill_batch", 0, "Sequences of a prefill; default: one a data x fsdp shard.")

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 from typing import Any
 
+from lawcat_jax import doctor
 from lawcat_jax.chips import GIB, Chip
-from lawcat_jax.compile_report import Report
+from lawcat_jax.compile_report import Report, memory_limit
 from lawcat_jax.config import Config
 
 
 def heading(topology: str, chip: Chip, mesh: Any, config: Config) -> str:
-    """Slice, mesh, model and the chip's assumed figures."""
+    """Topology, mesh, model and the chip's assumed figures."""
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    return (
-        f"{config.teacher.source} on {topology}: {mesh.size} devices, mesh {shape}\n"
-        f"assumed: {chip.assumptions()}\n(a time is a bound from a roofline, not a measurement)"
-    )
+    lines = [
+        f"{config.teacher.source} on {topology}: {mesh.size} devices, mesh {shape}",
+        f"assumed: {chip.assumptions()}",
+        "(a time is a bound from a roofline, not a measurement)",
+    ]
+    if chip.is_gpu:
+        share = memory_limit(chip) / chip.hbm_bytes
+        lines.insert(
+            2, f"jax may allocate {share:.0%} of it (XLA_CLIENT_MEM_FRACTION); cuDNN's scratch memory comes on top"
+        )
+    return "\n".join(lines)
 
 
 def text(report: Report) -> str:
@@ -37,8 +44,9 @@ def text(report: Report) -> str:
         f"HBM traffic {_size(report.hbm_traffic_bytes)}"
     )
     for entry in report.collectives:
-        count = f"{entry['count']} x {entry['kind']}"
-        lines.append(f"  {count} in groups of {entry['group']}: {_size(entry['bytes'])} sent a chip")
+        local = f" ({entry['local']} a machine)" if entry["local"] < entry["group"] else ""
+        groups = f"{entry['count']} x {entry['kind']} in groups of {entry['group']}{local}"
+        lines.append(f"  {groups}: {_size(entry['bytes'])} sent a chip")
     if not report.collectives:
         lines.append("  no collectives")
     parts = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in report.seconds_by.items())
@@ -51,18 +59,13 @@ def text(report: Report) -> str:
 
 def as_json(topology: str, chip: Chip, mesh: Any, reports: list[Report]) -> dict[str, Any]:
     """Everything in the reports, with the versions of the compiler."""
-    versions = {}
-    for name in ("jax", "jaxlib", "libtpu"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    compilers = doctor.CUDA_PLUGINS if chip.is_gpu else ("libtpu",)
     return {
         "topology": topology,
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
         "chip": chip._asdict(),
-        "versions": versions,
+        "versions": doctor.installed(("jax", "jaxlib", *compilers)),
         "fits": all(report.fits for report in reports),
         "programs": [dataclasses.asdict(report) for report in reports],
     }

@@ -1,24 +1,34 @@
-"""Compile the programs of a configuration for a TPU slice that is not there, and report what they need.
+"""Compile the programs of a configuration for TPUs or GPUs that are not there, and report what they need.
 
-The compiler is libtpu's, running on a CPU; what it compiles are the jitted functions that the trainer and the generator
-call, with their shardings and donated buffers.
+The compiler is libtpu's or that of jax's CUDA plugin, running on a CPU; what it compiles are the jitted functions that
+the trainer and the generator call, with their shardings and donated buffers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import math
 import os
 import re
 import time
 from typing import Any
 
-from lawcat_jax import flops
-from lawcat_jax.chips import GIB, Chip, chip_of
+from lawcat_jax import doctor, flops, hlo
+from lawcat_jax.chips import GIB, Chip, chip_of, gpu_shape, gpu_target
 from lawcat_jax.config import Config, ModelConfig
 from lawcat_jax.errors import UserError
 
 PROGRAMS = ("pretrain", "stage1", "stage2", "prefill", "decode")
+GPU_OPTIONS = {
+    "xla_gpu_autotune_level": 0,
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_disable_hlo_passes": "triton-softmax-rewriter",
+}
+"""XLA tries out on a GPU which kernels are fastest. Without one it would take its own Triton kernels, with the first
+tiles of a list; here matrix products are calls of cuBLAS, and reductions are fused without Triton, which in jax 0.10.2
+does not compile for every shape.
+"""
 
 
 @dataclasses.dataclass
@@ -36,8 +46,9 @@ class Report:
 
     ``peak_bytes``: arguments, results that reuse no argument, temporaries and code. ``flops``: matrix products as
     traced, recomputation included; ``model_flops``: what the model needs (:func:`lawcat_jax.flops.model_flops`).
-    ``seconds`` bounds the time from below (compute, HBM and ICI overlap perfectly) and above (not at all), ``mfu``
-    likewise with the better value first. Without ``fits`` most numbers are missing, and ``largest`` names buffers.
+    ``hbm_bytes``: what jax may allocate. ``seconds`` bounds the time from below (compute, HBM and links overlap
+    perfectly) and above (not at all), ``mfu`` likewise with the better value first. Without ``fits`` most numbers may
+    be missing, and ``largest`` names buffers.
     """
 
     program: str
@@ -73,14 +84,16 @@ def prepare_environment() -> None:
 
 
 def topology_devices(topology: str) -> list[Any]:
-    """Devices of a slice to compile for.
+    """Devices of a TPU slice, or GPUs, to compile for.
 
     Raises:
-      UserError: libtpu is not installed, or does not know the topology.
+      UserError: libtpu or the CUDA plugin is not installed, or does not know the topology.
     """
     import importlib.util
 
-    chip_of(topology)
+    chip = chip_of(topology)
+    if chip.is_gpu:
+        return _gpus(topology, chip)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu, the TPU compiler, is not installed: pip install libtpu (it needs no TPU)")
     from jax.experimental import topologies
@@ -92,6 +105,44 @@ def topology_devices(topology: str) -> list[Any]:
         if "topology" in line.lower() or "INVALID_ARGUMENT" in line:
             raise UserError(f"--topology={topology}: libtpu does not know this slice ({line})") from problem
         raise UserError(f"libtpu could not start ({line})") from problem
+
+
+def _gpus(topology: str, chip: Chip) -> list[Any]:
+    if not doctor.installed(doctor.CUDA_PLUGINS):
+        raise UserError(
+            f"jax's CUDA plugin, with the GPU compiler, is not installed: {_cuda_wheels()} (it needs no GPU)"
+        )
+    memory_limit(chip)  # the plugin reads the variable as well, and of a wrong one it says nothing
+    from jax.experimental import topologies
+
+    machines, gpus = gpu_shape(topology)
+    # One group of machines that the network joins.
+    options = {"target_config": gpu_target(chip.name), "topology": f"1x{machines}x{gpus}"}
+    try:
+        return list(topologies.get_topology_desc(topology, platform="cuda", **options).devices)
+    except Exception as problem:  # whatever the plugin raises
+        line = " ".join(str(problem).split())[:200]
+        raise UserError(f"the GPU compiler could not start ({line}): python -m lawcat_jax.doctor") from problem
+
+
+def _cuda_wheels() -> str:
+    extra = next((name.split("-")[1] for name in doctor.installed(doctor.CUDA_PLUGINS)), "cuda13")
+    return f"pip install 'jax[{extra}]=={importlib.metadata.version('jax')}'"
+
+
+def memory_limit(chip: Chip) -> float:
+    """Bytes that jax may allocate: all of a TPU's, and of a GPU's the share that XLA_CLIENT_MEM_FRACTION says.
+
+    Raises:
+      UserError: that variable is not a number above 0.
+    """
+    if not chip.is_gpu:
+        return chip.hbm_bytes
+    name = next((name for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION") if os.getenv(name)), "")
+    value = os.environ[name] if name else "0.75"
+    if not re.fullmatch(r"\d*\.?\d+|\d+\.", value) or float(value) == 0:
+        raise UserError(f"{name}={value}: must be a number above 0, such as 0.9")
+    return float(value) * chip.hbm_bytes
 
 
 def architecture(config: Config) -> ModelConfig:
@@ -124,8 +175,13 @@ def compile_program(name: str, config: Config, model: ModelConfig, mesh: Any, ch
     Raises:
       UserError: sizes that do not fit each other, or another failure of the compiler.
     """
-    traced, tokens, length = _trace(name, config, model, mesh, options)
-    report = Report(name, tokens, True, chip.hbm_bytes)
+    try:
+        traced, tokens, length = _trace(name, config, model, mesh, options)
+    except RuntimeError as problem:  # jax asks for cuDNN's version where it hands attention to cuDNN
+        if "cuDNN" not in str(problem):
+            raise
+        raise UserError(f"{name}: {problem} {_cuda_wheels()} (it needs no GPU)") from problem
+    report = Report(name, tokens, True, memory_limit(chip))
     report.flops = flops.traced_flops(traced.jaxpr) / mesh.size
     report.model_flops = flops.model_flops(name, config, model, length) * tokens / mesh.size
     if name == "prefill":  # only the last token of a sequence goes through the head
@@ -133,10 +189,11 @@ def compile_program(name: str, config: Config, model: ModelConfig, mesh: Any, ch
         report.model_flops += 2.0 * model.hidden_size * model.vocab_size * rows / mesh.size
     started = time.monotonic()
     try:
-        compiled = traced.lower().compile()
+        compiled = traced.lower().compile(compiler_options=GPU_OPTIONS if chip.is_gpu else None)
     except Exception as problem:  # jaxlib's XlaRuntimeError, or ValueError of a kernel that cannot be
         text = str(problem)
-        if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
+        no_room = "RESOURCE_EXHAUSTED" in text or "Ran out of memory" in text
+        if not no_room or "hared memory" in text:  # which is a GPU kernel's, and no matter of the batch
             raise UserError(f"{name} does not compile: {' '.join(text.split())[:600]}") from problem
         report.compile_seconds = time.monotonic() - started
         report.fits = False
@@ -145,13 +202,17 @@ def compile_program(name: str, config: Config, model: ModelConfig, mesh: Any, ch
         report.problem = advice(name, report, config)
         return report
     report.compile_seconds = time.monotonic() - started
-    _measure(report, compiled, chip)
+    _measure(report, compiled, chip, mesh)
+    if chip.is_gpu and report.peak_bytes > report.hbm_bytes:  # which its compiler does not mind
+        report.fits = False
+        report.largest = largest_arrays(traced.jaxpr, mesh.size)
+        report.problem = advice(name, report, config)
+        if report.peak_bytes < chip.hbm_bytes:
+            report.problem += f", or a larger XLA_CLIENT_MEM_FRACTION (of {chip.hbm_bytes / GIB:.1f} GiB)"
     return report
 
 
-def _measure(report: Report, compiled: Any, chip: Chip) -> None:
-    from lawcat_jax import hlo
-
+def _measure(report: Report, compiled: Any, chip: Chip, mesh: Any) -> None:
     memory = compiled.memory_analysis()
     report.argument_bytes, report.temp_bytes = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     report.output_bytes = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -159,16 +220,32 @@ def _measure(report: Report, compiled: Any, chip: Chip) -> None:
     report.peak_bytes = report.argument_bytes + report.temp_bytes + report.output_bytes + report.code_bytes
     module = hlo.Module(compiled.as_text())
     report.hbm_traffic_bytes = module.hbm_bytes()
-    collectives = module.collectives()
+    report.flops += module.attention_flops()
+    processes = [device.process_index for device in mesh.devices.flat]
+    collectives = module.collectives(processes.count(processes[0]) if chip.is_gpu else 0)
     report.collectives = [dataclasses.asdict(entry) for entry in collectives]
     report.seconds_by = {
         "compute": report.flops / chip.flops,
         "hbm": report.hbm_traffic_bytes / chip.hbm_bandwidth,
-        "ici": sum(entry.bytes for entry in collectives) / chip.ici_bandwidth,
+        **_link_seconds(collectives, chip),
     }
     times = report.seconds_by.values()
     report.seconds = (max(times), sum(times))
     report.mfu = tuple(report.model_flops / (chip.flops * max(second, 1e-12)) for second in report.seconds)
+
+
+def _link_seconds(collectives: list[hlo.Collective], chip: Chip) -> dict[str, float]:
+    """Time of the collectives by the links that carry them."""
+    if not chip.is_gpu:
+        return {"ici": sum(entry.bytes for entry in collectives) / chip.ici_bandwidth}
+    inside = sum(entry.bytes for entry in collectives if entry.local == entry.group) / chip.ici_bandwidth
+    # As many rings as a group has members on a machine, each leaving it through the port of another GPU.
+    outside = sum(
+        entry.bytes / min(chip.ici_bandwidth, entry.local * chip.network_bandwidth)
+        for entry in collectives
+        if entry.local < entry.group
+    )
+    return {"nvlink": inside, "network": outside} if outside else {"nvlink": inside}
 
 
 def _trace(name: str, config: Config, model: ModelConfig, mesh: Any, options: Options) -> tuple[Any, int, int]:

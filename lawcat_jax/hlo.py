@@ -1,4 +1,5 @@
-"""What a compiled program does on one chip, read from its optimized HLO text: collectives and HBM traffic.
+"""What a compiled program does on one chip, read from its optimized HLO text: collectives, HBM traffic, and the
+operations of attention that cuDNN does.
 
 XLA's own cost analysis counts the body of a loop once, and a scanned decoder is almost all loops. Here every loop is
 counted as often as it runs (from its condition, start and step).
@@ -13,11 +14,16 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 _ITEM = {"pred": 1, "s4": 0.5, "u4": 0.5, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+)(?: \(.*)? (?:-> .*)?\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+# Scratch memory that a call of cuBLAS or cuDNN gets, as the last of its results.
+_WORKSPACE = re.compile(r", [su]8\[\d+\]\{0\}\)$")
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 # Of these the operands and results are not moved by the instruction itself.
@@ -25,6 +31,7 @@ _FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "replica-id", "iota", "opt-barrier", "domain", "add-dependency",
 }  # fmt: skip
+_FUSIONS = ("fusion", "fusion-start")
 
 
 class Instruction(NamedTuple):
@@ -40,11 +47,13 @@ class Instruction(NamedTuple):
 @dataclasses.dataclass
 class Collective:
     """All collectives of one kind and group size: how many run in a step, and bytes that each chip sends (ring
-    algorithms: (n - 1) / n of the gathered array, twice that for all-reduce).
+    algorithms: (n - 1) / n of the gathered array, twice that for all-reduce). ``local``: members of a group that are on
+    the same machine.
     """
 
     kind: str
     group: int
+    local: int
     count: int = 0
     bytes: float = 0.0
 
@@ -119,8 +128,8 @@ class Module:
             yield name, times, fused
             for instruction in self.computations[name].values():
                 factor = self.trip_count(name, instruction) if instruction.opcode == "while" else 1
-                inside = fused or instruction.opcode == "fusion"
-                if instruction.opcode in ("fusion", "while", "call", "conditional", "async-start"):
+                inside = fused or instruction.opcode in _FUSIONS
+                if instruction.opcode in (*_FUSIONS, "while", "call", "conditional", "async-start"):
                     called = _CALLED.findall(instruction.rest)
                     for branches in _BRANCHES.findall(instruction.rest):
                         called += re.findall(r"%?([\w.\-]+)", branches)
@@ -182,8 +191,10 @@ class Module:
 
     # Totals
 
-    def collectives(self) -> list[Collective]:
-        """Every collective that a step runs, by kind and group size."""
+    def collectives(self, machine: int = 0) -> list[Collective]:
+        """Every collective that a step runs, by kind and group size. ``machine``: devices of one, consecutive in the
+        mesh; 0 when all are joined alike.
+        """
         seen: dict[tuple[str, str], tuple[Instruction, float]] = {}
         for name, times, fused in self.executed():
             for instruction in self.computations[name].values():
@@ -195,10 +206,11 @@ class Module:
                     key = (kind, channel.group() if channel else f"{name}/{instruction.name}")
                     if key not in seen or seen[key][1] < times:
                         seen[key] = (instruction, times)
-        totals: dict[tuple[str, int], Collective] = {}
+        totals: dict[tuple[str, int, int], Collective] = {}
         for (kind, _), (instruction, times) in seen.items():
             group = group_size(instruction.rest)
-            entry = totals.setdefault((kind, group), Collective(kind, group))
+            local = local_size(instruction.rest, machine) if machine else group
+            entry = totals.setdefault((kind, group, local), Collective(kind, group, local))
             entry.count += round(times)
             entry.bytes += times * _sent(kind, instruction, group)
         return sorted(totals.values(), key=lambda entry: -entry.bytes)
@@ -214,6 +226,28 @@ class Module:
             for instruction in self.computations[name].values()
         )
 
+    def attention_flops(self) -> float:
+        """Operations of cuDNN's attention calls: of the scores that the mask leaves, two products forward and five
+        backward.
+        """
+        total = 0.0
+        for name, times, _ in self.executed():
+            for instruction in self.computations[name].values():
+                target = re.search(r'custom_call_target="__cudnn\$fmha(\w*)"', instruction.rest)
+                scores = re.search(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)\]', instruction.rest)
+                if target is None or scores is None:
+                    continue
+                batch, heads, length, keys = map(int, re.findall(r"\d+", scores.group(1)))
+                seen = length * keys
+                if '"CAUSAL"' in instruction.rest:
+                    window = re.search(r'"sliding_window_length":\s*"?(\d+)', instruction.rest)
+                    width = min(keys, int(window.group(1)) if window else 0) or keys
+                    seen = length * width - width * (width - 1) / 2
+                queries = _ARRAY.search(self.computations[name][instruction.operands[0]].type)
+                products = 5 if "Backward" in target.group(1) else 2
+                total += times * 2 * products * batch * heads * seen * int(queries.group(2).split(",")[-1])
+        return total
+
     def _traffic(self, computation: str, instruction: Instruction) -> float:
         opcode = instruction.opcode
         if opcode in _FREE or opcode.endswith(("-done", "-update")):
@@ -225,16 +259,18 @@ class Module:
         siblings = self.computations[computation]
         types = [siblings[name].type if name in siblings else "" for name in instruction.operands]
         inputs = [array_bytes(kind, hbm_only=True) for kind in types]
-        output = array_bytes(instruction.type, hbm_only=True)
+        custom = opcode == "custom-call" or "kind=kCustom" in instruction.rest
+        result = _started(instruction.type) if opcode == "fusion-start" else instruction.type
+        output = array_bytes(_WORKSPACE.sub(")", result) if custom else result, hbm_only=True)
         if opcode == "dynamic-update-slice":
             return 2 * inputs[1]
         if opcode in ("dynamic-slice", "gather", "slice"):
             return 2 * output
-        if opcode == "fusion" and (called := re.search(r"calls=%?([\w.\-]+)", instruction.rest)):
+        if opcode in _FUSIONS and (called := re.search(r"calls=%?([\w.\-]+)", instruction.rest)):
             read, updates = self._reads(called.group(1))
             inputs = [min(whole, read.get(place, whole)) for place, whole in enumerate(inputs)]
             output = min(output, updates) if updates is not None else output
-        if opcode.endswith("-start") and opcode != "async-start":
+        if opcode.endswith("-start") and opcode not in ("async-start", "fusion-start"):
             output = 0.0  # counted with the operands: the type of a start holds both
         return sum(inputs) + output
 
@@ -263,6 +299,8 @@ class Module:
                 root = inside.get(root.operands[0])
             if root is not None and root.opcode == "dynamic-update-slice":
                 updates = array_bytes(inside[root.operands[1]].type)
+            if root is not None and root.opcode == "scatter" and len(root.operands) == 3:
+                updates = array_bytes(inside[root.operands[2]].type)
             self._read_cache[fusion] = (read, updates)
         return self._read_cache[fusion]
 
@@ -275,7 +313,7 @@ def _sliced(parameter: Instruction, users: dict, inside: dict) -> float | None:
                 names.append(user.name)
             elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
                 total += array_bytes(user.type)
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+            elif user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == name:
                 total += 0.0  # written in place
             else:
                 return None
@@ -284,25 +322,76 @@ def _sliced(parameter: Instruction, users: dict, inside: dict) -> float | None:
 
 def group_size(attributes: str) -> int:
     """Devices that take part in one group of a collective (1 when the text does not say; 2 for a permutation)."""
-    if "source_target_pairs" in attributes:
-        return 2
+    return 2 if "source_target_pairs" in attributes else max(1, len(first_group(attributes)))
+
+
+def first_group(attributes: str) -> list[int]:
+    """The devices, as numbered in the mesh, of a collective's first group (none when the text does not say)."""
     if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
-        return len(found.group(1).split(","))
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
-        return int(found.group(2))
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found.group(1)))
-        return math.prod(int(sizes.get(axis, 1)) for axis in re.findall(r"'([^']+)'", found.group(2)))
-    return 1
+        return [int(device) for device in found.group(1).split(",")]
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\](<=\S*)?", attributes):
+        groups, size = int(found.group(1)), int(found.group(2))
+        return _device_order(found.group(3) or "", groups * size)[:size].tolist()
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", attributes):
+        axes = re.findall(r"'([^']+)'=(\d+)", found.group(1))
+        sizes = [int(size) for _, size in axes]
+        taken = re.findall(r"'([^']+)'", found.group(3))
+        devices = _device_order(found.group(2), math.prod(sizes)).reshape(sizes)
+        return devices[tuple(slice(None) if axis in taken else 0 for axis, _ in axes)].ravel().tolist()
+    return []
+
+
+def _device_order(text: str, count: int) -> np.ndarray:
+    """Numbers below ``count`` as ``[8,2]T(1,0)`` orders them (an array of that shape, transposed), else in order."""
+    found = re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if found is None:
+        return np.arange(count)
+    devices = np.arange(count).reshape([int(size) for size in found.group(1).split(",")])
+    if found.group(2):
+        devices = devices.transpose([int(axis) for axis in found.group(2).split(",")])
+    return devices.ravel()
+
+
+def local_size(attributes: str, machine: int) -> int:
+    """Members of a collective's group on one machine of ``machine`` devices, at the fewest. Of a permutation 1 when it
+    leaves any machine, else 2.
+    """
+    if found := re.search(r"source_target_pairs=\{([\d,{} ]*)\}", attributes):
+        pairs = re.findall(r"(\d+),(\d+)", found.group(1))
+        return 1 if any(int(source) // machine != int(target) // machine for source, target in pairs) else 2
+    counts = np.bincount(np.array(first_group(attributes) or [0]) // machine)
+    return int(counts[counts > 0].min())
+
+
+def _elements(kind: str) -> list[str]:
+    """The elements of a tuple type."""
+    parts, depth, start = [], 0, 1
+    for place, letter in enumerate(kind):
+        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(letter, 0)
+        if (letter == "," and depth == 1) or depth == 0:
+            parts.append(kind[start:place].strip())
+            start = place + 1
+        if depth == 0:
+            break
+    return parts
+
+
+def _started(kind: str) -> str:
+    """The result in the type of an asynchronous start, which is (operands, result, ...)."""
+    parts = _elements(kind) if kind.startswith("(") else []
+    return parts[1] if len(parts) > 1 else kind
 
 
 def _sent(kind: str, instruction: Instruction, group: int) -> float:
-    sizes = [array_bytes(match.group()) for match in _ARRAY.finditer(instruction.type)]
-    started = instruction.opcode.endswith("-start") and kind != "all-reduce"
-    size = max(sizes, default=0.0) if started else sum(sizes)  # the type of a start holds source and destination
+    text = instruction.type
+    started = instruction.opcode.endswith("-start")
+    # An all-reduce's start may have the type of its result alone, since that is also its operand's.
+    if started and (kind != "all-reduce" or text.startswith("((")):
+        text = _started(text)
+    size = array_bytes(text)
     if kind == "collective-permute":
         return size
     share = (group - 1) / max(group, 1)
     if kind == "reduce-scatter":
-        return size * (group - 1) if not started else size * share
+        return size * (group - 1)
     return size * share * (2 if kind == "all-reduce" else 1)

@@ -1,4 +1,6 @@
-"""Real compilation for TPU slices on a CPU. Every case is a process of its own: libtpu must not load in this one."""
+"""Real compilation for TPU slices and GPUs on a CPU. Every case is a process of its own: libtpu must not load in this
+one.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from lawcat_jax import doctor
+
 ROOT = Path(__file__).resolve().parents[2]
 
+needs_cuda_plugin = pytest.mark.skipif(
+    not doctor.installed(doctor.CUDA_PLUGINS), reason="needs the CUDA plugin of jax: pip install 'jax[cuda13]'"
+)
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 
 
@@ -113,4 +120,39 @@ def test_what_does_not_fit_says_so():
     assert done.returncode == 1, done.stderr[-2000:]
     assert "DOES NOT FIT" in done.stdout
     assert "stage2 does not fit" in done.stderr
+    assert "loss_chunk=256" in done.stderr
+
+
+@needs_cuda_plugin
+@pytest.mark.slow
+def test_llama_1b_for_a_gpu():
+    programs = report("--config=configs/llama1b.py", "--topology=h200:1", "--stages=stage1,stage2")
+    assert list(programs) == ["stage1", "stage2"]
+    for program in programs.values():
+        assert program["collectives"] == []
+        assert set(program["seconds_by"]) == {"compute", "hbm", "nvlink"}
+    # The 1.24 billion weights in bfloat16, and the trained ones with Adam's moments in float32.
+    assert 2.3 * 2**30 < programs["stage1"]["argument_bytes"] < 2.4 * 2**30
+    assert 0.5 * 2**30 < programs["stage1"]["temp_bytes"] < programs["stage2"]["temp_bytes"] < 8 * 2**30
+
+
+@needs_cuda_plugin
+@pytest.mark.slow
+def test_llama_1b_on_two_machines():
+    options = ["--topology=h100:2x8", "--stages=stage2", "--config.mesh.fsdp=16", "--config.mesh.tensor=1"]
+    options += ["--config.stage1.batch_size=16", "--config.stage2.batch_size=16"]
+    program = report("--config=configs/llama1b.py", *options)["stage2"]
+    gathers = [entry for entry in program["collectives"] if entry["kind"] == "all-gather"]
+    assert max(gathers, key=lambda entry: entry["bytes"])["group"] == 16
+    assert {entry["local"] for entry in program["collectives"] if entry["group"] == 16} == {8}
+    assert program["seconds_by"]["network"] > 0
+
+
+@needs_cuda_plugin
+@pytest.mark.slow
+def test_what_does_not_fit_on_a_gpu_says_so():
+    options = ["--stages=stage2", "--config.stage2.loss_chunk=0", "--config.stage2.batch_size=16"]
+    done = aot("--config=configs/llama1b.py", "--topology=a100:1", "--config.stage2.seq_length=4096", *options)
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "DOES NOT FIT" in done.stdout
     assert "loss_chunk=256" in done.stderr

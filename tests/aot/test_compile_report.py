@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from lawcat_jax import aot_text, chips, compile_report, flops, sharding
+from lawcat_jax import aot_text, chips, compile_report, flops, hlo, sharding
 from lawcat_jax.config import AttentionConfig, Config, MeshConfig, ModelConfig, StageConfig
 from lawcat_jax.errors import UserError
 
@@ -77,6 +78,10 @@ def test_advice_names_buffers_and_remedies():
         ("v5e:2x2x2", "have 2 dimensions, as in v5e:2x2"),
         ("v5p:4x4", "have 3 dimensions, as in v5p:2x2x1"),
         ("v5e", "have 2 dimensions"),
+        ("h200", "machines x GPUs of each, as in h200:8 or h200:2x8"),
+        ("h200:2x2x2", "machines x GPUs of each"),
+        ("h200:0", "machines x GPUs of each"),
+        ("h100:32", "a machine has 8 GPUs at most; more are h100:4x8"),
     ],
 )
 def test_unknown_topologies(topology, message):
@@ -89,6 +94,70 @@ def test_chips_that_show_two_devices():
     assert v4.as_devices(4, "v4:2x2x1") == v4
     assert v4.as_devices(8, "v4:2x2x1").hbm_bytes == v4.hbm_bytes / 2
     assert v7.as_devices(8, "tpu7x:2x2x1") == v7
+
+
+def test_gpu_topologies():
+    assert chips.gpu_shape("h200:1") == (1, 1)
+    assert chips.gpu_shape("h100:8") == (1, 8)
+    assert chips.gpu_shape("a100:2x4") == (2, 4)
+    assert chips.chip_of("b200:2x8").as_devices(16, "b200:2x8") == chips.CHIPS["b200"]
+    assert "450 GB/s sent over NVLink" in chips.chip_of("h200:8").assumptions()
+    assert not chips.chip_of("v5e:2x2").is_gpu
+
+
+@pytest.mark.parametrize("name", chips.GPUS)
+def test_target_of_the_gpu_compiler(name):
+    text = chips.gpu_target(name)
+    assert text.count("{") == text.count("}") == 3
+    fields = dict(re.findall(r"(\w+): ([\w.]+)", text))
+    assert int(fields["core_count"]) == chips.GPUS[name].multiprocessors
+    assert int(fields["device_memory_size"]) == round(chips.CHIPS[name].hbm_bytes)
+    assert int(fields["shared_memory_per_block_optin"]) == int(fields["shared_memory_per_core"]) - 1024
+    assert (fields["feature_extension"] == "NONE") == (name == "a100")
+    assert f'device_description_str: "{chips.GPUS[name].kind}"' in text
+
+
+def test_facts_of_the_h200():
+    text = chips.gpu_target("h200")
+    for line in ("core_count: 132", "memory_bandwidth: 4800000000000", "{ major: 9 minor: 0 feature_extension: ACC"):
+        assert line in text
+
+
+def test_memory_that_jax_may_allocate(monkeypatch):
+    gpu, tpu = chips.CHIPS["h200"], chips.CHIPS["v5e"]
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    assert compile_report.memory_limit(gpu) == 0.75 * gpu.hbm_bytes
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9")
+    assert compile_report.memory_limit(gpu) == 0.9 * gpu.hbm_bytes
+    assert compile_report.memory_limit(tpu) == tpu.hbm_bytes
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "most")
+    with pytest.raises(UserError, match="XLA_CLIENT_MEM_FRACTION=most: must be a number above 0"):
+        compile_report.memory_limit(gpu)
+
+
+def test_links_of_gpus():
+    chip = chips.CHIPS["h100"]
+    inside, outside = hlo.Collective("all-gather", 8, 8, 1, 450e9), hlo.Collective("all-gather", 16, 8, 1, 400e9)
+    assert compile_report._link_seconds([inside], chip) == {"nvlink": 1.0}
+    assert compile_report._link_seconds([inside, outside], chip) == {"nvlink": 1.0, "network": 1.0}
+    assert compile_report._link_seconds([inside], chips.CHIPS["v5e"]) == {"ici": 5.0}
+
+
+def test_without_the_cuda_plugin(monkeypatch):
+    monkeypatch.setattr("lawcat_jax.doctor.installed", lambda names: {})
+    with pytest.raises(UserError, match=rf"pip install 'jax\[cuda13\]=={re.escape(jax.__version__)}'"):
+        compile_report.topology_devices("h200:8")
+
+
+def test_without_cudnn(monkeypatch):
+    def trace(*arguments):
+        raise RuntimeError("cuDNN not found.")
+
+    monkeypatch.setattr(compile_report, "_trace", trace)
+    monkeypatch.setattr("lawcat_jax.doctor.installed", lambda names: {"jax-cuda12-plugin": "0.10.2"})
+    with pytest.raises(UserError, match=r"stage1: cuDNN not found\. pip install 'jax\[cuda12\]"):
+        compile_report.compile_program("stage1", None, None, None, chips.CHIPS["h200"], compile_report.Options())
 
 
 def test_without_libtpu(monkeypatch):
@@ -137,7 +206,7 @@ def test_rest_of_the_mesh_goes_to_tensor():
 def test_report_as_text_and_json():
     chip = chips.CHIPS["v5e"]
     report = compile_report.Report("stage1", 4096, True, chip.hbm_bytes, peak_bytes=2**30, argument_bytes=2**29)
-    report.collectives = [{"kind": "all-gather", "group": 8, "count": 3, "bytes": 2.0**20}]
+    report.collectives = [{"kind": "all-gather", "group": 8, "local": 8, "count": 3, "bytes": 2.0**20}]
     report.seconds_by, report.seconds, report.mfu = {"compute": 0.5}, (0.5, 0.75), (0.4, 0.3)
     text = aot_text.text(report)
     assert "peak 1.00 GiB of 16.00 GiB (6%)" in text
@@ -148,3 +217,14 @@ def test_report_as_text_and_json():
     assert values["fits"] is True
     assert values["programs"][0]["peak_bytes"] == 2**30
     assert "16 GiB of HBM" in aot_text.heading("v5e:2x2", chip, mesh, Config(attention=AttentionConfig()))
+
+
+def test_report_of_gpus(monkeypatch):
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
+    chip = chips.CHIPS["h200"]
+    mesh = sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    assert "jax may allocate 90% of it" in aot_text.heading("h200:2x8", chip, mesh, Config())
+    report = compile_report.Report("stage1", 4096, True, chip.hbm_bytes)
+    report.collectives = [{"kind": "all-gather", "group": 16, "local": 8, "count": 3, "bytes": 2.0**20}]
+    assert "3 x all-gather in groups of 16 (8 a machine): 1.0 MiB" in aot_text.text(report)
+    assert "libtpu" not in aot_text.as_json("h200:2x8", chip, mesh, [report])["versions"]

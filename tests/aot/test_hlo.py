@@ -89,6 +89,27 @@ def test_group_sizes(text, size):
     assert hlo.group_size(text) == size
 
 
+@pytest.mark.parametrize(
+    ("text", "first", "local"),
+    [
+        ("replica_groups={{0,4,8,12},{1,5,9,13}}", [0, 4, 8, 12], 2),
+        ("replica_groups=[2,8]<=[8,2]T(1,0), dimensions={0}", [0, 2, 4, 6, 8, 10, 12, 14], 4),
+        ("replica_groups=[8,2]<=[16], use_global_device_ids=true", [0, 1], 2),
+        ("replica_groups=mesh['data'=1,'fsdp'=8,'tensor'=2] {'fsdp'}, x={1}", [0, 2, 4, 6, 8, 10, 12, 14], 4),
+        ("replica_groups=mesh['a'=2,'b'=8], device_ids=([8,2]T(1,0)) {'a'}", [0, 1], 2),
+        ("", [], 1),
+    ],
+)
+def test_members_of_groups_on_machines_of_eight(text, first, local):
+    assert hlo.first_group(text) == first
+    assert hlo.local_size(text, 8) == local
+
+
+def test_permutations_between_machines():
+    assert hlo.local_size("source_target_pairs={{0,1},{1,0}}", 8) == 2
+    assert hlo.local_size("source_target_pairs={{6,7},{7,8}}", 8) == 1
+
+
 def test_array_bytes():
     assert hlo.array_bytes("(f32[2,3]{1,0}, bf16[4]{0:T(8)S(1)}, pred[5]{0}, s4[8]{0}, u32[])") == 24 + 8 + 5 + 4 + 4
     assert hlo.array_bytes("bf16[4]{0:T(8)S(1)}", hbm_only=True) == 0
@@ -97,3 +118,87 @@ def test_array_bytes():
 def test_not_hlo():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.Module("hello")
+
+
+# As XLA writes it for GPUs: slices taken asynchronously, scratch memory among the results, collectives of several arrays,
+# rows put in place.
+GPU = """
+HloModule g
+
+%fused_slice (p.0: bf16[16,128], p.1: s32[]) -> bf16[1,128] {
+  %p.0 = bf16[16,128]{1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  ROOT %slice = bf16[1,128]{1,0} dynamic-slice(%p.0, %p.1, %p.1), dynamic_slice_sizes={1,128}
+}
+
+%fused_scatter (q.0: f32[64,128], q.1: s32[4,1], q.2: f32[4,128]) -> f32[64,128] {
+  %q.0 = f32[64,128]{1,0} parameter(0)
+  %q.1 = s32[4,1]{1,0} parameter(1)
+  %q.2 = f32[4,128]{1,0} parameter(2)
+  ROOT %scatter = f32[64,128]{1,0} scatter(%q.0, %q.1, %q.2), to_apply=%sum
+}
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %s = f32[] add(%a, %b)
+}
+
+ENTRY %main (w: bf16[16,128], i: s32[], r: f32[8]) -> f32[8] {
+  %w = bf16[16,128]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %r = f32[8]{0} parameter(2)
+  %fusion-start = ((bf16[16,128]{1,0}, s32[]), bf16[1,128]{1,0}, u32[]) fusion-start(%w, %i), calls=%fused_slice
+  %row = bf16[1,128]{1,0} fusion-done(%fusion-start)
+  %gemm = (bf16[1,128]{1,0}, s8[4194304]{0}) custom-call(%row, %row), custom_call_target="__cublas$lt$matmul"
+  %gather = ((bf16[1,128]{1,0}, f32[8]{0}), (bf16[16,128]{1,0}, f32[128]{0})) all-gather-start(%row, %r), replica_groups=[1,16]<=[16]
+  %reduce = ((f32[8]{0}), f32[8]{0}) all-reduce-start(%r), replica_groups={{0,1}}, to_apply=%sum
+  %old = (f32[8]{0}, f32[8]{0}) all-reduce-start(%r, %r), replica_groups={{0,8}}, to_apply=%sum
+  %part = ((f32[8]{0}), f32[4]{0}) reduce-scatter-start(%r), replica_groups={{0,1}}, to_apply=%sum
+  %zeros = f32[64,128]{1,0} constant({...})
+  %places = s32[4,1]{1,0} constant({...})
+  %new = f32[4,128]{1,0} constant({...})
+  ROOT %put = f32[64,128]{1,0} fusion(%zeros, %places, %new), kind=kInput, calls=%fused_scatter
+}
+"""
+
+
+def test_collectives_of_gpus():
+    found = {(entry.kind, entry.group, entry.local): entry.bytes for entry in hlo.Module(GPU).collectives(8)}
+    assert found == {
+        ("all-gather", 16, 8): (16 * 128 * 2 + 128 * 4) * 15 / 16,
+        ("all-reduce", 2, 2): 32,
+        ("all-reduce", 2, 1): 64,
+        ("reduce-scatter", 2, 2): 16,
+    }
+
+
+def test_traffic_of_gpus():
+    module = hlo.Module(GPU)
+    main = module.computations["main"]
+    row = 128 * 2
+    assert module._traffic("main", main["fusion-start"]) == row + 4 + row
+    assert module._traffic("main", main["gemm"]) == 3 * row
+    assert module._traffic("main", main["put"]) == 4 * 4 + 2 * 4 * 128 * 4
+
+
+@pytest.mark.parametrize(
+    ("target", "mask", "window", "expected"),
+    [
+        ("Softmax", "NO_MASK", 0, 4 * 100),
+        ("Softmax", "CAUSAL", 0, 4 * 55),
+        ("Softmax", "CAUSAL", 2, 4 * 19),
+        ("SoftmaxBackward", "CAUSAL", 0, 10 * 55),
+    ],
+)
+def test_operations_of_cudnn(target, mask, window, expected):
+    call = f"""HloModule c
+
+ENTRY %main (q: bf16[2,10,3,8]) -> bf16[2,3,10,8] {{
+  %q = bf16[2,10,3,8]{{3,2,1,0}} parameter(0)
+  ROOT %o = (bf16[2,3,10,8]{{3,1,2,0}}, u8[0]{{0}}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmha{target}", \
+backend_config={{"cudnn_fmha_backend_config": {{"intermediate_tensor_shape": {{"element_type": "BF16", \
+"dimensions": ["2", "3", "10", "10"]}}, "mask_type": "{mask}", "sliding_window_length": {window}}}}}
+}}
+"""
+    assert hlo.Module(call).attention_flops() == expected * 2 * 3 * 8
