@@ -220,6 +220,7 @@ def lawcat_attention(
     gate_normalizer: float = 16.0,
     gate_lower_bound: float | None = -1.25,
     lengths: Int[Array, " B"] | None = None,
+    zero_padding: bool = True,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], tuple[Array, Array], tuple[Array, Array]]:
     """``kernels_pallas.lawcat_attention`` of a sequence sharded over ``axis_name``.
@@ -249,7 +250,7 @@ def lawcat_attention(
         gate_lower_bound=gate_lower_bound,
         implementation=implementation,
     )
-    if valid is not None:
+    if valid is not None and zero_padding:
         o = jnp.where(valid[:, :, None, None], o, 0)
     tails = (_last_rows(x, tail, rows, axis_name, lengths) for x, tail in zip((q, k), before, strict=True))
     return o, state, tuple(tails)

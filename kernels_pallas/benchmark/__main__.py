@@ -126,6 +126,7 @@ def measure_kernels(bench: Bench, jobs: list[Any]) -> None:
 
 def measure_peers(bench: Bench, rows: list[tuple[Any, str, int, int]]) -> None:
     from kernels_pallas.benchmark import peers, suite
+    from kernels_pallas.benchmark.torch_tuning import parallel_tuning
 
     try:
         import torch
@@ -136,10 +137,17 @@ def measure_peers(bench: Bench, rows: list[tuple[Any, str, int, int]]) -> None:
         print("PyTorch has no CUDA device: no peers", flush=True)
         return
     missing: dict[str, str] = {}
-    # The comparisons that matter most first: a time budget may end before the gradients.
-    for model, operation, batch, length in sorted(rows, key=lambda row: {"prefill": 0, "forward": 1}.get(row[1], 2)):
-        for label, (operations, build) in peers.PEERS.items():
-            if label not in bench.args.peers or operation not in operations or label in missing:
+    pairs = [
+        (row, label)
+        for row in rows
+        for label, (operations, _) in peers.PEERS.items()
+        if label in bench.args.peers and row[1] in operations
+    ]
+    # The comparisons that matter most first: a time budget may end before those with fla, which tunes for minutes.
+    order = {label: i for i, label in enumerate(peers.PEERS)}
+    with parallel_tuning():
+        for (model, operation, batch, length), label in sorted(pairs, key=lambda pair: order[pair[1]]):
+            if label in missing:
                 continue
             job = suite.Job(model, operation, batch, length, label)
             floor = suite.floor_bytes(job)
@@ -147,7 +155,7 @@ def measure_peers(bench: Bench, rows: list[tuple[Any, str, int, int]]) -> None:
                 bench.add(job.row, label, floor, skipped="skipped: no time left")
                 continue
             try:
-                function = build(model, batch, length, operation == "forward+backward")
+                function = peers.PEERS[label][1](model, batch, length, operation == "forward+backward")
                 bench.add(job.row, label, floor, ms=timing.measure_torch(function, budget=bench.args.budget))
                 del function
             except ImportError as problem:
@@ -167,7 +175,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(prog="kernels_pallas.benchmark", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("benchmark_results"), help="folder for the results")
-    parser.add_argument("--quick", action="store_true", help="three shapes instead of seven")
+    parser.add_argument("--quick", action="store_true", help="four shapes instead of eight")
     parser.add_argument("--variants", action="store_true", help="also other block sizes, on the first shape")
     parser.add_argument("--only", default=",".join(OPERATIONS), help=f"operations, of {','.join(OPERATIONS)}")
     parser.add_argument("--models", default="llama-3.2-1b,mistral-7b")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.common import einsum
+from kernels_pallas.common import einsum, match_varying
 from kernels_pallas.conv1d.xla import causal_conv1d
 
 FEATURE_FLOOR = 1e-12
@@ -14,10 +14,44 @@ FEATURE_FLOOR = 1e-12
 
 def feature_map(u: jax.Array, phi: jax.Array) -> jax.Array:
     """max([softmax(u phi) ; softmax(-u phi)], 1e-12): u [B, T, H, d], phi [H, d, f] -> [B, T, H, 2f] in u.dtype;
-    softmax in float32."""
-    scores = einsum("bthd,hdf->bthf", u, phi.astype(u.dtype))
-    features = jnp.concatenate([jax.nn.softmax(scores, axis=-1), jax.nn.softmax(-scores, axis=-1)], axis=-1)
-    return jnp.maximum(features, FEATURE_FLOOR).astype(u.dtype)
+    softmax in float32. Features at the floor pass no gradient."""
+    return _feature_map(match_varying(u, phi), match_varying(phi, u))
+
+
+@jax.custom_vjp
+def _feature_map(u, phi):
+    scores = einsum("bthd,hdf->bthf", u, _both(u, phi))
+    halves = scores.reshape(*scores.shape[:-1], 2, -1)
+    return jnp.maximum(jax.nn.softmax(halves, axis=-1), FEATURE_FLOOR).astype(u.dtype).reshape(scores.shape)
+
+
+def _both(u, phi):
+    """[phi, -phi] in u.dtype: one product gives the scores of both halves."""
+    phi = phi.astype(u.dtype)
+    return jnp.concatenate([phi, -phi], axis=-1)
+
+
+def _feature_map_forward(u, phi):
+    features = _feature_map(u, phi)
+    return features, (u, phi, features)
+
+
+def _feature_map_backward(residuals, cotangent):
+    # From the features in u.dtype, which exist anyway: float32 probabilities would be stored beside them, or computed
+    # again.
+    u, phi, features = residuals
+    halves = (*features.shape[:-1], 2, phi.shape[-1])
+    p, d = features.reshape(halves).astype(jnp.float32), cotangent.reshape(halves).astype(jnp.float32)
+    d = jnp.where(p > jnp.asarray(FEATURE_FLOOR, features.dtype).astype(jnp.float32), d, 0.0)
+    # Rounding to bfloat16 moved their sum away from 1, and a constant added to d would then have an effect.
+    p = p / jnp.sum(p, axis=-1, keepdims=True)
+    d_scores = (p * (d - jnp.sum(p * d, axis=-1, keepdims=True))).astype(u.dtype).reshape(features.shape)
+    du = einsum("bthf,hdf->bthd", d_scores, _both(u, phi)).astype(u.dtype)
+    d_plus, d_minus = jnp.split(einsum("bthd,bthf->hdf", u, d_scores), 2, axis=-1)
+    return du, (d_plus - d_minus).astype(phi.dtype)
+
+
+_feature_map.defvjp(_feature_map_forward, _feature_map_backward)
 
 
 def log_gate(gate_logits: jax.Array, gate_normalizer: float) -> jax.Array:

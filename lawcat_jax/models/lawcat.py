@@ -304,6 +304,7 @@ class LawcatMixer(nnx.Module):
             conv_state=None if state is None else (state["conv_q"], state["conv_k"]),
             gate_normalizer=a.gate_normalizer,
             lengths=context.lengths,
+            zero_padding=False,  # attention is causal: what stands at padding on the right reaches no valid token
             **self._options(a.normalize),
         )
         return o, {"S": S, "z": z, "conv_q": rows_q, "conv_k": rows_k}

@@ -73,6 +73,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         as_teacher: bool = False,
         remat: str = "none",
+        unroll_layers: bool = False,
         dropout_rng: jax.Array | None = None,
         return_hidden: bool = False,
     ) -> Float[Array, "B T V"] | Float[Array, "B T D"]:
@@ -85,26 +86,39 @@ class Decoder(nnx.Module):
           positions: for the rotary embedding; default 0 .. T - 1.
           as_teacher: softmax attention in every layer and no adapter.
           remat: "none", "layer" (recompute each layer in the backward pass), "dots" (keep matrix products).
+          unroll_layers: no loop over layers in the compiled program (see ``StageConfig``).
           dropout_rng: key of the adapters' dropout, None for evaluation.
         """
         context = self.context(tokens, lengths=lengths, positions=positions)
         x = self.embedded(tokens)
+        options = {"remat": remat, "unroll": unroll_layers, "dropout_rng": dropout_rng, "as_teacher": as_teacher}
         for segment in self.segments(as_teacher):
-            x, _ = self._run(segment, x, context, remat=remat, dropout_rng=dropout_rng, as_teacher=as_teacher)
+            x, _ = self._run(segment, x, context, **options)
         hidden = self.final_norm(x)
         return hidden if return_hidden else self.head(hidden)
 
-    def head_kernel(self) -> Float[Array, "D V"]:
-        """The matrix of :meth:`head`, gathered over ``fsdp``: for loops over chunks, which would gather it each time."""
+    def head_kernel(self) -> Float[Array, "V D"] | Float[Array, "D V"]:
+        """The matrix of :meth:`head` as it is stored (its dimensions: :attr:`head_axes`), gathered over ``fsdp``: for
+        loops over chunks, which would gather it each time.
+        """
         if self.lm_head is None:
-            return parallel.whole_rows(self.embed.embedding[...]).T
+            return parallel.whole_rows(self.embed.embedding[...])
         return parallel.whole_rows(self.lm_head.kernel[...].T).T
 
-    def head(self, hidden: Float[Array, "*b D"], kernel: Float[Array, "D V"] | None = None) -> Float[Array, "*b V"]:
+    @property
+    def head_axes(self) -> str:
+        """Dimensions of :meth:`head_kernel`: "vd" when it is the embedding, else "dv"."""
+        return "vd" if self.lm_head is None else "dv"
+
+    def head(
+        self, hidden: Float[Array, "*b D"], kernel: Float[Array, "V D"] | Float[Array, "D V"] | None = None
+    ) -> Float[Array, "*b V"]:
         """Logits in float32 of final-normed hidden states; ``kernel``: see :meth:`head_kernel`."""
         if kernel is None:
-            kernel = self.embed.embedding[...].T if self.lm_head is None else self.lm_head.kernel[...]
-        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+            kernel = self.embed.embedding[...] if self.lm_head is None else self.lm_head.kernel[...]
+        # The embedding is not transposed first: in a loop over chunks that would be a copy of it.
+        spec = f"...d,{self.head_axes}->...v"
+        return jnp.einsum(spec, hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def init_cache(self, batch_size: int, max_length: int, *, as_teacher: bool = False) -> caching.Cache:
         """An empty cache. ``max_length`` bounds the tokens of softmax layers; linearised layers have no limit."""
@@ -184,7 +198,9 @@ class Decoder(nnx.Module):
         q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
         return softmax_attention(q, k, v, window=self.config.sliding_window)
 
-    def _run_softmax(self, segment, x, context, *, cache=None, remat="none", dropout_rng=None, as_teacher=False):
+    def _run_softmax(
+        self, segment, x, context, *, cache=None, remat="none", unroll=False, dropout_rng=None, as_teacher=False
+    ):
         del dropout_rng  # adapters exist in linearised layers only
         layers = Stacked(self.layers, segment.start, segment.stop)
 
@@ -208,7 +224,7 @@ class Decoder(nnx.Module):
             return (x, keys, values), None
 
         if cache is None:
-            x, _ = jax.lax.scan(rematerialized(forward, remat), x, layers.params)
+            x, _ = jax.lax.scan(rematerialized(forward, remat), x, layers.params, unroll=unroll)
             return x, None
         # In the carry, the buffer is updated in place; as scanned input and output it would be copied at every token.
         indices = jnp.arange(segment.first, segment.first + segment.stop - segment.start)
@@ -216,7 +232,9 @@ class Decoder(nnx.Module):
         (x, keys, values), _ = jax.lax.scan(cached, carry, (layers.params, indices))
         return x, {**cache, "softmax": {"k": keys, "v": values}}
 
-    def _run_linear(self, segment, x, context, *, cache=None, remat="none", dropout_rng=None, as_teacher=False):
+    def _run_linear(
+        self, segment, x, context, *, cache=None, remat="none", unroll=False, dropout_rng=None, as_teacher=False
+    ):
         del as_teacher  # there are no linear segments then
 
         def mix(mixer, index, state, *projections):
@@ -226,14 +244,24 @@ class Decoder(nnx.Module):
 
         kind = segment.mixers
         states = None if cache is None else jax.tree.map(lambda leaf: leaf[kind], cache["linear"])
-        x, states = self.scan_linear(segment, x, mix, states=states, remat=remat, dropout_rng=dropout_rng)
+        options = {"remat": remat, "unroll": unroll, "dropout_rng": dropout_rng}
+        x, states = self.scan_linear(segment, x, mix, states=states, **options)
         if cache is None:
             return x, None
         linear = jax.tree.map(lambda old, new: old.at[kind].set(new), cache["linear"], states)
         return x, {**cache, "linear": linear}
 
     def scan_linear(
-        self, segment: Segment, x, mix: Callable, *, states=None, remat="none", dropout_rng=None, adapted: bool = True
+        self,
+        segment: Segment,
+        x,
+        mix: Callable,
+        *,
+        states=None,
+        remat="none",
+        unroll: bool = False,
+        dropout_rng=None,
+        adapted: bool = True,
     ):
         """Run the linearised layers of a segment under one scan: (x, stacked extras).
 
@@ -252,7 +280,7 @@ class Decoder(nnx.Module):
 
         indices = jnp.arange(segment.start, segment.stop)
         xs = (layers.params, mixers.params, adapters.params, indices, states)
-        return jax.lax.scan(rematerialized(body, remat), x, xs)
+        return jax.lax.scan(rematerialized(body, remat), x, xs, unroll=unroll)
 
     # What the stages look at
 
@@ -263,6 +291,7 @@ class Decoder(nnx.Module):
         mask: Bool[Array, "B T"] | None = None,
         lengths: Int[Array, " B"] | None = None,
         layer_loss: Callable,
+        unroll_layers: bool = False,
     ) -> Any:
         """Compare student and teacher layer by layer on the teacher's hidden states (attention transfer).
 
@@ -273,13 +302,14 @@ class Decoder(nnx.Module):
 
         Args:
           tokens: int32, padding on the right.
-          mask: handed to ``layer_loss``; None for all valid tokens.
+          mask: handed to ``layer_loss``; None for all valid tokens. Outputs at padding are finite and mean nothing.
           lengths: valid tokens of each sequence, or None for all.
+          unroll_layers: as in :meth:`__call__`.
 
         Raises:
           UserError: without mixers, or when an output that depends on the student is no scalar.
         """
-        return transfer.teacher_forced(self, tokens, mask, lengths, layer_loss)
+        return transfer.teacher_forced(self, tokens, mask, lengths, layer_loss, unroll_layers)
 
     def diagnostics(self, tokens: Int[Array, "B T"], *, lengths: Int[Array, " B"] | None = None) -> dict[str, Array]:
         """Statistics of every linearised layer in a forward pass of the student, stacked over layers (see

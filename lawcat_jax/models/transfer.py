@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lawcat_jax.models.llama import Decoder
 
 
-def teacher_forced(decoder: Decoder, tokens, mask, lengths, layer_loss: Callable) -> Any:
+def teacher_forced(decoder: Decoder, tokens, mask, lengths, layer_loss: Callable, unroll_layers: bool) -> Any:
     """See :meth:`lawcat_jax.models.llama.Decoder.teacher_forced`."""
     if decoder.mixers is None:
         raise UserError("teacher_forced: the model has no linearised layers; give it an attention config")
@@ -34,10 +34,10 @@ def teacher_forced(decoder: Decoder, tokens, mask, lengths, layer_loss: Callable
 
     for segment in decoder.segments():
         if segment.linear:
-            x, sums = decoder.scan_linear(segment, x, mix, adapted=False)
+            x, sums = decoder.scan_linear(segment, x, mix, adapted=False, unroll=unroll_layers)
             collected.append(sums)
         else:
-            x, _ = decoder._run_softmax(segment, x, context)
+            x, _ = decoder._run_softmax(segment, x, context, unroll=unroll_layers)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *collected)
 
 

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from kernels_pallas.benchmark.torch_tuning import parallel_tuning
 from lawcat_jax.config import Config, StageConfig
 from lawcat_jax.throughput import records, torch_model
 from lawcat_jax.throughput.records import Measurement, Request, Results
-from lawcat_jax.throughput.torch_tuning import parallel_tuning
 
 TOLERANCE = 2e-2
 """Largest relative RMS difference of ``chunk_gla`` from the recurrence; beyond it a speed would mean nothing."""

@@ -33,7 +33,8 @@ def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
         del key  # nothing random
         decoder = models.bind(graphdef, params)
         mask = batch["mask"]
-        layers = decoder.teacher_forced(batch["tokens"], mask=mask, lengths=batch["lengths"], layer_loss=layer_loss)
+        options = {"mask": mask, "lengths": batch["lengths"], "unroll_layers": stage.unroll_layers}
+        layers = decoder.teacher_forced(batch["tokens"], layer_loss=layer_loss, **options)
         count = mask.size if stage.loss_denominator == "all" else jnp.sum(mask)
         return Sums(
             loss=stage.mse_weight * jnp.mean(layers["error"]),

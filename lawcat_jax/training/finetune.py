@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,24 +17,47 @@ from lawcat_jax.training.step import Batch, LossFn, Sums
 TokenSums = dict[str, jax.Array]
 
 
+def _shifted(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(logits less the largest, log of the sum of the exponentials of that, its entry at the target), float32."""
+    logits = logits.astype(jnp.float32)
+    shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    picked = jnp.take_along_axis(shifted, targets[..., None], axis=-1)[..., 0]
+    return shifted, jnp.log(jnp.sum(jnp.exp(shifted), axis=-1)), picked
+
+
+def _sums(weights: jax.Array, log_sum: jax.Array, picked: jax.Array) -> TokenSums:
+    counted = weights > 0
+    return {
+        "cross_entropy": jnp.sum(jnp.where(counted, weights * (log_sum - picked), 0.0)),
+        "hits": jnp.sum(jnp.where(counted, picked >= 0, False), dtype=jnp.float32),
+    }
+
+
 def token_sums(logits: jax.Array, targets: jax.Array, weights: jax.Array, teacher: jax.Array | None) -> TokenSums:
-    """Sums over tokens of cross entropy, KL(teacher || student) and hits, each in f32 and weighted.
+    """Sums over tokens of cross entropy, KL(teacher || student) and hits (no token has a larger logit than the target),
+    each in f32, the first two weighted.
 
     logits, teacher: f32 [..., V]; targets: i32 [...]; weights: f32 [...]. Cross entropy and KL are in nats. Tokens of
     weight 0 add exactly 0, even where their logits are not finite.
     """
-    counted = weights > 0
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    picked = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
-    sums = {
-        "cross_entropy": -jnp.sum(jnp.where(counted, weights * picked, 0.0)),
-        "hits": jnp.sum(jnp.where(counted, jnp.argmax(logits, axis=-1) == targets, False), dtype=jnp.float32),
-    }
+    shifted, log_sum, picked = _shifted(logits, targets)
+    sums = _sums(weights, log_sum, picked)
     if teacher is not None:
         log_q = jax.nn.log_softmax(jax.lax.stop_gradient(teacher).astype(jnp.float32))
-        divergence = jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1)
-        sums["kl"] = jnp.sum(jnp.where(counted, weights * divergence, 0.0))
+        divergence = jnp.sum(jnp.exp(log_q) * (log_q - (shifted - log_sum[..., None])), axis=-1)
+        sums["kl"] = jnp.sum(jnp.where(weights > 0, weights * divergence, 0.0))
     return sums
+
+
+def _chunks(pieces: Any, length: int, chunk: int) -> Any:
+    """Arrays [B, length, ...] padded with 0 and cut to [count, B, chunk, ...]."""
+    count = -(-length // chunk)
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, count * chunk - length), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
+
+    return jax.tree.map(cut, pieces)
 
 
 def chunked_token_sums(
@@ -58,37 +82,96 @@ def chunked_token_sums(
     pieces = (hidden, targets, weights, teacher_hidden)
     if chunk == 0 or chunk >= length:
         return one(pieces)
-    count = -(-length // chunk)
-
-    def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [count, B, chunk, ...]
-        x = jnp.pad(x, [(0, 0), (0, count * chunk - length), *[(0, 0)] * (x.ndim - 2)])
-        return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
-
-    pieces = jax.tree.map(cut, pieces)
+    pieces = _chunks(pieces, length, chunk)
     first = jax.eval_shape(one, jax.tree.map(lambda x: x[0], pieces))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
     body = jax.checkpoint(lambda total, piece: (jax.tree.map(jnp.add, total, one(piece)), None))
     return jax.lax.scan(body, zeros, pieces)[0]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def frozen_head_sums(
+    axes: str, chunk: int, kernel: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+) -> TokenSums:
+    """:func:`chunked_token_sums` for a head that does not train, without a teacher: its gradient reaches ``hidden`` only.
+
+    ``kernel`` has dimensions ``axes``, "vd" or "dv". The gradient is formed beside the sums, while a chunk's logits
+    exist, so that they are not computed again. Chunks without a token of weight above 0 are not computed at all.
+    """
+    return _frozen_head(axes, chunk, kernel, hidden, targets, weights, False)[0]
+
+
+def _frozen_head(axes: str, chunk: int, kernel, hidden, targets, weights, gradient: bool):
+    """(sums, gradient of their cross entropy with respect to ``hidden`` or None)."""
+    length = hidden.shape[1]
+    chunk = min(chunk or length, length)
+    kernel = kernel.astype(hidden.dtype)
+
+    def one(hidden, targets, weights):
+        logits = jnp.einsum(f"btd,{axes}->btv", hidden, kernel, preferred_element_type=jnp.float32)
+        shifted, log_sum, picked = _shifted(logits, targets)
+        sums = _sums(weights, log_sum, picked)
+        if not gradient:
+            return sums, None
+        excess = jnp.exp(shifted - log_sum[..., None]) - (targets[..., None] == jnp.arange(logits.shape[-1]))
+        d_logits = jnp.where(weights[..., None] > 0, weights[..., None] * excess, 0.0)
+        return sums, jnp.einsum(f"btv,{axes}->btd", d_logits.astype(hidden.dtype), kernel)
+
+    def nothing(hidden, targets, weights):
+        shapes = jax.eval_shape(one, hidden, targets, weights)
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def body(total, piece):
+        sums, d = jax.lax.cond(jnp.any(piece[-1] > 0), one, nothing, *piece)
+        return jax.tree.map(jnp.add, total, sums), d
+
+    zeros = {"cross_entropy": jnp.zeros(()), "hits": jnp.zeros(())}
+    sums, d = jax.lax.scan(body, zeros, _chunks((hidden, targets, weights), length, chunk))
+    if gradient:
+        d = jnp.moveaxis(d, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])[:, :length]
+    return sums, d
+
+
+def _frozen_head_forward(axes, chunk, kernel, hidden, targets, weights):
+    return _frozen_head(axes, chunk, kernel, hidden, targets, weights, True)
+
+
+def _frozen_head_backward(axes, chunk, d_hidden, cotangents):
+    del axes, chunk
+    return None, (cotangents["cross_entropy"] * d_hidden).astype(d_hidden.dtype), None, None
+
+
+frozen_head_sums.defvjp(_frozen_head_forward, _frozen_head_backward)
+
+
 def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
     """Cross entropy on ``batch["loss_weights"]``, plus ``kl_weight`` times KL to the teacher on the same tokens.
 
     The teacher is the same decoder with softmax attention and without LoRA (``as_teacher``), under stop_gradient.
-    Metrics: ``cross_entropy`` (nats a token), ``accuracy`` (argmax equals target, a share of the weighted tokens) and,
-    with a teacher, ``kl``.
+    Metrics: ``cross_entropy`` (nats a token), ``accuracy`` (no logit above the target's, a share of the weighted
+    tokens) and, with a teacher, ``kl``.
     """
 
     def loss(params: dict, batch: Batch, key: jax.Array | None) -> Sums:
         decoder = models.bind(graphdef, params)
         tokens, lengths, weights = batch["tokens"], batch["lengths"], batch["loss_weights"]
-        options = {"lengths": lengths, "remat": stage.remat, "return_hidden": True}
+        options = {
+            "lengths": lengths,
+            "remat": stage.remat,
+            "unroll_layers": stage.unroll_layers,
+            "return_hidden": True,
+        }
         hidden = decoder(tokens, dropout_rng=key, **options)
         teacher = None
         if stage.kl_weight > 0:
             teacher = jax.lax.stop_gradient(decoder(tokens, as_teacher=True, **options))
-        head = functools.partial(decoder.head, kernel=decoder.head_kernel())
-        sums = chunked_token_sums(head, hidden, batch["targets"], weights, teacher, stage.loss_chunk)
+        kernel = decoder.head_kernel()
+        if teacher is None and _head_is_frozen(decoder, stage):
+            kernel = jax.lax.stop_gradient(kernel)
+            sums = frozen_head_sums(decoder.head_axes, stage.loss_chunk, kernel, hidden, batch["targets"], weights)
+        else:
+            head = functools.partial(decoder.head, kernel=kernel)
+            sums = chunked_token_sums(head, hidden, batch["targets"], weights, teacher, stage.loss_chunk)
         weight = jnp.sum(weights)
         total = sums["cross_entropy"]
         metrics = {
@@ -101,3 +184,8 @@ def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
         return Sums(loss=total, weight=weight, metrics=metrics)
 
     return loss
+
+
+def _head_is_frozen(decoder: models.Decoder, stage: StageConfig) -> bool:
+    name = "embed/embedding" if decoder.head_axes == "vd" else "lm_head/kernel"
+    return not any(re.search(pattern, name) for pattern in stage.trainable)

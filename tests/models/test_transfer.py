@@ -1,6 +1,7 @@
 """The stage-1 hook against a plain Python loop over layers, and the adapters."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +34,10 @@ def test_teacher_forced_equals_monolithic_autodiff():
     inputs, lengths = tokens(), np.array([9, 6], np.int32)
     mask = (np.arange(9) < lengths[:, None]) & (np.arange(9) != 2)
 
-    def scanned(params):
+    def forced(unroll_layers, params):
         model = models.bind(graphdef, params)
-        sums = model.teacher_forced(inputs, mask=mask, lengths=lengths, layer_loss=layer_loss)
+        options = {"mask": mask, "lengths": lengths, "unroll_layers": unroll_layers}
+        sums = model.teacher_forced(inputs, layer_loss=layer_loss, **options)
         return jnp.sum(sums["error"] ** 2), sums
 
     def monolithic(mixers):
@@ -60,7 +62,11 @@ def test_teacher_forced_equals_monolithic_autodiff():
             x = x + layer.mlp(layer.post_attention_norm(x))
         return total
 
-    (value, sums), gradients = jit(jax.value_and_grad(scanned, has_aux=True))(params)
+    differentiated = jax.value_and_grad(forced, argnums=1, has_aux=True)
+    (value, sums), gradients = jit(functools.partial(differentiated, False))(params)
+    (again, _), unrolled_gradients = jit(functools.partial(differentiated, True))(params)
+    np.testing.assert_allclose(again, value, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), unrolled_gradients, gradients)
     expected, expected_gradients = jit(jax.value_and_grad(monolithic))(params["mixers"])
     assert sums["power"].shape == (2,)
     assert sums["per_token"].shape == (2, 2, 9)
@@ -116,12 +122,14 @@ def test_remat_dropout_and_hidden_states():
 
     def loss(lora_params, remat, key=None):
         model = models.bind(graphdef, {**params, "lora": lora_params})
-        hidden = model(inputs, remat=remat, dropout_rng=key, return_hidden=True)
+        unrolled = remat == "unrolled"
+        remat = "none" if unrolled else remat
+        hidden = model(inputs, remat=remat, unroll_layers=unrolled, dropout_rng=key, return_hidden=True)
         return jnp.mean(jax.nn.log_softmax(model.head(hidden))[..., 0])
 
     gradient = jit(jax.grad(loss), static_argnums=1)
     reference = gradient(params["lora"], "none")
-    for remat in ("layer", "dots"):
+    for remat in ("layer", "dots", "unrolled"):
         other = gradient(params["lora"], remat)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), reference, other)
     value = jit(loss, static_argnums=1)
