@@ -72,6 +72,9 @@ STRONG_GATES = -1.25
 """Below this bound a differentiated call also keeps o in float32. The gradient of a score is dn.v - dn.o; where one token outweighs
 the rest these cancel, and the bfloat16 rounding of o would be left over: 14 % of dq at gates of -5, 0.6 % within -1.25."""
 
+# In float32, three TF32 products a product leave an error of 1.2e-5 in those gradients at -5 (measured on an H200), where
+# 1e-5 is promised: `supports` refuses, and scan serves.
+
 PREFIX_SEGMENTS = 8
 """Up to this many segments each program adds up the earlier ones itself (from L2); more go through a ``combine`` launch."""
 
@@ -87,6 +90,8 @@ def supports(q, k, v, log_g, *, normalize: bool, lower_bound: float | None, diff
         return f"the backward pass takes head sizes up to 128, got K = {features}, V = {values}"
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"q must be bfloat16 or float32, got {q.dtype}"
+    if differentiated and q.dtype == jnp.float32 and (lower_bound is None or lower_bound < STRONG_GATES):
+        return f"float32 gradients take a gate_lower_bound of at least -1.25, got {lower_bound}"
     if block_sizes.single_reference_limit(lower_bound) < 16:
         return f"it needs a gate_lower_bound of at least -5, got {lower_bound}"
     return None

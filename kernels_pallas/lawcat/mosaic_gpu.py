@@ -52,17 +52,15 @@ def supports(
     )
 
 
-def _features_kernel(
-    *refs, heads: int, tiles: int, count: int, taps: int, blocks: int, half: int, groups: int, in_place: bool
-):
+def _features_kernel(*refs, heads: int, tiles: int, count: int, taps: int, blocks: int, half: int, groups: int):
     """``heads`` a program, a warpgroup each for q and for k; ``blocks`` of 64 channels; ``tiles`` a program of ``count`` in
-    all; query head h reads head h // groups of k; ``in_place``: a tile's features take the place of its x."""
+    all; query head h reads head h // groups of k."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     phi_ref = refs[0]
     inputs = (refs[1:4], refs[4:7])
     outputs = refs[7:9]
-    phi_s, w_s, x_s, halo_s, *out_s, parameters, loaded = refs[9:]
+    phi_s, w_s, x_s, halo_s, out_s, parameters, loaded = refs[9:]
     tile = plgpu.Layout.WGMMA
     program, group, b, wg = (lax.axis_index(name) for name in ("head", "tiles", "batch", "warpgroup"))
     first = group * tiles
@@ -143,9 +141,7 @@ def _features_kernel(
             s = products((CHUNK, half), *((u, phi_s.at[j, p]) for p, u in enumerate(us)))
             s = s * LOG2E
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            if in_place:  # the tile before has left its place
-                pl.when((i > 0) & (i + 1 < steps))(functools.partial(load, i + 1))
-            staged = [x_s.at[stream, slot, n] if in_place else out_s[0].at[stream, n] for n in range(2)]
+            staged = [out_s.at[stream, n] for n in range(2)]
             for ref, x in zip(staged, (s, -s), strict=True):
                 peak = lax.broadcast_in_dim(jnp.max(x, axis=1), x.shape, [0])
                 e = jnp.exp2(x - peak)
@@ -155,8 +151,8 @@ def _features_kernel(
             rows = pl.ds((first + i) * CHUNK, CHUNK)
             for n, ref in enumerate(staged):
                 plgpu.copy_smem_to_gmem(ref, outputs[side].at[b, rows, h, pl.ds(n * half, half)])
-            if not in_place:  # every thread has read its part of the tile
-                pl.when(i + SLOTS < steps)(functools.partial(load, i + SLOTS))
+            # Every thread has read its part of the tile.
+            pl.when(i + SLOTS < steps)(functools.partial(load, i + SLOTS))
 
         plgpu.wait_smem_to_gmem(0)
 
@@ -187,8 +183,9 @@ def _launch(q, k, conv_q, conv_k, phi, conv_state):
     if missing := -length % ROWS:
         q, k = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (q, k))
     count, blocks = -(-length // CHUNK), width // WIDTH
-    tiles, together = min(TILES, count), 2 - heads % 2
-    in_place = (width, half) == (2 * WIDTH, WIDTH)
+    tiles = min(TILES, count)
+    # Two heads a program hide more latency where their tiles are small; at d = 128 four warpgroups lack registers.
+    together = 2 if width == WIDTH and heads % 2 == 0 else 1
 
     def operand(*shape: int, line: int | None = None) -> Any:
         """``line`` columns (None: all) of a tile's row as one swizzled line; a product's depth is a multiple of it."""
@@ -209,7 +206,6 @@ def _launch(q, k, conv_q, conv_k, phi, conv_state):
             blocks=blocks,
             half=half,
             groups=heads // k.shape[2],
-            in_place=in_place,
         ),
         out_type=[jax.ShapeDtypeStruct((batch, q.shape[1], heads, 2 * half), bf16)] * 2,
         scratch_types=[
@@ -217,7 +213,7 @@ def _launch(q, k, conv_q, conv_k, phi, conv_state):
             plgpu.SMEM((2 * together, taps, width), f32),
             operand(2 * together, SLOTS, blocks, CHUNK, WIDTH),
             operand(2 * together, SLOTS, blocks, HALO, WIDTH, line=HALO),
-            *(() if in_place else (operand(2 * together, 2, CHUNK, half),)),
+            operand(2 * together, 2, CHUNK, half),
             plgpu.Barrier(num_arrivals=together * (blocks + 2)),
             plgpu.Barrier(num_arrivals=2 * blocks, num_barriers=2 * together * SLOTS),
         ],

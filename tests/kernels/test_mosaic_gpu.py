@@ -15,8 +15,11 @@ from jax.sharding import PartitionSpec as P
 
 import kernels_pallas as kp
 from kernels_pallas.gla import block_sizes, mosaic_gpu
+from kernels_pallas.lawcat import mosaic_gpu as lawcat
+from kernels_pallas.lawcat.xla import prepare
 
-from . import base
+from . import base, oracle
+from .test_triton import lawcat_inputs
 
 ON_GPU = jax.default_backend() == "gpu"
 supported = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic GPU's interpreter came with jax 0.11")
@@ -71,6 +74,38 @@ def test_segments_equal_one_pass(monkeypatch):
 
 
 @supported
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"length": 100, "width": 64, "heads": 4, "kv_heads": 2},
+        {"length": 130, "width": 128, "heads": 1, "state": False},
+        {"length": 3, "width": 64, "heads": 3, "kv_heads": 3},
+    ],
+)
+def test_features(options):
+    """Convolution and feature map of q and k, whatever comes before the sequence."""
+    x = lawcat_inputs(**options)
+    with interpreted():
+        got = jax.jit(lawcat.features)(*(x[n] for n in ("q", "k", "conv_q", "conv_k", "phi")), x.get("conv_state"))
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), x)
+    inputs = (wide[n] for n in ("q", "k", "gate_logits", "conv_q", "conv_k", "phi"))
+    want = prepare(*inputs, wide.get("conv_state"), None, 16.0)
+    for a, b in zip(got, want[:2], strict=True):
+        assert oracle.error(a.astype(jnp.float32), b) < 5e-3
+
+
+@supported
+def test_gradients_of_a_chunk():
+    """The kernel of the gradients inside the whole backward pass, states between segments and padding included."""
+    case = make("below", length=70, heads=2, gate_heads=1, value_heads=1)
+    with interpreted():
+        got = base.run_vjp.__wrapped__(
+            case.arrays, case.state, case.cotangents, **case.options, implementation="pallas_mosaic_gpu"
+        )
+    base.assert_close(got, base.expected(case), base.BFLOAT16)
+
+
+@supported
 def test_residuals_are_what_the_backward_pass_takes():
     case = make("gla", length=70, heads=2)
     o, _, residuals = forward(case, save_residuals=True)
@@ -103,6 +138,11 @@ class TestMosaicGpu(base.GlaBackend):
     supports_unbounded = False
     rematerialises = ON_GPU  # the interpreter's callbacks have effects, which jax.checkpoint refuses
     dtypes: ClassVar = {"bfloat16": base.BFLOAT16}
+
+    def _skip(self, regime, dtype):
+        super()._skip(regime, dtype)
+        if regime.bound < -1.25:
+            pytest.skip("it needs a bound of at least -1.25")
 
     def test_shard_map_over_batch_and_heads(self):
         """Types only: the interpreter has one device's memory."""
