@@ -235,6 +235,8 @@ def _differences(old: Any, new: Any, path: str) -> list[str]:
                 continue
             missing = object()
             a, b = old.get(name, missing), new.get(name, missing)
+            if a is missing and not b:  # a switch of a later version, off: the run did without
+                continue
             if a is missing or b is missing:  # a field that one version of the program does not have
                 found.append(f"{path}.{name}: only in the {'new' if a is missing else 'old'} configuration")
             else:

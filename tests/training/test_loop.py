@@ -89,15 +89,19 @@ def test_sigterm_finishes_the_step_and_saves(straight, tmp_path):
 
 
 def damage(step: Path, how: str) -> None:
-    data = max((file for file in step.rglob("d/*") if file.is_file()), key=lambda file: file.stat().st_size)
+    # Every data file: which of them the arrays are read from depends on how Orbax' writers were scheduled.
+    data = [file for file in step.rglob("d/*") if file.is_file() and file.stat().st_size]
     if how == "truncated":
-        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+        for file in data:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     elif how == "flipped":
-        content = bytearray(data.read_bytes())
-        content[len(content) // 2] ^= 1
-        data.write_bytes(bytes(content))
+        for file in data:
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(bytes(content))
     elif how == "missing_file":
-        data.unlink()
+        for file in data:
+            file.unlink()
     elif how == "meta":
         (step / "meta" / "metadata").write_text("{")
     elif how == "missing_item":

@@ -27,7 +27,7 @@ from lawcat_jax.config import (
 )
 from lawcat_jax.data.train_tokenizer import passkey_sentences, save_tokenizer, train_tokenizer
 from lawcat_jax.errors import UserError
-from lawcat_jax.training import loop, optim, run
+from lawcat_jax.training import loop, metrics, optim, run
 
 LENGTH = 128
 
@@ -163,6 +163,13 @@ def test_other_config_in_the_workdir_is_refused(straight, teacher):
         UserError, match=r"another configuration \(config.stage2.learning_rate: 0.01 there, 0.005 here\)"
     ):
         run.run(config)
+
+
+def test_a_switch_that_came_later_counts_as_off():
+    old, new = {"stage2": {"batch_size": 8}}, {"stage2": {"batch_size": 8, "unroll_layers": False}}
+    assert metrics._differences(old, new, "config") == []
+    new["stage2"]["unroll_layers"] = True
+    assert metrics._differences(old, new, "config") == ["config.stage2.unroll_layers: only in the new configuration"]
 
 
 def test_declared_architecture_must_match(teacher, tmp_path):
