@@ -52,9 +52,9 @@ def supports(
     )
 
 
-def _features_kernel(*refs, heads: int, tiles: int, count: int, taps: int, blocks: int, half: int, groups: int):
-    """``heads`` a program, a warpgroup each for q and for k; ``blocks`` of 64 channels; ``tiles`` a program of ``count`` in
-    all; query head h reads head h // groups of k."""
+def _features_kernel(*refs, tiles: int, count: int, taps: int, blocks: int, half: int, groups: int):
+    """A warpgroup for q and one for k of a head; ``blocks`` of 64 channels; ``tiles`` a program of ``count`` in all; query
+    head h reads head h // groups of k."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     phi_ref = refs[0]
@@ -62,7 +62,7 @@ def _features_kernel(*refs, heads: int, tiles: int, count: int, taps: int, block
     outputs = refs[7:9]
     phi_s, w_s, x_s, halo_s, out_s, parameters, loaded = refs[9:]
     tile = plgpu.Layout.WGMMA
-    program, group, b, wg = (lax.axis_index(name) for name in ("head", "tiles", "batch", "warpgroup"))
+    h, group, b, wg = (lax.axis_index(name) for name in ("head", "tiles", "batch", "warpgroup"))
     first = group * tiles
     steps = jnp.minimum(tiles, count - first)
 
@@ -83,22 +83,21 @@ def _features_kernel(*refs, heads: int, tiles: int, count: int, taps: int, block
         i, j = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, columns), axis, layout=tile) for axis in (0, 1))
         return jnp.where(j == i + offset, 1.0, 0.0).astype(bf16)
 
-    def convolve(j: int, side: int) -> None:
-        """q (side 0) or k of head j of the program."""
+    def convolve(side: int) -> None:
+        """q (side 0) or k."""
         x_ref, carry_ref, w_ref = inputs[side]
-        h, stream = program * heads + j, 2 * j + side
         own = lax.div(h, jnp.int32(groups)) if side else h
 
         def slot_of(i):
             return lax.rem(i, jnp.int32(SLOTS))
 
         def load(i):
-            slot, barrier = slot_of(i), loaded.at[stream * SLOTS + slot_of(i)]
+            slot, barrier = slot_of(i), loaded.at[side * SLOTS + slot_of(i)]
 
             def copy(ref, start, rows, target):
                 for p in range(blocks):
                     source = ref.at[b, pl.ds(start, rows), own, pl.ds(WIDTH * p, WIDTH)]
-                    plgpu.copy_gmem_to_smem(source, target.at[stream, slot, p], barrier)
+                    plgpu.copy_gmem_to_smem(source, target.at[side, slot, p], barrier)
 
             copy(x_ref, (first + i) * CHUNK, CHUNK, x_s)
             # As a product, in which the compiler sees that it is a multiple of a tile's rows.
@@ -108,8 +107,8 @@ def _features_kernel(*refs, heads: int, tiles: int, count: int, taps: int, block
 
         if side == 0:
             for p in range(blocks):
-                plgpu.copy_gmem_to_smem(phi_ref.at[h, pl.ds(WIDTH * p, WIDTH)], phi_s.at[j, p], parameters)
-        plgpu.copy_gmem_to_smem(w_ref.at[h], w_s.at[stream], parameters)
+                plgpu.copy_gmem_to_smem(phi_ref.at[h, pl.ds(WIDTH * p, WIDTH)], phi_s.at[p], parameters)
+        plgpu.copy_gmem_to_smem(w_ref.at[h], w_s.at[side], parameters)
         for i in range(SLOTS):
             pl.when(i < steps)(functools.partial(load, jnp.int32(i)))
         plgpu.barrier_wait(parameters)
@@ -117,10 +116,10 @@ def _features_kernel(*refs, heads: int, tiles: int, count: int, taps: int, block
         @pl.loop(0, steps)
         def _(i):
             slot = slot_of(i)
-            plgpu.barrier_wait(loaded.at[stream * SLOTS + slot])
+            plgpu.barrier_wait(loaded.at[side * SLOTS + slot])
 
             def tap(t, p):
-                w = plgpu.load(w_s.at[stream, t, pl.ds(WIDTH * p, WIDTH)], layout=tile.reduce(0))
+                w = plgpu.load(w_s.at[side, t, pl.ds(WIDTH * p, WIDTH)], layout=tile.reduce(0))
                 return lax.broadcast_in_dim(w, (CHUNK, WIDTH), [1])
 
             def shifted(t, p):
@@ -128,20 +127,20 @@ def _features_kernel(*refs, heads: int, tiles: int, count: int, taps: int, block
                 back = taps - 1 - t
                 here = diagonal(CHUNK, -back)
                 before = diagonal(HALO, HALO - back)
-                halo, x = halo_s.at[stream, slot, p], x_s.at[stream, slot, p]
+                halo, x = halo_s.at[side, slot, p], x_s.at[side, slot, p]
                 return products((CHUNK, WIDTH), (before, halo), (here, x))
 
             us = []
             for p in range(blocks):
-                u = plgpu.load(x_s.at[stream, slot, p], layout=tile).astype(f32) * tap(taps - 1, p)
+                u = plgpu.load(x_s.at[side, slot, p], layout=tile).astype(f32) * tap(taps - 1, p)
                 for t in range(taps - 1):
                     u += shifted(t, p) * tap(t, p)
                 us.append(u.astype(bf16))
 
-            s = products((CHUNK, half), *((u, phi_s.at[j, p]) for p, u in enumerate(us)))
+            s = products((CHUNK, half), *((u, phi_s.at[p]) for p, u in enumerate(us)))
             s = s * LOG2E
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            staged = [out_s.at[stream, n] for n in range(2)]
+            staged = [out_s.at[side, n] for n in range(2)]
             for ref, x in zip(staged, (s, -s), strict=True):
                 peak = lax.broadcast_in_dim(jnp.max(x, axis=1), x.shape, [0])
                 e = jnp.exp2(x - peak)
@@ -156,9 +155,8 @@ def _features_kernel(*refs, heads: int, tiles: int, count: int, taps: int, block
 
         plgpu.wait_smem_to_gmem(0)
 
-    for j in range(heads):
-        for side in range(2):
-            pl.when(wg == 2 * j + side)(functools.partial(convolve, j, side))
+    for side in range(2):
+        pl.when(wg == side)(functools.partial(convolve, side))
 
 
 def _carry(x: jax.Array, tail: jax.Array | None) -> jax.Array:
@@ -184,8 +182,6 @@ def _launch(q, k, conv_q, conv_k, phi, conv_state):
         q, k = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (q, k))
     count, blocks = -(-length // CHUNK), width // WIDTH
     tiles = min(TILES, count)
-    # Two heads a program hide more latency where their tiles are small; at d = 128 four warpgroups lack registers.
-    together = 2 if width == WIDTH and heads % 2 == 0 else 1
 
     def operand(*shape: int, line: int | None = None) -> Any:
         """``line`` columns (None: all) of a tile's row as one swizzled line; a product's depth is a multiple of it."""
@@ -199,7 +195,6 @@ def _launch(q, k, conv_q, conv_k, phi, conv_state):
     outs = plgpu.kernel(
         functools.partial(
             _features_kernel,
-            heads=together,
             tiles=tiles,
             count=count,
             taps=taps,
@@ -209,17 +204,17 @@ def _launch(q, k, conv_q, conv_k, phi, conv_state):
         ),
         out_type=[jax.ShapeDtypeStruct((batch, q.shape[1], heads, 2 * half), bf16)] * 2,
         scratch_types=[
-            operand(together, blocks, WIDTH, half),
-            plgpu.SMEM((2 * together, taps, width), f32),
-            operand(2 * together, SLOTS, blocks, CHUNK, WIDTH),
-            operand(2 * together, SLOTS, blocks, HALO, WIDTH, line=HALO),
-            operand(2 * together, 2, CHUNK, half),
-            plgpu.Barrier(num_arrivals=together * (blocks + 2)),
-            plgpu.Barrier(num_arrivals=2 * blocks, num_barriers=2 * together * SLOTS),
+            operand(blocks, WIDTH, half),
+            plgpu.SMEM((2, taps, width), f32),
+            operand(2, SLOTS, blocks, CHUNK, WIDTH),
+            operand(2, SLOTS, blocks, HALO, WIDTH, line=HALO),
+            operand(2, 2, CHUNK, half),
+            plgpu.Barrier(num_arrivals=blocks + 2),
+            plgpu.Barrier(num_arrivals=2 * blocks, num_barriers=2 * SLOTS),
         ],
-        grid=(heads // together, -(-count // tiles), batch),
+        grid=(heads, -(-count // tiles), batch),
         grid_names=("head", "tiles", "batch"),
-        num_threads=2 * together,
+        num_threads=2,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret_mode() else None,
