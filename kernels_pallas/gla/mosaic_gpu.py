@@ -1,17 +1,17 @@
 """Forward of gated linear attention for NVIDIA Hopper GPUs, through Pallas' Mosaic GPU lowering.
 
-A program is four (or two) warpgroups that walk a segment of one head (d = 128) or of two heads (d = 64) in chunks of 64 tokens. Tiles
-come by TMA into a ring in shared memory.
+A program is four warpgroups (two for an odd number of 64-wide heads, three for K other than V) that walk a segment of one head or, at
+d = 64, of two in chunks of 64 tokens. Tiles come by TMA into a ring in shared memory.
 
-*Preparing* warpgroups, one for 64 features, do all that no state has to wait for, on tiles in place: the sums of the gates as products
-with a constant matrix, q^ = q 2^(b - r) and k^ = k 2^(r - b), and the part of the denominator that the past contributes. *Recurrent*
-warpgroups, one for 64 value columns, keep S [K, 64] in registers: scores, outputs and the state update are five chains of ``wgmma`` on
-the prepared tiles. The two kinds work on neighbouring chunks at the same time. Algebra as in ``kernels_pallas.gla.triton``:
+*Preparing* warpgroups, one for 64 features, do all that S does not have to wait for, on tiles in place: the sums of the gates as products
+with a constant matrix, q^ = q 2^(b - r) and k^ = k 2^(r - b), and z with z~ as an operand of the denominator. *Recurrent* warpgroups,
+one for 64 value columns, keep S [K, 64] in registers: scores, outputs, denominator and state are chains of ``wgmma`` on the prepared
+tiles. The two kinds work on neighbouring chunks at the same time. Algebra as in ``kernels_pallas.gla.triton``:
 
     q^ = q 2^(b - r)     k^ = k 2^(r - b)     A = where(i >= j, q^ k^T, 0)     S~ = 2^r S     z~ = 2^r z
     o = (A v + q^ S~) / (sum_j A + q^ z~ + eps)              S' = 2^r (S~ + k^T v)     z' = 2^r (z~ + sum_j k^)
 
-The closing factor 2^r of S' waits for the next chunk's, to be applied once. The backward pass is ``triton_vjp``'s.
+The closing factor 2^r of S' waits for the next chunk's, to be applied once.
 """
 
 from __future__ import annotations
@@ -25,23 +25,26 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.common import EPS, LOG2E, fold_vmap, interpret_mode, match_varying
+from kernels_pallas.common import EPS, LOG2E, fold_vmap, interpret_mode
 from kernels_pallas.gla import block_sizes, triton
 from kernels_pallas.gla.block_sizes import Split
-
-f32, bf16 = jnp.float32, jnp.bfloat16
+from kernels_pallas.gla.mosaic_gpu_tiles import (
+    CHUNK,
+    WIDTH,
+    bf16,
+    f32,
+    indices,
+    launch,
+    operand,
+    over_columns,
+    padded,
+    products,
+    tiles,
+    transposed,
+)
 
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 """Names of devices with wgmma, the products of warpgroups, of compute capability 9.0 and no other."""
-
-CHUNK = 64
-"""Tokens a step: the rows of one wgmma, and what one reference point allows within a gate bound of -1.25."""
-
-WIDTH = 64
-"""Features or value columns a warpgroup: 128 bytes of bfloat16, one swizzled row."""
-
-ROWS = 8
-"""Rows of a tile in shared memory: TMA takes sequences of a multiple of them, others are padded first (a copy)."""
 
 PARTS = 16
 """Columns of z~ as an operand, the narrowest swizzled line: its high and its low part, eight times each."""
@@ -54,7 +57,6 @@ REGISTERS = (96, 160)
 
 PROGRAMS = 120
 """Programs below which a sequence is cut into segments: an H100 or H200 runs 132 at a time, one a multiprocessor."""
-
 
 APPLIES_BOUND = True
 """As in ``triton``."""
@@ -130,23 +132,6 @@ def _kernel(
     first = segment * split.per_segment
     count = jnp.minimum(split.per_segment, split.count - first)
 
-    def products(*sums: Any) -> list[jax.Array]:
-        """For each of (shape, *pairs) the sum of a @ b, a in shared memory or registers; waited for together."""
-
-        def body(*accs):
-            for acc, (_, *pairs) in zip(accs, sums, strict=True):
-                for x, y in pairs:
-                    plgpu.wgmma(acc, x, y)
-            return [acc[...] for acc in accs]
-
-        return pl.run_scoped(body, *(plgpu.WGMMAAccumulatorRef(shape, f32) for shape, *_ in sums))
-
-    def over_columns(x: jax.Array, columns: int = WIDTH) -> jax.Array:
-        return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
-
-    def transposed(ref: Any) -> Any:
-        return ref.transpose((1, 0))
-
     def prepare(j: int, p: int) -> None:
         if redistribute:
             plgpu.set_max_registers(REGISTERS[0], action="decrease")
@@ -185,7 +170,7 @@ def _kernel(
         else:
             z = plgpu.layout_cast(jnp.zeros((WIDTH,), f32), row)
         L = plgpu.layout_cast(jnp.zeros((WIDTH,), f32), row)
-        left = plgpu.broadcasted_iota(jnp.int32, (WIDTH, PARTS), 1, layout=tile) < PARTS // 2
+        left = indices(WIDTH, PARTS)[1] < PARTS // 2
 
         def step(i, carry):
             z, L = carry
@@ -254,9 +239,8 @@ def _kernel(
         else:
             S = tuple(plgpu.layout_cast(jnp.zeros((WIDTH, WIDTH), f32), tile) for _ in features)
         pending = tuple(plgpu.layout_cast(jnp.zeros((WIDTH,), f32), row) for _ in features)
-        mask = plgpu.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), 0, layout=tile) >= plgpu.broadcasted_iota(
-            jnp.int32, (CHUNK, CHUNK), 1, layout=tile
-        )
+        rows, columns = indices(CHUNK, CHUNK)
+        mask = rows >= columns
 
         def step(i, carry):
             S, pending = carry
@@ -389,8 +373,8 @@ def _call(
 ) -> tuple[Any, ...]:
     """One launch, with a batch axis more under vmap. q None: (L, S, z) of every segment but the last; else (o, S, z[, den])."""
     options = {"normalize": normalize, "save_den": save_den}
-    launch = functools.partial(_launch, split=split, heads=heads, bound=bound, **options)
-    return fold_vmap(launch)(q, k, v, log_g, given)
+    run = functools.partial(_launch, split=split, heads=heads, bound=bound, **options)
+    return fold_vmap(run)(q, k, v, log_g, given)
 
 
 def _launch(
@@ -401,10 +385,6 @@ def _launch(
     batch, length, all_heads, features = k.shape
     values, outputs = v.shape[-1], q is not None
     preparing, recurrent = features // WIDTH, values // WIDTH
-    operand = (plgpu.TilingTransform((8, WIDTH)), plgpu.SwizzleTransform(128))
-
-    def tiles(*lead: int) -> Any:
-        return plgpu.SMEM((*lead, CHUNK, WIDTH), bf16, transforms=operand)
 
     def vectors(*lead: int) -> Any:
         return plgpu.SMEM((*lead, CHUNK), f32)
@@ -413,8 +393,7 @@ def _launch(
     scratch = [tiles(2), *(tiles(slots, preparing),) * 2, tiles(slots, recurrent), vectors(slots, preparing)]
     if outputs:
         scratch += [tiles(slots, preparing), tiles(heads * recurrent, preparing), tiles(heads * recurrent)]
-        line = (plgpu.TilingTransform((8, PARTS)), plgpu.SwizzleTransform(2 * PARTS))
-        scratch += [plgpu.SMEM((slots, preparing, WIDTH, PARTS), bf16, transforms=line), vectors(heads)]
+        scratch += [operand(slots, preparing, WIDTH, PARTS), vectors(heads)]
     copies = (3 if outputs else 2) * preparing + recurrent
     scratch += [plgpu.Barrier(), plgpu.Barrier(num_arrivals=copies, num_barriers=slots)]
     scratch += [plgpu.Barrier(num_arrivals=n, num_barriers=slots) for n in (preparing, recurrent)]
@@ -439,19 +418,8 @@ def _launch(
         flags=flags,
         bound=bound,
     )
-    # The outputs' types tell nothing of the mesh: plgpu.kernel drops it.
-    outs = plgpu.kernel(
-        body,
-        out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes],
-        scratch_types=scratch,
-        grid=(all_heads // heads, segments if outputs else segments - 1, batch),
-        grid_names=("head", "segment", "batch"),
-        num_threads=heads * (preparing + recurrent),
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams() if interpret_mode() else None,
-    )(*inputs)
-    return tuple(match_varying(x, *inputs) for x in outs)
+    grid = {"head": all_heads // heads, "segment": segments if outputs else segments - 1, "batch": batch}
+    return launch(body, inputs, shapes, scratch, grid=grid, warpgroups=heads * (preparing + recurrent))
 
 
 def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: float | None, save_residuals: bool) -> Any:
@@ -459,8 +427,7 @@ def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: floa
     residuals = (q, k, v, log_g)
     heads, split = plan(q, v)
     length = q.shape[1]
-    if missing := -length % ROWS:  # keys and gates of zero leave the state alone
-        q, k, v, log_g = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in residuals)
+    q, k, v, log_g = padded(q, k, v, log_g)
     gates, bound = log_g, lower_bound
     if log_g.dtype != bf16:  # a pass over the gates anyway, or none where XLA fuses it into what makes them
         gates, bound = jnp.maximum(log_g, lower_bound).astype(bf16), None

@@ -25,10 +25,23 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.common import LOG2E, fold_vmap, interpret_mode, match_varying
+from kernels_pallas.common import LOG2E, fold_vmap
 from kernels_pallas.gla import mosaic_gpu, triton_vjp
 from kernels_pallas.gla.block_sizes import Split
-from kernels_pallas.gla.mosaic_gpu import CHUNK, ROWS, WIDTH, bf16, f32
+from kernels_pallas.gla.mosaic_gpu_tiles import (
+    CHUNK,
+    WIDTH,
+    bf16,
+    f32,
+    indices,
+    launch,
+    over_columns,
+    over_rows,
+    padded,
+    products,
+    tiles,
+    transposed,
+)
 
 
 def _constants() -> jax.Array:
@@ -59,31 +72,18 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
         return pl.ds(WIDTH * p, WIDTH)
 
     def product(*pairs: Any) -> jax.Array:
-        def body(acc):
-            for x, y in pairs:
-                plgpu.wgmma(acc, x, y)
-            return acc[...]
-
-        return pl.run_scoped(body, plgpu.WGMMAAccumulatorRef((CHUNK, WIDTH), f32))
-
-    def transposed(ref: Any) -> Any:
-        return ref.transpose((1, 0))
+        return products(((CHUNK, WIDTH), *pairs))[0]
 
     def read(ref: Any) -> jax.Array:
         return plgpu.load(ref, layout=tile).astype(f32)
 
     def masked(x: jax.Array) -> jax.Array:
-        i, j = (plgpu.broadcasted_iota(jnp.int32, x.shape, axis, layout=tile) for axis in (0, 1))
+        i, j = indices(*x.shape)
         return jnp.where(i >= j, x, 0.0).astype(bf16)
-
-    def down(x: jax.Array) -> jax.Array:
-        """A vector of the rows, in every column."""
-        return lax.broadcast_in_dim(x, (CHUNK, WIDTH), [0])
 
     def vector(ref: Any, p: int) -> jax.Array:
         """A vector of the features, in every row."""
-        x = plgpu.load(ref.at[b, h, i, columns(p)], layout=across, optimized=False)
-        return lax.broadcast_in_dim(x, (CHUNK, WIDTH), [1])
+        return over_rows(plgpu.load(ref.at[b, h, i, columns(p)], layout=across, optimized=False))
 
     def load() -> None:
         gates, heads = lax.div(h, jnp.int32(groups[1])), lax.div(h, jnp.int32(groups[0]))
@@ -128,7 +128,7 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
         dn = do_s.at[p]
         if normalize:
             inverse = plgpu.load(inverse_ref.at[b, h, rows], layout=along, optimized=False)
-            dn[...] = (read(dn) * down(inverse)).astype(bf16)
+            dn[...] = (read(dn) * over_columns(inverse)).astype(bf16)
         plgpu.commit_smem()
         plgpu.barrier_arrive(formed)
         plgpu.barrier_wait(formed)
@@ -138,7 +138,7 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
             A_s[...] = masked(product(*((q_s.at[c], transposed(k_s.at[c])) for c in range(blocks))))
         if p == blocks - 1:
             dA = product(*((do_s.at[c], transposed(v_s.at[c])) for c in range(blocks)))
-            dA_s[...] = masked(dA + down(delta) if normalize else dA)
+            dA_s[...] = masked(dA + over_columns(delta) if normalize else dA)
         plgpu.commit_smem()
         plgpu.barrier_arrive(scored)
         plgpu.barrier_wait(scored)
@@ -149,7 +149,7 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
 
         R = product((dA_s, k), *((do_s.at[c], transposed(S_s.at[p, c])) for c in range(blocks)))
         if normalize:
-            R += down(delta) * vector(z_ref, p)
+            R += over_columns(delta) * vector(z_ref, p)
         # S~ is done with: its tiles take the sum over value columns of S~ dS~, here one of tiles.
         weights = sum(
             (read(S_s.at[p, c]) * read(dS_s.at[p, c]) for c in range(1, blocks)),
@@ -194,11 +194,6 @@ def _launch(q, k, v, log_g, do, inverse, delta, states, dstates, *, split: Split
 
     heads, width = q.shape[2:]
     blocks = width // WIDTH
-    operand = (plgpu.TilingTransform((8, WIDTH)), plgpu.SwizzleTransform(128))
-
-    def tiles(*lead: int) -> Any:
-        return plgpu.SMEM((*lead, CHUNK, WIDTH), bf16, transforms=operand)
-
     inputs = [_constants(), q, k, v, log_g, do, *states, *dstates, *((inverse, delta) if normalize else ())]
     scratch = [
         tiles(2),
@@ -210,24 +205,16 @@ def _launch(q, k, v, log_g, do, inverse, delta, states, dstates, *, split: Split
         tiles(blocks),
     ]
     arrivals = (1, 3 * blocks, 2 * blocks, 2 * blocks * blocks, blocks, blocks)
-    outs = plgpu.kernel(
-        functools.partial(
-            _kernel,
-            blocks=blocks,
-            groups=(heads // v.shape[2], heads // log_g.shape[2]),
-            normalize=normalize,
-            bound=bound,
-        ),
-        out_type=[jax.ShapeDtypeStruct(q.shape, bf16)] * 4,
-        scratch_types=[*scratch, *(plgpu.Barrier(num_arrivals=n) for n in arrivals)],
-        grid=(heads, split.count, q.shape[0]),
-        grid_names=("head", "chunk", "batch"),
-        num_threads=blocks,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams() if interpret_mode() else None,
-    )(*inputs)
-    return tuple(match_varying(x, *inputs) for x in outs)
+    body = functools.partial(
+        _kernel,
+        blocks=blocks,
+        groups=(heads // v.shape[2], heads // log_g.shape[2]),
+        normalize=normalize,
+        bound=bound,
+    )
+    scratch += [plgpu.Barrier(num_arrivals=n) for n in arrivals]
+    grid = {"head": heads, "chunk": split.count, "batch": q.shape[0]}
+    return launch(body, inputs, [(q.shape, bf16)] * 4, scratch, grid=grid, warpgroups=blocks)
 
 
 def chunk_gradients(
@@ -238,15 +225,12 @@ def chunk_gradients(
     length = q.shape[1]
     if log_g.dtype != bf16:
         log_g, bound = (log_g if bound is None else jnp.maximum(log_g, bound)).astype(bf16), None
-    arrays = (q, k, v, log_g, do)
-    if missing := -length % ROWS:
-        arrays = tuple(jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in arrays)
     inverse = None
     if normalize:
         rest = split.count * CHUNK - length
         inverse, delta = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, rest))) for x in (1.0 / den, delta))
-    launch = functools.partial(_launch, split=split, normalize=normalize, bound=bound)
-    grads = fold_vmap(launch)(*arrays, inverse, delta if normalize else None, states, dstates)
+    run = functools.partial(_launch, split=split, normalize=normalize, bound=bound)
+    grads = fold_vmap(run)(*padded(q, k, v, log_g, do), inverse, delta if normalize else None, states, dstates)
     return tuple(x[:, :length] for x in grads)
 
 

@@ -18,9 +18,21 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.common import LOG2E, fold_vmap, interpret_mode, match_varying
+from kernels_pallas.common import LOG2E, fold_vmap
 from kernels_pallas.gla import mosaic_gpu as gla
-from kernels_pallas.gla.mosaic_gpu import CHUNK, ROWS, WIDTH, bf16, f32
+from kernels_pallas.gla.mosaic_gpu_tiles import (
+    CHUNK,
+    WIDTH,
+    bf16,
+    f32,
+    indices,
+    launch,
+    operand,
+    over_columns,
+    over_rows,
+    padded,
+    products,
+)
 from kernels_pallas.lawcat import triton, xla
 
 HALO = 16
@@ -66,21 +78,12 @@ def _features_kernel(*refs, tiles: int, count: int, taps: int, blocks: int, half
     first = group * tiles
     steps = jnp.minimum(tiles, count - first)
 
-    def products(shape: tuple[int, int], *pairs: Any) -> jax.Array:
-        """Sum of x @ y, x in registers."""
-        if interpret_mode():  # which has no products with an operand in registers
-            return sum(lax.dot(x.astype(f32), plgpu.load(y).astype(f32)) for x, y in pairs)
-
-        def body(acc):
-            for x, y in pairs:
-                plgpu.wgmma(acc, x, y)
-            return acc[...]
-
-        return pl.run_scoped(body, plgpu.WGMMAAccumulatorRef(shape, f32))
+    def product(shape: tuple[int, int], *pairs: Any) -> jax.Array:
+        return products((shape, *pairs), in_registers=True)[0]
 
     def diagonal(columns: int, offset: int) -> jax.Array:
         """[C, columns] with ones where column = row + offset."""
-        i, j = (plgpu.broadcasted_iota(jnp.int32, (CHUNK, columns), axis, layout=tile) for axis in (0, 1))
+        i, j = indices(CHUNK, columns)
         return jnp.where(j == i + offset, 1.0, 0.0).astype(bf16)
 
     def convolve(side: int) -> None:
@@ -119,8 +122,7 @@ def _features_kernel(*refs, tiles: int, count: int, taps: int, blocks: int, half
             plgpu.barrier_wait(loaded.at[side * SLOTS + slot])
 
             def tap(t, p):
-                w = plgpu.load(w_s.at[side, t, pl.ds(WIDTH * p, WIDTH)], layout=tile.reduce(0))
-                return lax.broadcast_in_dim(w, (CHUNK, WIDTH), [1])
+                return over_rows(plgpu.load(w_s.at[side, t, pl.ds(WIDTH * p, WIDTH)], layout=tile.reduce(0)))
 
             def shifted(t, p):
                 """P_t X: row r takes row r - (W - 1 - t), from the tile before where that is negative."""
@@ -128,7 +130,7 @@ def _features_kernel(*refs, tiles: int, count: int, taps: int, blocks: int, half
                 here = diagonal(CHUNK, -back)
                 before = diagonal(HALO, HALO - back)
                 halo, x = halo_s.at[side, slot, p], x_s.at[side, slot, p]
-                return products((CHUNK, WIDTH), (before, halo), (here, x))
+                return product((CHUNK, WIDTH), (before, halo), (here, x))
 
             us = []
             for p in range(blocks):
@@ -137,14 +139,13 @@ def _features_kernel(*refs, tiles: int, count: int, taps: int, blocks: int, half
                     u += shifted(t, p) * tap(t, p)
                 us.append(u.astype(bf16))
 
-            s = products((CHUNK, half), *((u, phi_s.at[p]) for p, u in enumerate(us)))
+            s = product((CHUNK, half), *((u, phi_s.at[p]) for p, u in enumerate(us)))
             s = s * LOG2E
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             staged = [out_s.at[side, n] for n in range(2)]
             for ref, x in zip(staged, (s, -s), strict=True):
-                peak = lax.broadcast_in_dim(jnp.max(x, axis=1), x.shape, [0])
-                e = jnp.exp2(x - peak)
-                inverse = lax.broadcast_in_dim(1.0 / jnp.sum(e, axis=1), x.shape, [0])
+                e = jnp.exp2(x - over_columns(jnp.max(x, axis=1), half))
+                inverse = over_columns(1.0 / jnp.sum(e, axis=1), half)
                 ref[...] = jnp.maximum(e * inverse, xla.FEATURE_FLOOR).astype(bf16)
             plgpu.commit_smem()
             rows = pl.ds((first + i) * CHUNK, CHUNK)
@@ -178,48 +179,35 @@ def _launch(q, k, conv_q, conv_k, phi, conv_state):
     half, taps = phi.shape[-1], conv_q.shape[1]
     tails = (None, None) if conv_state is None else conv_state
     carries = [_carry(x, tail) for x, tail in zip((q, k), tails, strict=True)]
-    if missing := -length % ROWS:
-        q, k = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (q, k))
+    q, k = padded(q, k)
     count, blocks = -(-length // CHUNK), width // WIDTH
     tiles = min(TILES, count)
-
-    def operand(*shape: int, line: int | None = None) -> Any:
-        """``line`` columns (None: all) of a tile's row as one swizzled line; a product's depth is a multiple of it."""
-        line = line or shape[-1]
-        transforms = (plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(2 * line))
-        return plgpu.SMEM(shape, bf16, transforms=transforms)
 
     inputs = [phi.astype(bf16)]
     for x, carry, w in zip((q, k), carries, (conv_q, conv_k), strict=True):
         inputs += [x, carry, w.astype(f32)]
-    outs = plgpu.kernel(
-        functools.partial(
-            _features_kernel,
-            tiles=tiles,
-            count=count,
-            taps=taps,
-            blocks=blocks,
-            half=half,
-            groups=heads // k.shape[2],
-        ),
-        out_type=[jax.ShapeDtypeStruct((batch, q.shape[1], heads, 2 * half), bf16)] * 2,
-        scratch_types=[
-            operand(blocks, WIDTH, half),
-            plgpu.SMEM((2, taps, width), f32),
-            operand(2, SLOTS, blocks, CHUNK, WIDTH),
-            operand(2, SLOTS, blocks, HALO, WIDTH, line=HALO),
-            operand(2, 2, CHUNK, half),
-            plgpu.Barrier(num_arrivals=blocks + 2),
-            plgpu.Barrier(num_arrivals=2 * blocks, num_barriers=2 * SLOTS),
-        ],
-        grid=(heads, -(-count // tiles), batch),
-        grid_names=("head", "tiles", "batch"),
-        num_threads=2,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams() if interpret_mode() else None,
-    )(*inputs)
-    return tuple(match_varying(x, *inputs)[:, :length] for x in outs)
+    body = functools.partial(
+        _features_kernel,
+        tiles=tiles,
+        count=count,
+        taps=taps,
+        blocks=blocks,
+        half=half,
+        groups=heads // k.shape[2],
+    )
+    scratch = [
+        operand(blocks, WIDTH, half),
+        plgpu.SMEM((2, taps, width), f32),
+        operand(2, SLOTS, blocks, CHUNK, WIDTH),
+        operand(2, SLOTS, blocks, HALO, WIDTH, line=HALO),
+        operand(2, 2, CHUNK, half),
+        plgpu.Barrier(num_arrivals=blocks + 2),
+        plgpu.Barrier(num_arrivals=2 * blocks, num_barriers=2 * SLOTS),
+    ]
+    outputs = [((batch, q.shape[1], heads, 2 * half), bf16)] * 2
+    grid = {"head": heads, "tiles": -(-count // tiles), "batch": batch}
+    outs = launch(body, inputs, outputs, scratch, grid=grid, warpgroups=2)
+    return tuple(x[:, :length] for x in outs)
 
 
 def forward(

@@ -1,0 +1,118 @@
+"""Pieces shared by the Mosaic GPU kernels: tiles in shared memory, products of warpgroups, padding, the launch.
+
+Only these files import Mosaic GPU, and only when a kernel is traced: it exists on some installations alone, and its interface changes
+from release to release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from kernels_pallas.common import interpret_mode, match_varying
+
+f32, bf16 = jnp.float32, jnp.bfloat16
+
+CHUNK = 64
+"""Tokens a step: the rows of one wgmma, and what one reference point allows within a gate bound of -1.25."""
+
+WIDTH = 64
+"""Features or value columns a warpgroup: 128 bytes of bfloat16, one swizzled row."""
+
+ROWS = 8
+"""Rows of a tile in shared memory: TMA takes sequences of a multiple of them, others are padded first (a copy)."""
+
+
+def operand(*shape: int, line: int | None = None) -> Any:
+    """Shared memory for bfloat16 operands: ``line`` columns (None: all) of a row as one swizzled line. The depth of a product
+    is a multiple of it, and of two operands in shared memory lines must be alike."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    line = line or shape[-1]
+    transforms = (plgpu.TilingTransform((ROWS, line)), plgpu.SwizzleTransform(2 * line))
+    return plgpu.SMEM(shape, bf16, transforms=transforms)
+
+
+def tiles(*lead: int) -> Any:
+    """[*lead, CHUNK, WIDTH] of such operands."""
+    return operand(*lead, CHUNK, WIDTH)
+
+
+def transposed(ref: Any) -> Any:
+    """A tile as an operand from the other side."""
+    return ref.transpose((1, 0))
+
+
+def products(*sums: Any, in_registers: bool = False) -> list[jax.Array]:
+    """For each of (shape, *pairs) the sum of a @ b, float32; waited for together. b is in shared memory, and a too unless
+    ``in_registers``."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if in_registers and interpret_mode():  # which has no such products
+        return [sum(lax.dot(x.astype(f32), plgpu.load(y).astype(f32)) for x, y in pairs) for _, *pairs in sums]
+
+    def body(*accs):
+        for acc, (_, *pairs) in zip(accs, sums, strict=True):
+            for x, y in pairs:
+                plgpu.wgmma(acc, x, y)
+        return [acc[...] for acc in accs]
+
+    return pl.run_scoped(body, *(plgpu.WGMMAAccumulatorRef(shape, f32) for shape, *_ in sums))
+
+
+def over_columns(x: jax.Array, columns: int = WIDTH) -> jax.Array:
+    """A vector of the rows, in every column."""
+    return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
+
+
+def over_rows(x: jax.Array) -> jax.Array:
+    """A vector of the columns, in every row of a tile."""
+    return lax.broadcast_in_dim(x, (CHUNK, x.shape[0]), [1])
+
+
+def indices(rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
+    """(row, column) of every entry of a tile in registers, int32."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    shape, layout = (rows, columns), plgpu.Layout.WGMMA
+    return tuple(plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout) for axis in (0, 1))
+
+
+def padded(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """[B, T, ...] with T a multiple of ROWS, zeros at the end: keys and gates of zero leave the state alone."""
+    missing = -arrays[0].shape[1] % ROWS
+    if not missing:
+        return arrays
+    return tuple(jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2))) for x in arrays)
+
+
+def launch(
+    body: Callable[..., None],
+    inputs: Sequence[jax.Array],
+    outputs: Sequence[tuple[tuple[int, ...], Any]],
+    scratch: Sequence[Any],
+    *,
+    grid: dict[str, int],
+    warpgroups: int,
+) -> tuple[jax.Array, ...]:
+    """Run a kernel of so many warpgroups a program; outputs as (shape, dtype), grid axes by name."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    outs = plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs],
+        scratch_types=list(scratch),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams() if interpret_mode() else None,
+    )(*inputs)
+    # The types of what it returns tell nothing of the mesh axes over which the inputs vary.
+    return tuple(match_varying(x, *inputs) for x in outs)
