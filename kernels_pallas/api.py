@@ -33,9 +33,6 @@ _PALLAS = {
     "pallas_tpu": ("tpu", "tpu"),
 }
 
-_FUSED_BY_DEFAULT = ("pallas_mosaic_gpu", "pallas_triton", "pallas_tpu")
-"""Backends whose fused lawcat_attention is used unasked, where there are no ``lengths``."""
-
 _local = threading.local()
 
 
@@ -93,7 +90,8 @@ def implementation_for(
     """The name of the implementation that gated_linear_attention uses for these arrays (or ShapeDtypeStructs).
 
     None picks, for the platform of ``kernels_pallas.target_platform``: on "cuda" pallas_mosaic_gpu, else pallas_triton, and
-    on "tpu" pallas_tpu, where they support the case, else scan. A name is strict: ValueError with the reason when it cannot serve.
+    on "tpu" pallas_tpu, where they support the case, else scan. A name is strict: ValueError with the reason when it
+    cannot serve.
     """
     _check_name(implementation)
     implementation = implementation or getattr(_local, "implementation", None)
@@ -564,17 +562,14 @@ def lawcat_attention(
     spec = _LawcatSpec(implementation, bool(normalize), float(gate_normalizer), bound)
 
     fused = None
-    if lengths is None and implementation not in ("reference", "scan"):
+    if lengths is None:
         platform = target_platform(q, k, v, gate_logits)
-        for name, (_, needed) in _PALLAS.items():
-            if name != implementation and (
-                name not in _FUSED_BY_DEFAULT or implementation is not None or platform != needed
-            ):
-                continue
-            options = {"normalize": normalize, "gate_lower_bound": bound}
-            if _refusal(name, platform, "lawcat", *arrays[:7], **options) is None:
-                fused = name
-                break
+        names = [name for name, (_, needed) in _PALLAS.items() if needed == platform]
+        if implementation is not None:
+            names = [implementation] if implementation in _PALLAS else []
+        options = {"normalize": normalize, "gate_lower_bound": bound}
+        usable = (name for name in names if _refusal(name, platform, "lawcat", *arrays[:7], **options) is None)
+        fused = next(usable, None)
     if fused is None:
         valid = None if lengths is None else lawcat_xla.valid_tokens(lengths, q.shape[1])
         o, state = _lawcat_unfused(spec, *arrays, valid)

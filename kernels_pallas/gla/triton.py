@@ -70,10 +70,8 @@ class State(NamedTuple):
 
 STRONG_GATES = -1.25
 """Below this bound a differentiated call also keeps o in float32. The gradient of a score is dn.v - dn.o; where one token outweighs
-the rest these cancel, and the bfloat16 rounding of o would be left over: 14 % of dq at gates of -5, 0.6 % within -1.25."""
-
-# In float32, three TF32 products a product leave an error of 1.2e-5 in those gradients at -5 (measured on an H200), where
-# 1e-5 is promised: `supports` refuses, and scan serves.
+the rest these cancel, and the bfloat16 rounding of o would be left over: 14 % of dq at gates of -5, 0.6 % within -1.25.
+In float32 the three TF32 passes of a product leave 1.2e-5 at -5 (measured on an H200), where 1e-5 is promised: gradients are refused."""
 
 PREFIX_SEGMENTS = 8
 """Up to this many segments each program adds up the earlier ones itself (from L2); more go through a ``combine`` launch."""

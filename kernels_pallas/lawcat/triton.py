@@ -197,18 +197,20 @@ def features(
     carry = () if conv_state is None else (conv_carry(conv_state[0], conv_q), conv_carry(conv_state[1], conv_k))
     inputs = [q, k, gate_logits, *(x.astype(q.dtype) for x in (conv_q, conv_k, phi)), *carry]
 
-    def tokens(x: Any) -> pl.BlockSpec:
-        return token_spec(x, heads)
-
-    specs = [tokens(q), tokens(k), tokens(gate_logits), _head_spec(conv_q), _head_spec(conv_k), _head_spec(phi)]
-    specs += [tokens(x) for x in carry]
+    specs = [
+        *(token_spec(x, heads) for x in (q, k, gate_logits)),
+        _head_spec(conv_q),
+        _head_spec(conv_k),
+        _head_spec(phi),
+    ]
+    specs += [token_spec(x, heads) for x in carry]
     shapes = ((batch, length, heads, 2 * half), (batch, length, heads, 2 * half), (batch, length, kv_heads, 2 * half))
     out_shape = [out_struct(shape, q.dtype, *inputs) for shape in shapes]
     return pl.pallas_call(
         functools.partial(_features_kernel, options=options, group=heads // kv_heads),
         grid=(heads, 1, -(-length // chunk), batch),
         in_specs=specs,
-        out_specs=[tokens(x) for x in out_shape],
+        out_specs=[token_spec(x, heads) for x in out_shape],
         out_shape=out_shape,
         compiler_params=compiler_params(sizes),
         interpret=interpret_mode(),
