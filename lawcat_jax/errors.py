@@ -5,12 +5,20 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from lawcat_jax.config import ConfigError
 
 
 class UserError(ValueError):
     """Something the user can mend. The message says what is wrong, where, and what to do."""
+
+
+def unraisable(arguments: Any) -> None:
+    """A ``sys.unraisablehook`` that leaves out what tensorstore tells an event loop that orbax closed at the first error of
+    a save or of a read: a traceback beside the one line that says what is wrong."""
+    if not (isinstance(arguments.exc_value, RuntimeError) and str(arguments.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(arguments)
 
 
 def run_main(main: Callable[[list[str]], int | None]) -> None:

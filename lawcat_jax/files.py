@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Directories and files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lawcat_jax.errors import UserError
 
@@ -53,6 +53,28 @@ def new_directory(target: str | os.PathLike, *, overwrite: bool = False) -> Iter
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+    """Write a file that appears under ``path`` only when it is complete; text is UTF-8.
+
+    Raises:
+      UserError: when the directory cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as problem:
+        raise UserError(f"cannot write {path}: {problem.strerror or problem}") from problem
+    try:
+        os.chmod(partial, 0o666 & ~_umask())  # mkstemp makes 0600: others could not read the result
+        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as out:
+            yield out
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
 def check_target(target: str | os.PathLike, *, overwrite: bool) -> None:
     """Refuse a target that would be destroyed, before any work is done.
 
@@ -90,5 +112,6 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def write_json(path: str | os.PathLike, value: dict[str, Any]) -> None:
-    """Write a JSON object, indented, keys in the given order."""
-    Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a JSON object, indented, keys in the given order; see :func:`atomic_file`."""
+    with atomic_file(path) as out:
+        out.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from lawcat_jax.config import (
     to_dict,
     type_problems,
 )
-from lawcat_jax.errors import UserError
+from lawcat_jax.errors import UserError, unraisable
 from lawcat_jax.files import new_directory, read_json, write_json
 from lawcat_jax.hf.mapping import base_shapes, flatten, unflatten
 from lawcat_jax.hf.read import TOKENIZER_FILES, Checkpoint, Progress, Shardings, resolve_source
@@ -240,6 +241,9 @@ def _checkpointer(**options: Any) -> Iterator[Any]:
     from absl import logging as absl_logging
     from orbax.checkpoint import type_handlers
 
+    # For good: the report comes from a thread, often after the error that it belongs to has been raised.
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = unraisable
     # Orbax copies host arrays before it writes, and compression buffers all of them at once: 2.9x the bytes.
     # Without both the peak is the arrays themselves; weights hardly compress anyway.
     try:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import IO
+from collections.abc import Callable, Mapping, Sequence
 
-from lawcat_jax.errors import UserError
 from lawcat_jax.evals.passkey import LengthResult
 from lawcat_jax.evals.perplexity import TextResult
+from lawcat_jax.files import atomic_file
 
 # one look a curve, told apart without colour as well; the colours are safe for colour-blind readers
 _LOOKS = (
@@ -21,28 +17,6 @@ _LOOKS = (
     {"color": "#009E73", "marker": "^", "linestyle": "-."},
     {"color": "#CC79A7", "marker": "D", "linestyle": ":"},
 )
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
-    """Write a file that appears under ``path`` only when it is complete.
-
-    Raises:
-      UserError: when the directory cannot be written.
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as problem:
-        raise UserError(f"cannot write {path}: {problem.strerror or problem}") from problem
-    try:
-        os.chmod(partial, 0o644)  # mkstemp makes 0600: others could not read the report
-        with os.fdopen(handle, mode) as out:
-            yield out
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
 
 
 def write_passkey_json(path: str | os.PathLike, model: str, results: Mapping[int, LengthResult]) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 import os
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lawcat_jax.config import Config, from_dict, to_dict
+from lawcat_jax.config import Config, from_dict
 from lawcat_jax.doctor import installed
 from lawcat_jax.files import read_json, write_json
 
@@ -98,11 +99,9 @@ class Measurement:
 
     def timed(self, seconds: list[float]) -> None:
         """Enter the seconds a step of every repeat so far."""
-        ordered = sorted(seconds)
-        middle = len(ordered) // 2
-        median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-        self.ms = {"median": 1e3 * median, "least": 1e3 * ordered[0], "most": 1e3 * ordered[-1]}
-        self.repeats = len(ordered)
+        median = statistics.median(seconds)
+        self.ms = {"median": 1e3 * median, "least": 1e3 * min(seconds), "most": 1e3 * max(seconds)}
+        self.repeats = len(seconds)
         self.tokens_per_second = self.batch * self.length / median
 
 
@@ -115,9 +114,7 @@ class Results:
     def put(self, measurement: Measurement) -> None:
         """Add a measurement, in place of an earlier one of the same stage and variant."""
         self._measurements[measurement.stage, measurement.variant] = dataclasses.asdict(measurement)
-        write_atomically(
-            self._path, {"versions": installed(PACKAGES), "measurements": list(self._measurements.values())}
-        )
+        write_json(self._path, {"versions": installed(PACKAGES), "measurements": list(self._measurements.values())})
 
 
 def read_results(path: str | os.PathLike) -> tuple[dict[str, str], list[Measurement]]:
@@ -130,21 +127,12 @@ def read_results(path: str | os.PathLike) -> tuple[dict[str, str], list[Measurem
 
 def write_request(path: str | os.PathLike, request: Request) -> None:
     """For :func:`read_request` in another process."""
-    write_atomically(path, dataclasses.asdict(request))
+    write_json(path, dataclasses.asdict(request))
 
 
 def read_request(path: str | os.PathLike) -> Request:
     """The inverse of :func:`write_request`."""
     return Request(**read_json(path))
-
-
-def write_atomically(path: str | os.PathLike, value: dict[str, Any]) -> None:
-    """A JSON object, written beside ``path`` and renamed: a reader never sees half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    write_json(temporary, value)
-    os.replace(temporary, path)
 
 
 def one_line(problem: BaseException) -> str:
@@ -172,8 +160,3 @@ def example_batch(vocabulary: int, batch: int, length: int, seed: int) -> dict[s
 def example_batches(vocabulary: int, batch: int, length: int) -> Iterator[dict[str, np.ndarray]]:
     """A few different :func:`example_batch`, in turn, without end."""
     return itertools.cycle([example_batch(vocabulary, batch, length, seed) for seed in range(4)])
-
-
-def as_values(config: Config) -> dict[str, Any]:
-    """A configuration for :class:`Request`."""
-    return to_dict(config)

@@ -9,8 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from lawcat_jax.config import Config, ModelConfig
+from lawcat_jax.config import Config, ModelConfig, to_dict
 from lawcat_jax.errors import UserError
+from lawcat_jax.files import write_json
 from lawcat_jax.throughput import records, report
 from lawcat_jax.throughput.records import Measurement, Request
 
@@ -136,7 +137,7 @@ class Benchmark:
         ours = {entry.stage: entry for entry in self.measurements if entry.side == "jax" and entry.trainable}
         results.unlink(missing_ok=True)  # of an earlier run
         return Request(
-            config=records.as_values(self._config),
+            config=to_dict(self._config),
             stages=stages,
             steps=options.steps,
             repeats=options.repeats,
@@ -172,11 +173,11 @@ class Benchmark:
         about = {
             "command": self._options.command,
             "settings": {name: getattr(self._options, name) for name in ("steps", "repeats", "warmup", "seconds")},
-            "config": records.as_values(self._config),
+            "config": to_dict(self._config),
         }
         date = time.strftime("%Y-%m-%d")
         value = report.as_json(self.measurements, self._versions, date, **about)
-        records.write_atomically(self._out / "throughput.json", value)
+        write_json(self._out / "throughput.json", value)
 
 
 def _missing(gla: str) -> str:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from lawcat_jax.errors import UserError
+from lawcat_jax.errors import UserError, unraisable
 from lawcat_jax.sharding import path_name
 
 Tree = Any
@@ -40,12 +40,6 @@ class Restored(NamedTuple):
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
-
-
-def _unraisable(arguments: Any) -> None:
-    # Tensorstore reports to an event loop that orbax closed at the first error of a save.
-    if not (isinstance(arguments.exc_value, RuntimeError) and str(arguments.exc_value) == "Event loop is closed"):
-        sys.__unraisablehook__(arguments)
 
 
 def is_full(problem: BaseException) -> bool:
@@ -103,7 +97,7 @@ class Checkpointer:
 
         # Orbax tells a dozen lines for every save, and a traceback in each of its threads before it raises the error.
         logging.getLogger("absl").addFilter(_not_of_orbax)
-        self._unraisable, sys.unraisablehook = sys.unraisablehook, _unraisable
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, unraisable
         self._ocp, self._primary = ocp, primary
         self._path = epath.Path(directory)
         if "://" not in str(directory):

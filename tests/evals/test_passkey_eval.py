@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 
+from lawcat_jax import files
 from lawcat_jax.config import EvalConfig
 from lawcat_jax.data.passkey import eval_samples
 from lawcat_jax.data.tokenize import decode, encode
@@ -161,7 +162,7 @@ def test_a_failing_write_leaves_the_old_report(tmp_path):
     target.write_text("old")
 
     def fail():
-        with report.atomic_file(target) as out:
+        with files.atomic_file(target) as out:
             out.write("half")
             raise RuntimeError
 
