@@ -54,10 +54,11 @@ def make_plan(q_shape, value_dim: int, lower_bound: float | None, platform: str)
     # Measured at d = 32 on a CPU: shorter chunks do less work within chunks, but one or two long ones win at T = 128.
     limit = 32 if cpu and length > 256 and max(features, value_dim) <= 64 else 64
     chunk = min(limit, 1 << max(0, length - 1).bit_length())
-    if lower_bound is None:
-        block = 1
+    if lower_bound is None or -lower_bound > MAX_NATS:
+        # Not even one row may have a reference of its own: a chunk of one row would be a block of one reference.
+        chunk, block = max(chunk, 2), 1
     else:
-        block = min(chunk, 1 << max(0, math.floor(math.log2(max(1.0, MAX_NATS / -lower_bound)))))
+        block = min(chunk, 1 << math.floor(math.log2(MAX_NATS / -lower_bound)))
     chunks = -(-length // chunk)
     budget = CPU_STATE_BUDGET_BYTES if cpu else STATE_BUDGET_BYTES
     most = max(2 if cpu else 1, budget // (batch * heads * features * value_dim * 4))
@@ -164,9 +165,9 @@ def _into_half(x: jax.Array, which: int) -> jax.Array:
     return pair.reshape(*pair.shape[:-4], -1, pair.shape[-1])
 
 
-def _masked(x: jax.Array) -> jax.Array:
-    """Zero above the diagonal, by ``where``: the entries there may be inf."""
-    return jnp.where(_lower(x.shape[-1]) > 0, x, 0.0)
+def _masked(x: jax.Array, diagonal: int = 0) -> jax.Array:
+    """Zero above the ``diagonal``, by ``where``: the entries there may be inf."""
+    return jnp.where(np.tri(x.shape[-1], k=diagonal) > 0, x, 0.0)
 
 
 def _scores(q, k, q_in, k_out, decay: _Decay, plan: Plan, dtype) -> jax.Array:
@@ -194,8 +195,8 @@ def _scores(q, k, q_in, k_out, decay: _Decay, plan: Plan, dtype) -> jax.Array:
 
 
 def _scores_vjp(dA, q, k, q_in, k_out, decay: _Decay, plan: Plan, dtype) -> tuple[jax.Array, jax.Array]:
-    """Sum_j dA_ij k_j e^(b_i - b_j) and Sum_i dA_ij q_i e^(b_i - b_j); of one reference still without the factor of its
-    own row."""
+    """Sum_j dA_ij k_j e^(b_i - b_j) and Sum_i dA_ij q_i e^(b_i - b_j) for dA below the diagonal; of one reference still
+    without the factor of its own row."""
     if plan.block == plan.chunk:
         return einsum("bhnij,bhnjc->bhnic", dA, k_out), einsum("bhnij,bhnic->bhnjc", dA, q_in)
     dq, dk = jnp.zeros_like(q), jnp.zeros_like(k)
@@ -210,8 +211,7 @@ def _scores_vjp(dA, q, k, q_in, k_out, decay: _Decay, plan: Plan, dtype) -> tupl
         grad = grad.reshape(*grad.shape[:-4], -1, size, size)
         size //= 2
     if decay.diagonal is None:
-        grad = grad[..., 0].astype(jnp.float32)
-        return dq + grad * k, dk + grad * q
+        return dq, dk
     row, col = decay.diagonal
     left = _round(_times(_blocks(q, plan.block), row), dtype)
     right = _round(_times(_blocks(k, plan.block), col), dtype)
@@ -319,7 +319,10 @@ def _backward_group(q, k, v, log_g, do, S0, z0, dS_end, dz_end, plan: Plan, norm
     dA = _flat(einsum("bhgniv,bhnjv->bhgnij", _grouped(dn, value_heads), v))
     if delta is not None:
         dA += delta[..., None]
-    dA = _round(_masked(dA), dtype)
+    # A token's score with itself has no gates in it. In dlog_g its parts of q dq and of k dk cancel; with strong gates
+    # they are most of both, and their rounding would be left over.
+    own = jnp.diagonal(dA, axis1=-2, axis2=-1).astype(jnp.float32)[..., None]
+    dA = _round(_masked(dA, -1), dtype)
     dq_local, dk_local = _scores_vjp(dA, q, k, q_in, k_out, decay, plan, dtype)
     dq_state = einsum("bhniv,bhncv->bhnic", dn, S_in)
     if delta is not None:
@@ -340,7 +343,7 @@ def _backward_group(q, k, v, log_g, do, S0, z0, dS_end, dz_end, plan: Plan, norm
     anchor = jnp.sum(_grouped(anchor, gate_heads), axis=2)
     local = jnp.sum(_grouped(q * dq - k * dk, gate_heads), axis=2)
     dlog_g = _rows(_lower(plan.chunk).T, local) + anchor[..., None, :]
-    return dq, dk, dv, dlog_g, dS0, dz0
+    return dq + own * k, dk + own * q, dv, dlog_g, dS0, dz0
 
 
 def _pad(x: jax.Array, plan: Plan) -> jax.Array:

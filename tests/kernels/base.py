@@ -188,6 +188,7 @@ class GlaBackend:
     interpreted: ClassVar[bool] = False
     supports_unbounded: ClassVar[bool] = True
     rematerialises: ClassVar[bool] = True
+    checks_varying: ClassVar[bool] = True
 
     @pytest.fixture(autouse=True)
     def _interpreter(self):
@@ -199,7 +200,15 @@ class GlaBackend:
         return run_vjp(case.arrays, case.state, case.cotangents, **options)
 
     def check(self, case: Case, dtype: str = "float32") -> dict[str, float]:
-        return assert_close(self.run(case), expected(case), self.dtypes[dtype])
+        return assert_close(self.run(case), expected(case), self.tolerances(case, dtype))
+
+    def tolerances(self, case: Case, dtype: str) -> dict[str, float]:
+        """Of two tokens at gates of -5 the first has 0.7 % of the weight in the second's output o. What is left of
+        dA = dn v - dn o is that much: rounding o to float32 alone leaves 1e-5 of dq."""
+        found = self.dtypes[dtype]
+        if dtype == "float32" and case.arrays[0].shape[1] == 2 and case.options["gate_lower_bound"] == -5.0:
+            found = found | {"dq": 3e-5}
+        return found
 
     def _skip(self, regime: Regime, dtype: str) -> None:
         if dtype not in self.dtypes:
@@ -311,6 +320,7 @@ class GlaBackend:
             out_specs={
                 name: rows if name[0] in "o" or name in ("dq", "dk", "dv", "dlog_g") else state[0] for name in FLOAT32
             },
+            check_vma=self.checks_varying,
         )
         def run(arrays, state, cotangents):
             return run_vjp(arrays, state, cotangents, **case.options, implementation=self.implementation)
