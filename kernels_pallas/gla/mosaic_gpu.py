@@ -49,8 +49,9 @@ HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 PARTS = 16
 """Columns of z~ as an operand, the narrowest swizzled line: its high and its low part, eight times each."""
 
-STAGES = 2
-"""Chunks in shared memory: at d = 128 two fill it."""
+STAGES = {True: 2, False: 4}
+"""Chunks in shared memory, with outputs and without. At d = 128 two fill it where there are q and o. The summary of a segment
+has little to do between two chunks: with two, loads would not be hidden."""
 
 REGISTERS = (96, 160)
 """A thread of a preparing and of a recurrent warpgroup, where there are two of each: the state alone takes 64."""
@@ -108,6 +109,7 @@ def _kernel(
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     outputs, given, normalize = flags["outputs"], flags["given"], flags["normalize"]
+    stages = STAGES[outputs]
     refs = iter(refs)
     c_ref = next(refs)
     q_ref = next(refs) if outputs else None
@@ -138,7 +140,7 @@ def _kernel(
         h = lax.axis_index("head") * heads + j
 
         def slot_of(i):
-            return j * STAGES + lax.rem(i, jnp.int32(STAGES))
+            return j * stages + lax.rem(i, jnp.int32(stages))
 
         def load(i):
             """Start the copies of chunk i, all in one barrier's count. Rows beyond the sequence arrive as zeros: they
@@ -158,7 +160,7 @@ def _kernel(
         if p == 0:
             if j == 0:
                 plgpu.copy_gmem_to_smem(c_ref, c_s, constants)
-            for i in range(STAGES):
+            for i in range(stages):
                 pl.when(i < count)(functools.partial(load, jnp.int32(i)))
         plgpu.barrier_wait(constants)
 
@@ -200,7 +202,7 @@ def _kernel(
             (added,) = products(((WIDTH, 8), (transposed(k), eight_halves)))
             z = decay * (z + 2.0 * jnp.max(added, axis=1))
             if p == 0:
-                following = i + (STAGES - 1)
+                following = i + (stages - 1)
 
                 @pl.when((i > 0) & (following < count))
                 def _():
@@ -219,7 +221,7 @@ def _kernel(
             z_ref[b, h, segment, columns] = z
             L_ref[b, h, segment, columns] = L
         if p == 0:
-            for back in range(STAGES):  # of every barrier each phase is waited for
+            for back in range(stages):  # of every barrier each phase is waited for
 
                 @pl.when(count > back)
                 def _(back=back):
@@ -244,7 +246,7 @@ def _kernel(
 
         def step(i, carry):
             S, pending = carry
-            slot = j * STAGES + lax.rem(i, jnp.int32(STAGES))
+            slot = j * stages + lax.rem(i, jnp.int32(stages))
             plgpu.barrier_wait(ready.at[slot])
 
             # References are formed where they are used: the index constants of one from outside have no place in the body
@@ -389,7 +391,7 @@ def _launch(
     def vectors(*lead: int) -> Any:
         return plgpu.SMEM((*lead, CHUNK), f32)
 
-    slots = heads * STAGES
+    slots = heads * STAGES[outputs]
     scratch = [tiles(2), *(tiles(slots, preparing),) * 2, tiles(slots, recurrent), vectors(slots, preparing)]
     if outputs:
         scratch += [tiles(slots, preparing), tiles(heads * recurrent, preparing), tiles(heads * recurrent)]
@@ -424,9 +426,13 @@ def _launch(
 
 def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: float | None, save_residuals: bool) -> Any:
     """See ``kernels_pallas.gla`` for the signature. Residuals as in ``triton``, whose backward pass takes them."""
+    length = q.shape[1]
+    if save_residuals and length <= triton.SHORT:  # it keeps o in float32 for the gradients
+        return triton.forward(
+            q, k, v, log_g, initial_state, normalize=normalize, lower_bound=lower_bound, save_residuals=True
+        )
     residuals = (q, k, v, log_g)
     heads, split = plan(q, v)
-    length = q.shape[1]
     q, k, v, log_g = padded(q, k, v, log_g)
     gates, bound = log_g, lower_bound
     if log_g.dtype != bf16:  # a pass over the gates anyway, or none where XLA fuses it into what makes them
