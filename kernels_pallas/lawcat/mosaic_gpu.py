@@ -77,6 +77,8 @@ def _features_kernel(*refs, tiles: int, count: int, taps: int, blocks: int, half
     h, group, b, wg = (lax.axis_index(name) for name in ("head", "tiles", "batch", "warpgroup"))
     first = group * tiles
     steps = jnp.minimum(tiles, count - first)
+    # Shifts waited for at once: two blocks leave no registers for more than one.
+    together = taps - 1 if blocks == 1 else 1
 
     def product(shape: tuple[int, int], *pairs: Any) -> jax.Array:
         return products((shape, *pairs), in_registers=True)[0]
@@ -129,14 +131,15 @@ def _features_kernel(*refs, tiles: int, count: int, taps: int, blocks: int, half
                 back = taps - 1 - t
                 here = diagonal(CHUNK, -back)
                 before = diagonal(HALO, HALO - back)
-                halo, x = halo_s.at[side, slot, p], x_s.at[side, slot, p]
-                return product((CHUNK, WIDTH), (before, halo), (here, x))
+                return (CHUNK, WIDTH), (before, halo_s.at[side, slot, p]), (here, x_s.at[side, slot, p])
 
             us = []
             for p in range(blocks):
                 u = plgpu.load(x_s.at[side, slot, p], layout=tile).astype(f32) * tap(taps - 1, p)
-                for t in range(taps - 1):
-                    u += shifted(t, p) * tap(t, p)
+                for start in range(0, taps - 1, together):
+                    which = range(start, min(start + together, taps - 1))
+                    for t, x in zip(which, products(*(shifted(t, p) for t in which), in_registers=True), strict=True):
+                        u += x * tap(t, p)
                 us.append(u.astype(bf16))
 
             s = product((CHUNK, half), *((u, phi_s.at[p]) for p, u in enumerate(us)))
