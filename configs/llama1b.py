@@ -4,8 +4,9 @@ Command: ``python -m lawcat_jax.train --config=configs/llama1b.py`` (``:instruct
 without weights: add ``--config.dry_run=True``. The teacher is gated on the Hugging Face hub: accept its licence and log
 in (``hf auth login``), or give a local copy with ``--config.teacher.source=<directory>``.
 
-Hardware: one accelerator with 24 GB or more. ``:gpu`` is ``base`` for one GPU with 40 GB or more: the same training, with
-layers unrolled and no activations recomputed. Data: 10,000 passkey samples of 870 words, about 1.16 K tokens each.
+Hardware: one accelerator with 24 GB or more. ``:gpu`` is ``base`` for GPUs with 40 GB or more: the same training, with
+layers unrolled, no activations recomputed and the model whole on every GPU. Data: 10,000 passkey samples of 870 words,
+about 1.16 K tokens each.
 Expected from the paper: S-NIAH-1 100 % at 1K to 4K tokens and 80 % at 8K (with its own distillation data).
 """
 
@@ -15,6 +16,7 @@ from lawcat_jax.config import (
     DataConfig,
     EvalConfig,
     LoraConfig,
+    MeshConfig,
     ModelConfig,
     RopeScaling,
     StageConfig,
@@ -79,5 +81,7 @@ def get_config(variant: str = "base") -> Config:
             loss_chunk=256,  # 128 K logits a token: at once they would take 5 GB
             data=data,
         ),
+        # One GPU holds the model: several share the batch, and exchange only the gradients of what is trained.
+        mesh=MeshConfig(data=-1, fsdp=1) if gpu else MeshConfig(),
         eval=EvalConfig(lengths=(1024, 2048, 4096, 8192, 16384), samples=50, batch_size=10),
     )
