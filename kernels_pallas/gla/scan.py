@@ -319,9 +319,13 @@ def _backward_group(q, k, v, log_g, do, S0, z0, dS_end, dz_end, plan: Plan, norm
     dA = _flat(einsum("bhgniv,bhnjv->bhgnij", _grouped(dn, value_heads), v))
     if delta is not None:
         dA += delta[..., None]
-    # A token's score with itself has no gates in it. In dlog_g its parts of q dq and of k dk cancel; with strong gates
-    # they are most of both, and their rounding would be left over.
-    own = jnp.diagonal(dA, axis1=-2, axis2=-1).astype(jnp.float32)[..., None]
+    # A token's score with itself goes apart. There are no gates in it: its parts of q dq and k dk in dlog_g cancel, and
+    # with strong gates, where they are most of both, their rounding would be left over. And v - o is small there: the
+    # difference first, then the product with dn.
+    difference = v.astype(jnp.float32)[:, :, None]
+    if delta is not None:
+        difference = difference - _grouped(num / den[..., None], value_heads)
+    own = jnp.sum(_flat(_grouped(dn.astype(jnp.float32), value_heads) * difference), axis=-1, keepdims=True)
     dA = _round(_masked(dA, -1), dtype)
     dq_local, dk_local = _scores_vjp(dA, q, k, q_in, k_out, decay, plan, dtype)
     dq_state = einsum("bhniv,bhncv->bhnic", dn, S_in)
@@ -330,19 +334,21 @@ def _backward_group(q, k, v, log_g, do, S0, z0, dS_end, dz_end, plan: Plan, norm
     dk_state = _flat(einsum("bhnjv,bhgncv->bhgnjc", v, _grouped(dS_out, value_heads))) + dz_out[..., None, :]
     dk_state = _times(dk_state, decay.cols)
     if plan.block == plan.chunk:
-        dq = _times(dq_local + dq_state, decay.rows)
-        dk = _times(dk_local, decay.cols) + dk_state
+        dq, dk = _times(dq_local + dq_state, decay.rows), _times(dk_local, decay.cols)
     else:
-        dq = dq_local + _times(dq_state, decay.rows)
-        dk = dk_local + dk_state
+        dq, dk = dq_local + _times(dq_state, decay.rows), dk_local
     dv = einsum("bhgnij,bhgniv->bhnjv", _grouped(scores, value_heads), _grouped(dn, value_heads))
     dv += einsum("bhgnjc,bhgncv->bhnjv", _grouped(k_out, value_heads), _grouped(dS_out, value_heads))
 
-    # The gate gradient is anchored at the end of every chunk: its error does not grow with the length of the sequence.
-    anchor = _times(jnp.sum(S * dS, axis=-1) + z * dz, decay.total) + jnp.sum(k * dk_state, axis=-2)
-    anchor = jnp.sum(_grouped(anchor, gate_heads), axis=2)
-    local = jnp.sum(_grouped(q * dq - k * dk, gate_heads), axis=2)
-    dlog_g = _rows(_lower(plan.chunk).T, local) + anchor[..., None, :]
+    # A gate acts on what was written before it and is read from it on: by rows of the chunk, or from its end. Sums reach
+    # no further than the chunk, so that the error does not grow with the length of the sequence.
+    def of_gates(x):
+        return jnp.sum(_grouped(x, gate_heads), axis=2)
+
+    through = of_gates(_times(jnp.sum(S * dS, axis=-1) + z * dz, decay.total))
+    dlog_g = _rows(_lower(plan.chunk).T, of_gates(q * dq - k * dk)) + through[..., None, :]
+    dlog_g += _rows(_after(plan.chunk).T, of_gates(k * dk_state))
+    dk += dk_state
     return dq + own * k, dk + own * q, dv, dlog_g, dS0, dz0
 
 

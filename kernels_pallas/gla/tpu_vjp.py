@@ -83,13 +83,18 @@ def _normalised(do: jax.Array, num: jax.Array, inverse: jax.Array | None, plan: 
     return dn, head_sums(dn.astype(jnp.float32) * num * -inverse, plan)
 
 
+def _without_own(grad: jax.Array, size: int) -> jax.Array:
+    """grad [rows, pack * size] without the scores of tokens with themselves: they go apart."""
+    i, j = (lax.broadcasted_iota(jnp.int32, grad.shape, axis) for axis in (0, 1))
+    return jnp.where(i == (j & (size - 1)), 0.0, grad)
+
+
 def _score_grads(score: Scores, decay_columns, dn, delta, v, dq: _Rows, dk: _Rows, plan: Plan) -> jax.Array:
     """Adds what one block of columns contributes to dq and dk; returns its part of dv [size, lanes]."""
     start, size = decay_columns.start, decay_columns.size
     rows, columns = slice(start, plan.chunk), slice(start, start + size)
     grad = dot(dn[rows], stack_heads(v[columns], plan), "nt")
-    if delta is not None:
-        grad = grad + spread_columns([d[rows] for d in delta], plan, size)
+    grad = _without_own(grad, size) if delta is None else grad + spread_columns([d[rows] for d in delta], plan, size)
     for term, (left, right) in zip(decay_columns.terms, score.operands, strict=True):
         masked = mask_scores(grad, term.mask, decay_columns, plan).astype(plan.dtype)
         dq.add(start, term.q, dot(masked, right, "nn"))
@@ -130,9 +135,16 @@ def _tile_grads(q, k, v, do, S, z, dS, dz, decay: Decays, plan: Plan, normalize:
     factor = 1.0 if decay.into is None else decay.into
     dS = decay.total * dS + factor * update
     dz = decay.total * dz
-    if delta is not None:
+    dgate = q * dq - k * dk
+    if delta is None:
+        # A token's score with itself has no gates in it. Its parts of q dq and k dk cancel, but with strong gates they
+        # are most of both, and their rounding would be left over. With a denominator they are next to nothing there.
+        own = head_sums(dn.astype(jnp.float32) * v.astype(jnp.float32), plan)
+        own = spread_columns(own, plan, plan.width)
+        dq, dk = dq + own * k, dk + own * q
+    else:
         dz = dz + factor * jnp.sum(spread * q_in.astype(jnp.float32), axis=0, keepdims=True)
-    return _TileGrads(dq, dk, dv, q * dq - k * dk, anchor, dS, dz)
+    return _TileGrads(dq, dk, dv, dgate, anchor, dS, dz)
 
 
 def _add_group(total: dict[tuple[int, ...], jax.Array], x: jax.Array, heads: list[int]) -> None:
