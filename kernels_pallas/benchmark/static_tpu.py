@@ -95,11 +95,13 @@ def compile_case(
     bound: float | None,
     dtype: str,
     carried: bool = False,
+    normalize: bool = True,
 ) -> Any:
     """Compiles an operation for one device of ``chip``; returns the jax ``Compiled``. Needs libtpu.
 
-    ``mode``: "forward" and "gradient" of gated_linear_attention, "prefill" of lawcat_attention (``carried``: from a state),
-    "decode" (one token from a state, in place), or what XLA makes of parts of the last two: "front", "xla_decode".
+    ``mode``: "forward" and "gradient" of gated_linear_attention (``normalize`` as there), "prefill" of lawcat_attention
+    (``carried``: from a state), "decode" (one token from a state, in place), or what XLA makes of parts of the last two:
+    "front", "xla_decode".
     """
     import jax
     import jax.numpy as jnp
@@ -121,9 +123,8 @@ def compile_case(
         return x.reshape(*x.shape[:2], -1, shape.size)
 
     def attention(*arrays):
-        o, state = kp.gated_linear_attention(
-            *(split(x) for x in arrays), gate_lower_bound=bound, implementation="pallas_tpu"
-        )
+        options = {"gate_lower_bound": bound, "normalize": normalize, "implementation": "pallas_tpu"}
+        o, state = kp.gated_linear_attention(*(split(x) for x in arrays), **options)
         return o.reshape(batch, length, -1), state
 
     def gradient(*arrays):

@@ -43,6 +43,8 @@ OTHERS = [
     ((4, 2, 32), "gradient", 17, -1.25, "float32"),
     ((4, 2, 256), "gradient", 300, -1.25, "bfloat16"),
     ((3, 3, 64), "gradient", 1, -1.25, "float32"),
+    (LLAMA, "gradient", 4096, -1.25, "bfloat16", {"normalize": False}),
+    (MISTRAL, "gradient", 4096, -5.0, "bfloat16", {"normalize": False}),
 ]
 CARRIED = {"carried": True}
 LAWCAT = [
