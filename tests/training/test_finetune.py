@@ -144,4 +144,6 @@ def test_the_gpu_variant_trains_the_same():
     for stage in ("stage1", "stage2"):
         changes = {"unroll_layers": False, "remat": getattr(base, stage).remat}
         setattr(gpu, stage, dataclasses.replace(getattr(gpu, stage), **changes))
+    assert (gpu.mesh.data, gpu.mesh.fsdp) == (-1, 1)
+    gpu.mesh = base.mesh
     assert gpu == base
