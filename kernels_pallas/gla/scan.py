@@ -296,14 +296,26 @@ def _backward_group(q, k, v, log_g, do, S0, z0, dS_end, dz_end, plan: Plan, norm
     S, z, _, _ = _scan_states(decay.total, *_summaries(k_out, v, decay), S0, z0)
     S_in, z_in = _scaled_state(S, z, decay.into, dtype)
     scores = _round(_scores(q, k, q_in, k_out, decay, plan, dtype), dtype)
+    # A token's score with itself goes apart: it has no gates in it, so its parts of q dq and k dk in dlog_g cancel.
+    # Where it is most of the denominator v - o is small too, and comes from the other scores: with strong gates the
+    # rounding of differences would be all that is left.
+    own = jnp.diagonal(scores, axis1=-2, axis2=-1).astype(jnp.float32)[..., None]
+    earlier = _masked(scores, -1)
+    values = v.astype(jnp.float32)[:, :, None]
 
     do = do.astype(jnp.float32)
     if normalize:
-        num, den = _outputs(scores, q_in, v, S_in, z_in, True)
-        dn = _round(do / den[..., None], dtype)
-        delta = -jnp.sum(dn.astype(jnp.float32) * num, axis=-1) / den
+        num, before = _outputs(earlier, q_in, v, S_in, z_in, True)
+        before = before[..., None]
+        den = before + own
+        num, before, own, by_value = (_grouped(x, value_heads) for x in (num, before, own, den))
+        difference = (values * before - num) / by_value
+        num = _flat(num + own * values)
+        dn = _round(do / den, dtype)
+        delta = -jnp.sum(dn.astype(jnp.float32) * num, axis=-1) / den[..., 0]
     else:
-        dn, delta = _round(do, dtype), None
+        dn, delta, difference = _round(do, dtype), None, values
+    own = jnp.sum(_flat(_grouped(dn.astype(jnp.float32), value_heads) * difference), axis=-1, keepdims=True)
 
     # Cotangents of the state at the end of every chunk.
     dS_chunk = einsum("bhnic,bhniv->bhncv", q_in, dn)
@@ -319,13 +331,6 @@ def _backward_group(q, k, v, log_g, do, S0, z0, dS_end, dz_end, plan: Plan, norm
     dA = _flat(einsum("bhgniv,bhnjv->bhgnij", _grouped(dn, value_heads), v))
     if delta is not None:
         dA += delta[..., None]
-    # A token's score with itself goes apart. There are no gates in it: its parts of q dq and k dk in dlog_g cancel, and
-    # with strong gates, where they are most of both, their rounding would be left over. And v - o is small there: the
-    # difference first, then the product with dn.
-    difference = v.astype(jnp.float32)[:, :, None]
-    if delta is not None:
-        difference = difference - _grouped(num / den[..., None], value_heads)
-    own = jnp.sum(_flat(_grouped(dn.astype(jnp.float32), value_heads) * difference), axis=-1, keepdims=True)
     dA = _round(_masked(dA, -1), dtype)
     dq_local, dk_local = _scores_vjp(dA, q, k, q_in, k_out, decay, plan, dtype)
     dq_state = einsum("bhniv,bhncv->bhnic", dn, S_in)

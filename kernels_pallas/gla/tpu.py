@@ -44,7 +44,7 @@ from kernels_pallas.gla.tpu_plan import (
     unpack_state,
     vmem_bytes,
 )
-from kernels_pallas.gla.tpu_tiles import TileInputs, next_state, read_out, tile_inputs, tile_of
+from kernels_pallas.gla.tpu_tiles import TileInputs, next_state, read_out, reciprocal, tile_inputs, tile_of
 
 INTERPRET: Any = True
 """What ``pallas_call`` gets in interpret mode; tests set ``pltpu.InterpretParams`` here."""
@@ -93,8 +93,8 @@ def attend_tile(tile: int, q, k, shared: TileInputs, o_ref, S_ref, z_ref, plan: 
     """One tile of the chunk: writes its outputs, moves its state on. q, k float32 [C, lanes]."""
     v, decay = shared.values(tile, plan), shared.decays(tile, plan)
     S, z = S_ref[0, tile], z_ref[0, 0, tile : tile + 1]
-    num, inverse, _, _ = read_out(q, k, v, S, z, decay, plan, normalize)
-    out = num if inverse is None else num * inverse
+    num, den, _, _ = read_out(q, k, v, S, z, decay, plan, normalize)
+    out = num if den is None else num * reciprocal(den, plan)
     o_ref[0, :, tile * plan.lanes : (tile + 1) * plan.lanes] = out.astype(o_ref.dtype)
     S_ref[0, tile], z_ref[0, 0, tile : tile + 1] = next_state(k, v, S, z, decay, plan)
 

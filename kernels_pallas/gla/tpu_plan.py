@@ -18,6 +18,12 @@ FORWARD_CHUNK = 256
 MAX_NATS = 80.0
 """Largest c |log_g| of one reference block (kernels must stay below e^88)."""
 
+FLOAT32_NATS = 40.0
+"""The same in float32, whose rounding of the exponents is the largest error there: it grows with them."""
+
+STRONG_GATE = -1.25
+"""The layer's bound. Beyond it one step leaves so little of a state that gradients in bfloat16 need more care."""
+
 MAX_PAIR_BLOCKS = 4
 VMEM_LIMIT_BYTES = 48 * 2**20
 """Scoped VMEM asked for: below the 64 MiB of a v5p or v7x core."""
@@ -41,6 +47,7 @@ class Plan(NamedTuple):
     chunk: int
     block: int
     dtype: Any
+    strong_gates: bool
 
     @property
     def lanes(self) -> int:
@@ -74,11 +81,11 @@ class Plan(NamedTuple):
 # Planning
 
 
-def _block_rows(lower_bound: float | None, chunk: int) -> int:
+def _block_rows(lower_bound: float | None, chunk: int, dtype) -> int:
     """Largest power of two of rows that one reference may span."""
     if lower_bound is None:
         return 1
-    rows = MAX_NATS / max(-lower_bound, 1e-30)
+    rows = (FLOAT32_NATS if dtype == jnp.float32 else MAX_NATS) / max(-lower_bound, 1e-30)
     return min(chunk, 1 << math.floor(math.log2(max(1.0, min(rows, chunk)))))
 
 
@@ -110,12 +117,14 @@ def make_plan(q, v, log_g, lower_bound: float | None, *, forward: bool = False, 
     even = [n for n in small if (heads // n) % 2 == 0]
     count = max(even or small or fitting[:1])
     dtype = jnp.dtype(q.dtype)
-    wide = (
-        forward and dtype == jnp.bfloat16 and _block_rows(lower_bound, FORWARD_CHUNK) * MAX_PAIR_BLOCKS >= FORWARD_CHUNK
-    )
+    wide = forward and dtype == jnp.bfloat16
+    wide = wide and _block_rows(lower_bound, FORWARD_CHUNK, dtype) * MAX_PAIR_BLOCKS >= FORWARD_CHUNK
     chunk = min(FORWARD_CHUNK if wide else MAX_CHUNK, max(16, 1 << (length - 1).bit_length()))
-    block = _block_rows(lower_bound, chunk)
-    return Plan(batch, length, heads, v_group, g_group, features, values, width, pack, count, chunk, block, dtype)
+    block = _block_rows(lower_bound, chunk, dtype)
+    strong = lower_bound is None or lower_bound < STRONG_GATE
+    return Plan(
+        batch, length, heads, v_group, g_group, features, values, width, pack, count, chunk, block, dtype, strong
+    )
 
 
 def vmem_bytes(plan: Plan, *, backward: bool) -> int:

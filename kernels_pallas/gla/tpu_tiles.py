@@ -105,6 +105,10 @@ class Columns(NamedTuple):
     size: int
     terms: tuple[Term, ...]
 
+    def used(self, *, own: bool) -> tuple[Term, ...]:
+        """The terms, but none that holds only the scores of tokens with themselves unless ``own``."""
+        return tuple(term for term in self.terms if own or term.q is not None)
+
 
 class Decays(NamedTuple):
     """Factors of one tile. q * into_rows meets the state times ``into``; k * out_rows, times ``out``, adds to it
@@ -187,14 +191,15 @@ def scaled(x: jax.Array, factor: jax.Array | None, plan: Plan) -> jax.Array:
     return (x if factor is None else x * factor).astype(plan.dtype)
 
 
-def mask_scores(x: jax.Array, mask: jax.Array | None, columns: Columns, plan: Plan) -> jax.Array:
-    """x [rows, pack * size] where the scores of a term live, else 0."""
-    if mask is not None:
-        return jnp.where(mask, x, 0.0)
+def mask_scores(x: jax.Array, mask: jax.Array | None, columns: Columns, plan: Plan, *, own: bool) -> jax.Array:
+    """x [rows, pack * size] where the scores of a term live, else 0; ``own``: those of tokens with themselves too."""
     size = columns.size
-    i = lax.broadcasted_iota(jnp.int32, (size, size * plan.pack), 0)
-    j = lax.broadcasted_iota(jnp.int32, (size, size * plan.pack), 1) & (size - 1)
-    top = jnp.where(i >= j, x[:size], 0.0)
+    rows = size if mask is None else x.shape[0]
+    i = lax.broadcasted_iota(jnp.int32, (rows, size * plan.pack), 0)
+    j = lax.broadcasted_iota(jnp.int32, (rows, size * plan.pack), 1) & (size - 1)
+    if mask is not None:
+        return jnp.where(mask if own else mask & (i > j), x, 0.0)
+    top = jnp.where(i >= j if own else i > j, x[:size], 0.0)
     return top if x.shape[0] == size else jnp.concatenate([top, x[size:]], axis=0)
 
 
@@ -205,16 +210,16 @@ class Scores(NamedTuple):
     operands: tuple[tuple[jax.Array, jax.Array], ...]
 
 
-def scores(q: jax.Array, k: jax.Array, columns: Columns, plan: Plan) -> Scores:
-    """q, k float32 tiles [C, lanes]."""
+def scores(q: jax.Array, k: jax.Array, columns: Columns, plan: Plan, *, own: bool) -> Scores:
+    """q, k float32 tiles [C, lanes]; without ``own``, zero where a token meets itself."""
     rows = slice(columns.start, columns.start + columns.size)
     a, operands = None, []
-    for term in columns.terms:
+    for term in columns.used(own=own):
         left = scaled(q[columns.start :], term.q, plan)
         right = stack_heads(scaled(k[rows], term.k, plan), plan)
         product = dot(left, right, "nt")
         if a is None:
-            a = mask_scores(product, term.mask, columns, plan)
+            a = mask_scores(product, term.mask, columns, plan, own=own)
         else:
             a = jnp.where(term.mask, product, a)
         operands.append((left, right))
@@ -252,14 +257,15 @@ def reciprocal(x: jax.Array, plan: Plan) -> jax.Array:
     return estimate * (2.0 - x * estimate)
 
 
-def read_out(q, k, v, S, z, decay: Decays, plan: Plan, normalize: bool):
-    """Numerator of a tile (float32 [C, lanes]) and 1 / denominator ([C, lanes], or [C, 1] for one head, or None).
+def read_out(q, k, v, S, z, decay: Decays, plan: Plan, normalize: bool, *, own: bool = True):
+    """Numerator of a tile (float32 [C, lanes]) and denominator + eps ([C, lanes], or [C, 1] for one head, or None);
+    ``own``: with the scores of tokens with themselves.
 
-    Returns (num, inverse, state operand of q, scores of every Columns). The denominator sums the rounded scores and the
+    Returns (num, den, state operand of q, scores of every Columns). The denominator sums the rounded scores and the
     rounded q of the numerator; it does so outside the matrix unit, which is the busier one here.
     """
     shared = decay.columns[0].terms[0].q is decay.into_rows
-    found = [scores(q, k, columns, plan) for columns in decay.columns]
+    found = [scores(q, k, columns, plan, own=own) for columns in decay.columns]
     q_in = found[0].operands[0][0] if shared else scaled(q, decay.into_rows, plan)
     num = dot(q_in, state_operand(S, decay.into, plan), "nt")
     for columns, score in zip(decay.columns, found, strict=True):
@@ -281,7 +287,7 @@ def read_out(q, k, v, S, z, decay: Decays, plan: Plan, normalize: bool):
     else:
         sums = zip(head_sums(weighted, plan), head_sums(total, plan, size), strict=True)
         den = [state + scores for state, scores in sums]
-    return num, reciprocal(spread_columns(den, plan) + EPS, plan), q_in, found
+    return num, spread_columns(den, plan) + EPS, q_in, found
 
 
 def next_state(k: jax.Array, v: jax.Array, S: jax.Array, z: jax.Array, decay: Decays, plan: Plan):

@@ -29,6 +29,7 @@ from kernels_pallas.gla.tpu_tiles import (
     mask_scores,
     pick_heads,
     read_out,
+    reciprocal,
     scaled,
     spread_columns,
     stack_heads,
@@ -66,11 +67,13 @@ class _Rows:
 
 
 class _TileGrads:
-    """Gradients of one tile, float32 [C, lanes]; ``dgate`` is q dq - k dk, to be summed over later rows, ``anchor``
-    its constant."""
+    """Gradients of one tile, float32 [C, lanes]. The gate gradient is ``dgate``, q dq - k dk within the chunk, summed
+    over this row and the later ones, plus ``dgate_out`` (or None), k dk through the state at the end, over the earlier
+    ones, plus ``anchor``, what goes from state to state."""
 
-    def __init__(self, dq, dk, dv, dgate, anchor, dS, dz):
-        self.dq, self.dk, self.dv, self.dgate, self.anchor, self.dS, self.dz = dq, dk, dv, dgate, anchor, dS, dz
+    def __init__(self, dq, dk, dv, dgate, dgate_out, anchor, dS, dz):
+        self.dq, self.dk, self.dv, self.dS, self.dz = dq, dk, dv, dS, dz
+        self.dgate, self.dgate_out, self.anchor = dgate, dgate_out, anchor
 
 
 def _normalised(do: jax.Array, num: jax.Array, inverse: jax.Array | None, plan: Plan):
@@ -83,20 +86,25 @@ def _normalised(do: jax.Array, num: jax.Array, inverse: jax.Array | None, plan: 
     return dn, head_sums(dn.astype(jnp.float32) * num * -inverse, plan)
 
 
-def _without_own(grad: jax.Array, size: int) -> jax.Array:
-    """grad [rows, pack * size] without the scores of tokens with themselves: they go apart."""
-    i, j = (lax.broadcasted_iota(jnp.int32, grad.shape, axis) for axis in (0, 1))
-    return jnp.where(i == (j & (size - 1)), 0.0, grad)
+def _own_apart(plan: Plan, normalize: bool) -> bool:
+    """Whether the score of a token with itself goes apart.
+
+    There are no gates in it, so its parts of q dq and k dk in dlog_g cancel; and where it is most of the denominator,
+    v - o is small. With strong gates the rounding of such differences would be all that is left; without a
+    denominator, or in float32, so it would with the layer's own bound. It costs a tenth of the kernel's bundles.
+    """
+    return plan.strong_gates or not normalize or plan.dtype == jnp.float32
 
 
-def _score_grads(score: Scores, decay_columns, dn, delta, v, dq: _Rows, dk: _Rows, plan: Plan) -> jax.Array:
+def _score_grads(score: Scores, decay_columns, dn, delta, v, dq: _Rows, dk: _Rows, plan: Plan, *, own: bool):
     """Adds what one block of columns contributes to dq and dk; returns its part of dv [size, lanes]."""
     start, size = decay_columns.start, decay_columns.size
     rows, columns = slice(start, plan.chunk), slice(start, start + size)
     grad = dot(dn[rows], stack_heads(v[columns], plan), "nt")
-    grad = _without_own(grad, size) if delta is None else grad + spread_columns([d[rows] for d in delta], plan, size)
-    for term, (left, right) in zip(decay_columns.terms, score.operands, strict=True):
-        masked = mask_scores(grad, term.mask, decay_columns, plan).astype(plan.dtype)
+    if delta is not None:
+        grad = grad + spread_columns([d[rows] for d in delta], plan, size)
+    for term, (left, right) in zip(decay_columns.used(own=own), score.operands, strict=True):
+        masked = mask_scores(grad, term.mask, decay_columns, plan, own=own).astype(plan.dtype)
         dq.add(start, term.q, dot(masked, right, "nn"))
         dk.add(start, term.k, pick_heads(dot(masked, left, "tn"), plan))
     return pick_heads(dot(score.a, dn[rows], "tn"), plan)
@@ -105,7 +113,14 @@ def _score_grads(score: Scores, decay_columns, dn, delta, v, dq: _Rows, dk: _Row
 def _tile_grads(q, k, v, do, S, z, dS, dz, decay: Decays, plan: Plan, normalize: bool) -> _TileGrads:
     """Gradients of a tile; S, z the state at the chunk's start, dS, dz the cotangents (compact, float32) of the state
     at its end."""
-    num, inverse, q_in, found = read_out(q, k, v, S, z, decay, plan, normalize)
+    apart = _own_apart(plan, normalize)
+    num, before, q_in, found = read_out(q, k, v, S, z, decay, plan, normalize, own=not apart)
+    own = spread_columns(head_sums(q * k, plan), plan) if apart else 0.0
+    inverse, difference = None, v.astype(jnp.float32)
+    if before is not None:
+        inverse = reciprocal(before + own, plan)
+        if apart:
+            num, difference = num + own * difference, (difference * before - num) * inverse
     dn, delta = _normalised(do, num, inverse, plan)
 
     dq, dk = _Rows(plan), _Rows(plan)
@@ -115,36 +130,37 @@ def _tile_grads(q, k, v, do, S, z, dS, dz, decay: Decays, plan: Plan, normalize:
         into = into + spread * (z if decay.into is None else z * decay.into)
     dq.add(0, decay.into_rows, into)
     parts = [
-        _score_grads(score, columns, dn, delta, v, dq, dk, plan)
+        _score_grads(score, columns, dn, delta, v, dq, dk, plan, own=not apart)
         for score, columns in zip(found, decay.columns, strict=True)
     ]
     dq = dq.total()
 
-    # Through the state: dk* = out_rows * (dS v + dz), and k dk* summed over the chunk is part of the anchor.
+    # Through the state: dk* = out_rows * (dS v + dz).
     scale = 1.0 if decay.out is None else decay.out
     out = dot(v, state_operand(dS, decay.out, plan), "nn") + dz * scale
     dk_state = out * decay.out_rows
-    dk = dk.total() + dk_state
+    dk = dk.total()
+    anchor = decay.total * (jnp.sum(S.astype(jnp.float32) * dS, axis=0, keepdims=True) + z * dz)
+    dgate, dgate_out = q * dq - k * dk, k * dk_state
+    if not apart:
+        # One sum instead of two: what all rows write, less what the later ones do.
+        dgate, anchor, dgate_out = dgate - dgate_out, anchor + jnp.sum(dgate_out, axis=0, keepdims=True), None
     k_out = scaled(k, decay.out_rows, plan)
     dv = jnp.concatenate(parts, axis=0) if len(parts) > 1 else parts[0]
     dv = dv + dot(k_out, state_operand(dS, decay.out, plan), "nt")
-    anchor = decay.total * (jnp.sum(S.astype(jnp.float32) * dS, axis=0, keepdims=True) + z * dz)
-    anchor = anchor + jnp.sum(k * dk_state, axis=0, keepdims=True)
 
     update = pick_heads(dot(dn, q_in, "tn"), plan)
     factor = 1.0 if decay.into is None else decay.into
     dS = decay.total * dS + factor * update
     dz = decay.total * dz
-    dgate = q * dq - k * dk
-    if delta is None:
-        # A token's score with itself has no gates in it. Its parts of q dq and k dk cancel, but with strong gates they
-        # are most of both, and their rounding would be left over. With a denominator they are next to nothing there.
-        own = head_sums(dn.astype(jnp.float32) * v.astype(jnp.float32), plan)
-        own = spread_columns(own, plan, plan.width)
-        dq, dk = dq + own * k, dk + own * q
-    else:
+    if delta is not None:
         dz = dz + factor * jnp.sum(spread * q_in.astype(jnp.float32), axis=0, keepdims=True)
-    return _TileGrads(dq, dk, dv, dgate, anchor, dS, dz)
+    dk = dk + dk_state
+    if apart:
+        grad = dn.astype(jnp.float32)
+        own_grad = spread_columns(head_sums(grad * difference, plan), plan)
+        dq, dk, dv = dq + own_grad * k, dk + own_grad * q, dv + own * grad
+    return _TileGrads(dq, dk, dv, dgate, dgate_out, anchor, dS, dz)
 
 
 def _add_group(total: dict[tuple[int, ...], jax.Array], x: jax.Array, heads: list[int]) -> None:
@@ -172,16 +188,21 @@ def _store(ref, summed: dict[int, jax.Array], plan: Plan) -> None:
         ref[(0,) * (len(ref.shape) - 2) + (slice(None), lanes)] = x.astype(ref.dtype)
 
 
-def _later_sums(x: jax.Array, plan: Plan) -> jax.Array:
-    """Sum over this row and the later ones of the chunk, float32: two passes over bfloat16 halves."""
+def _gate_sums(within: jax.Array, out: jax.Array | None, plan: Plan) -> jax.Array:
+    """``within`` summed over this row and the later ones of the chunk, ``out`` over the earlier ones; float32, of
+    bfloat16 operands in two halves."""
     i = lax.broadcasted_iota(jnp.int32, (plan.chunk, plan.chunk), 0)
     j = lax.broadcasted_iota(jnp.int32, (plan.chunk, plan.chunk), 1)
-    matrix = jnp.where(j >= i, 1.0, 0.0).astype(plan.dtype)
-    high = x.astype(plan.dtype)
-    if plan.dtype == jnp.float32:
-        return dot(matrix, high, "nn")
-    low = (x - high.astype(jnp.float32)).astype(plan.dtype)
-    return dot(matrix, high, "nn") + dot(matrix, low, "nn")
+
+    def product(matrix: jax.Array, x: jax.Array) -> jax.Array:
+        matrix, high = jnp.where(matrix, 1.0, 0.0).astype(plan.dtype), x.astype(plan.dtype)
+        if plan.dtype == jnp.float32:
+            return dot(matrix, high, "nn")
+        low = (x - high.astype(jnp.float32)).astype(plan.dtype)
+        return dot(matrix, high, "nn") + dot(matrix, low, "nn")
+
+    later = product(j >= i, within)
+    return later if out is None else later + product(j < i, out)
 
 
 def _backward_kernel(*refs, plan: Plan, normalize: bool):
@@ -194,7 +215,7 @@ def _backward_kernel(*refs, plan: Plan, normalize: bool):
         dz_ref[...] = dzN_ref[...]
 
     shared: TileInputs = tile_inputs(v_ref, g_ref, m_ref, plan.chunks - 1 - pl.program_id(2), plan)
-    dv, dgate, anchor = {}, {}, {}
+    dv, dgate, dgate_out, anchor = {}, {}, {}, {}
     for tile in range(plan.tiles):
         lanes = slice(tile * plan.lanes, (tile + 1) * plan.lanes)
         q, k = tile_of(q_ref, tile, shared.valid, plan), tile_of(k_ref, tile, shared.valid, plan)
@@ -216,9 +237,11 @@ def _backward_kernel(*refs, plan: Plan, normalize: bool):
         dS_ref[0, tile], dz_ref[0, 0, tile : tile + 1] = grads.dS, grads.dz
         _add_group(dv, grads.dv, tile_heads(plan, tile, plan.v_group))
         _add_group(dgate, grads.dgate, tile_heads(plan, tile, plan.g_group))
+        if grads.dgate_out is not None:
+            _add_group(dgate_out, grads.dgate_out, tile_heads(plan, tile, plan.g_group))
         _add_group(anchor, grads.anchor, tile_heads(plan, tile, plan.g_group))
     _store(dv_ref, _by_head(dv, plan), plan)
-    dg = {heads: _later_sums(x, plan) + anchor[heads] for heads, x in dgate.items()}
+    dg = {heads: _gate_sums(x, dgate_out.get(heads), plan) + anchor[heads] for heads, x in dgate.items()}
     _store(dg_ref, _by_head(dg, plan), plan)
 
 

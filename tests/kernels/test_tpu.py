@@ -62,6 +62,9 @@ def test_bfloat16_gradients(regime, sizes):
     [
         ("below", {"length": 1, "heads": 3, "K": 40, "V": 24}),
         ("saturated", {"length": 65, "heads": 4, "gate_heads": 2, "K": 32, "V": 16}),
+        # Where rounding of exponents, and of what cancels, shows most.
+        ("bound", {"length": 65, "heads": 1, "K": 128, "V": 128, "normalize": False}),
+        ("saturated", {"length": 2, "heads": 1, "K": 128, "V": 128, "state": False}),
     ],
 )
 def test_float32_gradients(regime, sizes):
