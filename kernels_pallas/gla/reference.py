@@ -12,8 +12,34 @@ from jax import lax
 from kernels_pallas.common import EPS, match_varying
 
 
-def _recurrence(q, k, v, log_g, S, z, normalize: bool):
-    """One token after the other; all arguments float32, gates and values with their own number of heads."""
+def _read(q, k, v, S, z):
+    """Weighted mean of the values in S and v."""
+    return (_times(q, S) + _sum(q * k) * v) / (_sum(q * (z + k)) + EPS)
+
+
+def _read_for_gradients(q, k, v, S, z):
+    """The same as v + (o - v), which differentiates without cancellation where the token's own weight is next to all
+    (strong gates). It is not as exact where there are no weights at all."""
+    before = _sum(q * z) + EPS
+    return v + (_times(q, S) - before * v) / (before + _sum(q * k))
+
+
+def _read_sum(q, k, v, S, z):
+    """Weighted sum of the values in S and v."""
+    return _times(q, S) + _sum(q * k) * v
+
+
+def _times(q, S):
+    return jnp.sum(S * q[..., None], axis=-2)
+
+
+def _sum(x):
+    return jnp.sum(x, axis=-1, keepdims=True)
+
+
+def _recurrence(q, k, v, log_g, S, z, read):
+    """One token after the other; all arguments float32, gates and values with their own number of heads. ``read`` (q,
+    k, v, S, z) gives the output from the state before the token."""
     heads, value_heads, gate_heads = q.shape[2], v.shape[2], log_g.shape[2]
 
     def step(state, token):
@@ -21,12 +47,8 @@ def _recurrence(q, k, v, log_g, S, z, normalize: bool):
         q, k, v, log_g = token
         decay = jnp.exp(jnp.repeat(log_g, heads // gate_heads, axis=1))
         v = jnp.repeat(v, heads // value_heads, axis=1)
-        S = decay[..., None] * S + k[..., None] * v[..., None, :]
-        z = decay * z + k
-        o = jnp.sum(S * q[..., None], axis=-2)
-        if normalize:
-            o = o / (jnp.sum(z * q, axis=-1, keepdims=True) + EPS)
-        return (S, z), o
+        S, z = decay[..., None] * S, decay * z
+        return (S + k[..., None] * v[..., None, :], z + k), read(q, k, v, S, z)
 
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, log_g))
     state, o = lax.scan(step, (S, z), tokens)
@@ -46,7 +68,7 @@ def _float32(q, k, v, log_g, initial_state):
 
 def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: float | None, save_residuals: bool) -> Any:
     """See ``kernels_pallas.gla`` for the signature; ``lower_bound`` does not matter here."""
-    o, state = _recurrence(*_float32(q, k, v, log_g, initial_state), normalize)
+    o, state = _recurrence(*_float32(q, k, v, log_g, initial_state), _read if normalize else _read_sum)
     return o.astype(v.dtype), state, (q, k, v, log_g, initial_state) if save_residuals else None
 
 
@@ -54,6 +76,7 @@ def backward(residuals, do, dstate, *, normalize: bool, lower_bound: float | Non
     """Automatic differentiation of the recurrence, in float32."""
     q, k, v, log_g, initial_state = residuals
     inputs = _float32(q, k, v, log_g, initial_state)
-    _, pullback = jax.vjp(lambda *args: _recurrence(*args, normalize), *inputs)
+    read = _read_for_gradients if normalize else _read_sum
+    _, pullback = jax.vjp(lambda *args: _recurrence(*args, read), *inputs)
     dq, dk, dv, dlog_g, dS0, dz0 = pullback((do.astype(jnp.float32), dstate))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dlog_g.astype(log_g.dtype), (dS0, dz0)

@@ -303,19 +303,21 @@ def _backward_group(q, k, v, log_g, do, S0, z0, dS_end, dz_end, plan: Plan, norm
     earlier = _masked(scores, -1)
     values = v.astype(jnp.float32)[:, :, None]
 
-    do = do.astype(jnp.float32)
+    # Rows of dq, and the own scores, see the cotangent as it came and are divided by the denominator at the end. What goes
+    # into the state and into dv takes dn = do / den, rounded; either way delta matches, because the two cancel.
+    do = _round(do.astype(jnp.float32), dtype)
     if normalize:
         num, before = _outputs(earlier, q_in, v, S_in, z_in, True)
         before = before[..., None]
         den = before + own
         num, before, own, by_value = (_grouped(x, value_heads) for x in (num, before, own, den))
         difference = (values * before - num) / by_value
-        num = _flat(num + own * values)
-        dn = _round(do / den, dtype)
-        delta = -jnp.sum(dn.astype(jnp.float32) * num, axis=-1) / den[..., 0]
+        o = _flat(num + own * values) / den
+        dn = _round(do.astype(jnp.float32) / den, dtype)
+        delta, delta_rows = (-jnp.sum(x.astype(jnp.float32) * o, axis=-1) for x in (dn, do))
     else:
-        dn, delta, difference = _round(do, dtype), None, values
-    own = jnp.sum(_flat(_grouped(dn.astype(jnp.float32), value_heads) * difference), axis=-1, keepdims=True)
+        dn, den, delta, delta_rows, difference = do, 1.0, None, None, values
+    own = jnp.sum(_flat(_grouped(do.astype(jnp.float32), value_heads) * difference), axis=-1, keepdims=True) / den
 
     # Cotangents of the state at the end of every chunk.
     dS_chunk = einsum("bhnic,bhniv->bhncv", q_in, dn)
@@ -328,14 +330,13 @@ def _backward_group(q, k, v, log_g, do, S0, z0, dS_end, dz_end, plan: Plan, norm
     dS, dz, dS0, dz0 = _scan_states(decay.total, dS_chunk, dz_chunk, dS_end, dz_end, reverse=True)
     dS_out, dz_out = _scaled_state(dS, dz, decay.out, dtype)
 
-    dA = _flat(einsum("bhgniv,bhnjv->bhgnij", _grouped(dn, value_heads), v))
-    if delta is not None:
-        dA += delta[..., None]
-    dA = _round(_masked(dA, -1), dtype)
+    dA = _flat(einsum("bhgniv,bhnjv->bhgnij", _grouped(do, value_heads), v))
+    dq_state = einsum("bhniv,bhncv->bhnic", do, S_in)
+    if delta_rows is not None:
+        dA += delta_rows[..., None]
+        dq_state += delta_rows[..., None] * z_in[..., None, :]
+    dA, dq_state = _round(_masked(dA / den, -1), dtype), dq_state / den
     dq_local, dk_local = _scores_vjp(dA, q, k, q_in, k_out, decay, plan, dtype)
-    dq_state = einsum("bhniv,bhncv->bhnic", dn, S_in)
-    if delta is not None:
-        dq_state += delta[..., None] * z_in[..., None, :]
     dk_state = _flat(einsum("bhnjv,bhgncv->bhgnjc", v, _grouped(dS_out, value_heads))) + dz_out[..., None, :]
     dk_state = _times(dk_state, decay.cols)
     if plan.block == plan.chunk:

@@ -10,6 +10,8 @@ whole group; else each program writes a float32 part and XLA adds them.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,14 +78,33 @@ class _TileGrads:
         self.dgate, self.dgate_out, self.anchor = dgate, dgate_out, anchor
 
 
-def _normalised(do: jax.Array, num: jax.Array, inverse: jax.Array | None, plan: Plan):
-    """Rounded dn = do / den (compute dtype) and delta = -(dn . num) / den as one column per packed head, or None."""
+class _Cotangent(NamedTuple):
+    """Cotangent of a tile's output in the compute dtype, exactly as it came: where it meets values and states, whose
+    differences matter, it is not rounded again. 1 / den goes to the other operand; delta is -(do . o). Both [C, lanes],
+    or [C, 1] for one head, or None when not normalised."""
+
+    do: jax.Array
+    inverse: jax.Array | None
+    delta: jax.Array | None
+
+    def over_den(self, x: jax.Array) -> jax.Array:
+        """x [C, lanes] / den."""
+        return x if self.inverse is None else x * self.inverse
+
+
+def _cotangent(do: jax.Array, num: jax.Array, inverse: jax.Array | None, plan: Plan) -> _Cotangent:
+    """do, num float32 [C, lanes]."""
     if inverse is None:
-        return do.astype(plan.dtype), None
-    dn = (do * inverse).astype(plan.dtype)
-    if plan.pack == 1:
-        return dn, [-inverse * x for x in head_sums(dn.astype(jnp.float32) * num, plan)]
-    return dn, head_sums(dn.astype(jnp.float32) * num * -inverse, plan)
+        return _Cotangent(do.astype(plan.dtype), None, None)
+    delta = spread_columns(head_sums(do * num * -inverse, plan), plan)
+    return _Cotangent(do.astype(plan.dtype), inverse, delta)
+
+
+def _beside_scores(x: jax.Array, rows: slice, per_head: int, plan: Plan) -> jax.Array:
+    """Rows of x, [C, lanes] with one value a head or [C, 1], laid out like scores [rows, pack * per_head]."""
+    if plan.pack == 1 or per_head == plan.width:
+        return x[rows]
+    return spread_columns([x[rows, h * plan.width : h * plan.width + 1] for h in range(plan.pack)], plan, per_head)
 
 
 def _own_apart(plan: Plan, normalize: bool) -> bool:
@@ -96,18 +117,20 @@ def _own_apart(plan: Plan, normalize: bool) -> bool:
     return plan.strong_gates or not normalize or plan.dtype == jnp.float32
 
 
-def _score_grads(score: Scores, decay_columns, dn, delta, v, dq: _Rows, dk: _Rows, plan: Plan, *, own: bool):
+def _score_grads(score: Scores, decay_columns, y: _Cotangent, v, dq: _Rows, dk: _Rows, plan: Plan, *, own: bool):
     """Adds what one block of columns contributes to dq and dk; returns its part of dv [size, lanes]."""
     start, size = decay_columns.start, decay_columns.size
     rows, columns = slice(start, plan.chunk), slice(start, start + size)
-    grad = dot(dn[rows], stack_heads(v[columns], plan), "nt")
-    if delta is not None:
-        grad = grad + spread_columns([d[rows] for d in delta], plan, size)
+    grad, weights = dot(y.do[rows], stack_heads(v[columns], plan), "nt"), score.a
+    if y.inverse is not None:
+        inverse = _beside_scores(y.inverse, rows, size, plan)
+        grad = (grad + _beside_scores(y.delta, rows, size, plan)) * inverse
+        weights = (weights.astype(jnp.float32) * inverse).astype(plan.dtype)
     for term, (left, right) in zip(decay_columns.used(own=own), score.operands, strict=True):
         masked = mask_scores(grad, term.mask, decay_columns, plan, own=own).astype(plan.dtype)
         dq.add(start, term.q, dot(masked, right, "nn"))
         dk.add(start, term.k, pick_heads(dot(masked, left, "tn"), plan))
-    return pick_heads(dot(score.a, dn[rows], "tn"), plan)
+    return pick_heads(dot(weights, y.do[rows], "tn"), plan)
 
 
 def _tile_grads(q, k, v, do, S, z, dS, dz, decay: Decays, plan: Plan, normalize: bool) -> _TileGrads:
@@ -121,16 +144,15 @@ def _tile_grads(q, k, v, do, S, z, dS, dz, decay: Decays, plan: Plan, normalize:
         inverse = reciprocal(before + own, plan)
         if apart:
             num, difference = num + own * difference, (difference * before - num) * inverse
-    dn, delta = _normalised(do, num, inverse, plan)
+    y = _cotangent(do, num, inverse, plan)
 
     dq, dk = _Rows(plan), _Rows(plan)
-    into = dot(dn, state_operand(S, decay.into, plan), "nn")
-    if delta is not None:
-        spread = spread_columns(delta, plan, plan.width)
-        into = into + spread * (z if decay.into is None else z * decay.into)
-    dq.add(0, decay.into_rows, into)
+    into = dot(y.do, state_operand(S, decay.into, plan), "nn")
+    if y.delta is not None:
+        into = into + y.delta * (z if decay.into is None else z * decay.into)
+    dq.add(0, decay.into_rows, y.over_den(into))
     parts = [
-        _score_grads(score, columns, dn, delta, v, dq, dk, plan, own=not apart)
+        _score_grads(score, columns, y, v, dq, dk, plan, own=not apart)
         for score, columns in zip(found, decay.columns, strict=True)
     ]
     dq = dq.total()
@@ -149,17 +171,18 @@ def _tile_grads(q, k, v, do, S, z, dS, dz, decay: Decays, plan: Plan, normalize:
     dv = jnp.concatenate(parts, axis=0) if len(parts) > 1 else parts[0]
     dv = dv + dot(k_out, state_operand(dS, decay.out, plan), "nt")
 
-    update = pick_heads(dot(dn, q_in, "tn"), plan)
+    q_in = y.over_den(q_in.astype(jnp.float32)).astype(plan.dtype)
+    update = pick_heads(dot(y.do, q_in, "tn"), plan)
     factor = 1.0 if decay.into is None else decay.into
     dS = decay.total * dS + factor * update
     dz = decay.total * dz
-    if delta is not None:
-        dz = dz + factor * jnp.sum(spread * q_in.astype(jnp.float32), axis=0, keepdims=True)
+    if y.delta is not None:
+        dz = dz + factor * jnp.sum(y.delta * q_in.astype(jnp.float32), axis=0, keepdims=True)
     dk = dk + dk_state
     if apart:
-        grad = dn.astype(jnp.float32)
-        own_grad = spread_columns(head_sums(grad * difference, plan), plan)
-        dq, dk, dv = dq + own_grad * k, dk + own_grad * q, dv + own * grad
+        grad = y.do.astype(jnp.float32)
+        own_grad = y.over_den(spread_columns(head_sums(grad * difference, plan), plan))
+        dq, dk, dv = dq + own_grad * k, dk + own_grad * q, dv + y.over_den(own * grad)
     return _TileGrads(dq, dk, dv, dgate, dgate_out, anchor, dS, dz)
 
 
