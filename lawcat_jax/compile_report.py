@@ -95,7 +95,7 @@ def topology_devices(topology: str) -> list[Any]:
     if chip.is_gpu:
         return _gpus(topology, chip)
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("libtpu, the TPU compiler, is not installed: pip install libtpu (it needs no TPU)")
+        raise UserError(f"libtpu, the TPU compiler, is not installed: {_wheels('tpu')} (it needs no TPU)")
     from jax.experimental import topologies
 
     try:
@@ -110,7 +110,7 @@ def topology_devices(topology: str) -> list[Any]:
 def _gpus(topology: str, chip: Chip) -> list[Any]:
     if not doctor.installed(doctor.CUDA_PLUGINS):
         raise UserError(
-            f"jax's CUDA plugin, with the GPU compiler, is not installed: {_cuda_wheels()} (it needs no GPU)"
+            f"jax's CUDA plugin, with the GPU compiler, is not installed: {_wheels(_cuda())} (it needs no GPU)"
         )
     memory_limit(chip)  # the plugin reads the variable as well, and of a wrong one it says nothing
     from jax.experimental import topologies
@@ -125,8 +125,11 @@ def _gpus(topology: str, chip: Chip) -> list[Any]:
         raise UserError(f"the GPU compiler could not start ({line}): python -m lawcat_jax.doctor") from problem
 
 
-def _cuda_wheels() -> str:
-    extra = next((name.split("-")[1] for name in doctor.installed(doctor.CUDA_PLUGINS)), "cuda13")
+def _cuda() -> str:
+    return next((name.split("-")[1] for name in doctor.installed(doctor.CUDA_PLUGINS)), "cuda13")
+
+
+def _wheels(extra: str) -> str:
     return f"pip install 'jax[{extra}]=={importlib.metadata.version('jax')}'"
 
 
@@ -173,14 +176,14 @@ def compile_program(name: str, config: Config, model: ModelConfig, mesh: Any, ch
     A program that needs too much memory gives a report with ``fits`` False.
 
     Raises:
-      UserError: sizes that do not fit each other, or another failure of the compiler.
+      UserError: sizes that do not fit each other, another failure of the compiler, or a compiler of another version.
     """
     try:
         traced, tokens, length = _trace(name, config, model, mesh, options)
     except RuntimeError as problem:  # jax asks for cuDNN's version where it hands attention to cuDNN
         if "cuDNN" not in str(problem):
             raise
-        raise UserError(f"{name}: {problem} {_cuda_wheels()} (it needs no GPU)") from problem
+        raise UserError(f"{name}: {problem} {_wheels(_cuda())} (it needs no GPU)") from problem
     report = Report(name, tokens, True, memory_limit(chip))
     report.flops = flops.traced_flops(traced.jaxpr) / mesh.size
     report.model_flops = flops.model_flops(name, config, model, length) * tokens / mesh.size
@@ -202,7 +205,15 @@ def compile_program(name: str, config: Config, model: ModelConfig, mesh: Any, ch
         report.problem = advice(name, report, config)
         return report
     report.compile_seconds = time.monotonic() - started
-    _measure(report, compiled, chip, mesh)
+    try:
+        text = compiled.as_text()
+    except RuntimeError as problem:  # jaxlib's, of a compiler that knows newer instructions
+        wheels = _wheels(_cuda() if chip.is_gpu else "tpu")
+        line = " ".join(str(problem).split())[:200]
+        raise UserError(
+            f"{name}: jaxlib cannot read the compiled program, install its compiler: {wheels} ({line})"
+        ) from (problem)
+    _measure(report, compiled, text, chip, mesh)
     if chip.is_gpu and report.peak_bytes > report.hbm_bytes:  # which its compiler does not mind
         report.fits = False
         report.largest = largest_arrays(traced.jaxpr, mesh.size)
@@ -212,13 +223,13 @@ def compile_program(name: str, config: Config, model: ModelConfig, mesh: Any, ch
     return report
 
 
-def _measure(report: Report, compiled: Any, chip: Chip, mesh: Any) -> None:
+def _measure(report: Report, compiled: Any, text: str, chip: Chip, mesh: Any) -> None:
     memory = compiled.memory_analysis()
     report.argument_bytes, report.temp_bytes = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     report.output_bytes = memory.output_size_in_bytes - memory.alias_size_in_bytes
     report.code_bytes = memory.generated_code_size_in_bytes
     report.peak_bytes = report.argument_bytes + report.temp_bytes + report.output_bytes + report.code_bytes
-    module = hlo.Module(compiled.as_text())
+    module = hlo.Module(text)
     report.hbm_traffic_bytes = module.hbm_bytes()
     report.flops += module.attention_flops()
     processes = [device.process_index for device in mesh.devices.flat]

@@ -146,10 +146,9 @@ def version_problems(
         file = {"": "requirements.txt", "tpu": "requirements-tpu.txt", "cuda13": "requirements-cuda.txt"}.get(extra)
         if name == "jaxlib" and extra == "":
             problems.append(Problem(f"jaxlib {versions[name]} does not fit jax {jax} ({specifiers})", install))
-        elif name == "libtpu" and extra == "tpu" and has_tpu:
-            problems.append(
-                Problem(f"libtpu {versions[name]} does not fit jax {jax} ({specifiers})", f"pip install -U -r {file}")
-            )
+        elif name == "libtpu" and extra == "tpu":
+            remedy = f"pip install -U -r {file}" if has_tpu else f"pip install 'jax[tpu]=={jax}'"
+            problems.append(Problem(f"libtpu {versions[name]} does not fit jax {jax} ({specifiers})", remedy))
         elif name in CUDA_PLUGINS and extra == name.split("-")[1]:
             remedy = f"pip install -U -r {file}" if file else f"pip install -U 'jax[{extra}]=={jax}'"
             problems.append(Problem(f"{name} {versions[name]} does not fit jax {jax} ({specifiers})", remedy))

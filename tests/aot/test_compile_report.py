@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -160,9 +161,25 @@ def test_without_cudnn(monkeypatch):
         compile_report.compile_program("stage1", None, None, None, chips.CHIPS["h200"], compile_report.Options())
 
 
+def test_a_compiler_whose_programs_jaxlib_cannot_read(monkeypatch):
+    def as_text():
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure async-update")
+
+    compiled = types.SimpleNamespace(as_text=as_text)
+    lowered = types.SimpleNamespace(compile=lambda compiler_options: compiled)
+    traced = types.SimpleNamespace(lower=lambda: lowered, jaxpr=jax.make_jaxpr(jnp.sin)(1.0).jaxpr)
+    monkeypatch.setattr(compile_report, "_trace", lambda *arguments: (traced, 8, 4))
+    model = ModelConfig(
+        hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_size=16, vocab_size=32
+    )
+    mesh = types.SimpleNamespace(size=1)
+    with pytest.raises(UserError, match=r"decode: jaxlib cannot read .* pip install 'jax\[tpu\]==.*async-update"):
+        compile_report.compile_program("decode", Config(), model, mesh, chips.CHIPS["v5e"], compile_report.Options())
+
+
 def test_without_libtpu(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install libtpu"):
+    with pytest.raises(UserError, match=r"pip install 'jax\[tpu\]=="):
         compile_report.topology_devices("v5e:2x2")
 
 
