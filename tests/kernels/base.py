@@ -47,6 +47,12 @@ REGIMES = (
 
 LENGTHS = (1, 2, 63, 64, 65, 200, 1024)
 
+REQUIRED = (*(r for r in REGIMES if r.name in ("one", "weak", "gla", "bound")), Regime("mixed", "mix -1.25"))
+"""What the project requires of every backend, on both head sizes and number types: these gates, and these"""
+
+REQUIRED_SIZES = ((8, 1, 4), (1, 17, 1), (8, 64, 1), (1, 1000, 4), (8, 1000, 4), (1, 4096, 1))
+"""batch, length, and query heads that share values and gates."""
+
 # Relative root mean square against float64 (design: scan in float32 1e-5; bfloat16 kernels below).
 FLOAT32 = dict.fromkeys(("o", "S", "z", "dq", "dk", "dv", "dlog_g", "dS0", "dz0"), 1e-5)
 BFLOAT16 = {
@@ -178,8 +184,8 @@ def params(regimes):
     return [pytest.param(r, id=r.name, marks=[pytest.mark.slow] if r.slow else []) for r in regimes]
 
 
-class GlaBackend:
-    """Subclass as ``class TestX(GlaBackend): implementation = "x"``; override the class fields where it is narrower."""
+class Backend:
+    """What a backend is and takes, and how it is judged."""
 
     implementation: ClassVar[str]
     dtypes: ClassVar[dict] = {"float32": FLOAT32, "bfloat16": BFLOAT16}
@@ -207,6 +213,34 @@ class GlaBackend:
             pytest.skip(f"{self.implementation} has no {dtype}")
         if regime.bound is None and not self.supports_unbounded:
             pytest.skip(f"{self.implementation} needs a gate bound")
+
+
+class RequiredCases(Backend):
+    """Subclass like :class:`GlaBackend`, and mark as slow."""
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize(("batch", "length", "group"), REQUIRED_SIZES)
+    @pytest.mark.parametrize("regime", [pytest.param(r, id=r.name) for r in REQUIRED])
+    @pytest.mark.parametrize("size", [64, 128])
+    def test_required(self, size, regime, batch, length, group, dtype):
+        self._skip(regime, dtype)
+        heads = 4 if group > 1 else 2
+        shared = {"value_heads": heads // group, "gate_heads": heads // group}
+        case = make_case(regime, batch=batch, length=length, heads=heads, **shared, K=size, V=size, dtype=dtype)
+        self.check(case, dtype)
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("size", [64, 128])
+    def test_65536_tokens(self, size, dtype):
+        self._skip(REGIMES[1], dtype)
+        case = make_case(REGIMES[1], length=65536, heads=1, K=size, V=size, dtype=dtype)
+        found = errors(self.run(case), expected(case))
+        bad = {name: found[name] for name in ("o", "dlog_g") if not found[name] <= self.dtypes[dtype][name]}
+        assert not bad, f"relative errors {bad}, all {found}"
+
+
+class GlaBackend(Backend):
+    """Subclass as ``class TestX(GlaBackend): implementation = "x"``; override the class fields where it is narrower."""
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     @pytest.mark.parametrize("regime", params(REGIMES))

@@ -6,6 +6,9 @@ import numpy as np
 
 EPS = 1e-10
 
+KEPT = 256
+"""Tokens between two states that are kept for the way back: a long sequence would fill the memory with them."""
+
 
 def _expand(x: np.ndarray, heads: int) -> np.ndarray:
     return np.repeat(np.asarray(x, np.float64), heads // x.shape[2], axis=2)
@@ -24,12 +27,16 @@ def gla(q, k, v, log_g, state=None, *, normalize=True, bound=None, cotangents=No
     S = np.zeros((batch, heads, features, v.shape[3])) if state is None else np.asarray(state[0], np.float64)
     z = np.zeros((batch, heads, features)) if state is None else np.asarray(state[1], np.float64)
     decay = np.exp(gates)
-    states = [(S, z)]
+
+    def step(t, S, z):
+        return decay[:, t, ..., None] * S + k[:, t, ..., None] * v[:, t, :, None, :], decay[:, t] * z + k[:, t]
+
+    kept = []
     o = np.zeros(v.shape)
     for t in range(length):
-        S = decay[:, t, ..., None] * S + k[:, t, ..., None] * v[:, t, :, None, :]
-        z = decay[:, t] * z + k[:, t]
-        states.append((S, z))
+        if t % KEPT == 0:
+            kept.append((S, z))
+        S, z = step(t, S, z)
         num = np.einsum("bhkv,bhk->bhv", S, q[:, t])
         o[:, t] = num / (np.sum(z * q[:, t], -1) + EPS)[..., None] if normalize else num
     out = {"o": o, "S": S, "z": z}
@@ -39,7 +46,12 @@ def gla(q, k, v, log_g, state=None, *, normalize=True, bound=None, cotangents=No
     do, dS, dz = (np.asarray(x, np.float64) for x in cotangents)
     dq, dk, dv, dlog_g = np.zeros(q.shape), np.zeros(k.shape), np.zeros(v.shape), np.zeros(raw.shape)
     for t in reversed(range(length)):
-        S, z = states[t + 1]
+        first = t - t % KEPT
+        if t + 1 == length or t % KEPT == KEPT - 1:
+            states = [kept[first // KEPT]]
+            for n in range(first, t + 1):
+                states.append(step(n, *states[-1]))
+        S, z = states[t + 1 - first]
         if normalize:
             den = np.sum(z * q[:, t], -1) + EPS
             dn = do[:, t] / den[..., None]
@@ -51,7 +63,7 @@ def gla(q, k, v, log_g, state=None, *, normalize=True, bound=None, cotangents=No
         dz = dz + delta[..., None] * q[:, t]
         dk[:, t] = np.einsum("bhkv,bhv->bhk", dS, v[:, t]) + dz
         dv[:, t] = np.einsum("bhkv,bhk->bhv", dS, k[:, t])
-        before_S, before_z = states[t]
+        before_S, before_z = states[t - first]
         dlog_g[:, t] = decay[:, t] * (np.sum(before_S * dS, -1) + before_z * dz)
         dS, dz = decay[:, t, ..., None] * dS, decay[:, t] * dz
     if bound is not None:

@@ -11,7 +11,7 @@ import kernels_pallas as kp
 from kernels_pallas.gla import scan
 
 from . import oracle
-from .base import FLOAT32, REGIMES, GlaBackend, assert_close, expected, make_case, run_vjp
+from .base import FLOAT32, GlaBackend, RequiredCases, assert_close, expected, make_case, run_vjp
 
 
 class TestScan(GlaBackend):
@@ -24,6 +24,17 @@ class TestReference(GlaBackend):
     implementation = "reference"
     dtypes = {"float32": FLOAT32}  # noqa: RUF012
     K = V = 16
+
+
+@pytest.mark.slow
+class TestScanRequired(RequiredCases):
+    implementation = "scan"
+
+
+@pytest.mark.slow
+class TestReferenceRequired(RequiredCases):
+    implementation = "reference"
+    dtypes = TestReference.dtypes
 
 
 def test_groups_of_chunks_equal_one_pass(monkeypatch):
@@ -46,14 +57,6 @@ def test_a_wider_bound_changes_nothing():
     )
     for name, x in first.items():
         assert oracle.error(other[name], x) < 1e-5, name
-
-
-@pytest.mark.slow
-def test_long_sequence_gate_gradient_and_z():
-    case = make_case(REGIMES[2], length=65536, heads=1, K=8, V=8)
-    options = case.options | {"implementation": "scan"}
-    found = assert_close(run_vjp(case.arrays, case.state, case.cotangents, **options), expected(case), FLOAT32)
-    assert found["dlog_g"] < 1e-5
 
 
 @pytest.mark.parametrize("normalize", [True, False])

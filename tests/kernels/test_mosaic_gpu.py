@@ -130,9 +130,7 @@ def test_reasons():
     assert "gate_lower_bound" in reason(bound=-5.0)
 
 
-@supported
-@pytest.mark.slow
-class TestMosaicGpu(base.GlaBackend):
+class _MosaicGpu:
     implementation = "pallas_mosaic_gpu"
     interpreted = not ON_GPU
     supports_unbounded = False
@@ -144,6 +142,16 @@ class TestMosaicGpu(base.GlaBackend):
         if regime.bound < -1.25:
             pytest.skip("it needs a bound of at least -1.25")
 
+
+@supported
+@pytest.mark.slow
+class TestMosaicGpuRequired(_MosaicGpu, base.RequiredCases):
+    pass
+
+
+@supported
+@pytest.mark.slow
+class TestMosaicGpu(_MosaicGpu, base.GlaBackend):
     def test_shard_map_over_batch_and_heads(self):
         """Types only: the interpreter has one device's memory."""
         case = make("gla", batch=2, length=65, heads=4, value_heads=2, gate_heads=2)

@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 import kernels_pallas as kp
 from kernels_pallas.gla import tpu, tpu_plan
 
-from .base import BFLOAT16, REGIMES, GlaBackend, assert_close, expected, make_case, run_vjp
+from .base import BFLOAT16, REGIMES, GlaBackend, RequiredCases, assert_close, expected, make_case, run_vjp
 
 REGIME = {r.name: r for r in REGIMES}
 
@@ -21,7 +21,7 @@ def _check(case, tolerances=BFLOAT16):
     return assert_close(got, expected(case), tolerances)
 
 
-class _Interpreted(GlaBackend):
+class _Interpreted:
     implementation = "pallas_tpu"
     interpreted = True
 
@@ -30,13 +30,18 @@ class _Interpreted(GlaBackend):
 
 
 @pytest.mark.slow
-class TestTpu(_Interpreted):
+class TestTpu(_Interpreted, GlaBackend):
     pass
 
 
 @pytest.mark.slow
-class TestTpu128(_Interpreted):
+class TestTpu128(_Interpreted, GlaBackend):
     K = V = 128
+
+
+@pytest.mark.slow
+class TestTpuRequired(_Interpreted, RequiredCases):
+    pass
 
 
 # The default selection: every code path once, with as few compilations as that takes.

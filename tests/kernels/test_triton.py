@@ -239,8 +239,7 @@ def test_decode_gradient():
         assert oracle.error(a, b) < 2e-5, path
 
 
-@pytest.mark.slow
-class TestTriton(base.GlaBackend):
+class _Triton:
     implementation = "pallas_triton"
     interpreted = not ON_GPU
     supports_unbounded = False
@@ -251,3 +250,13 @@ class TestTriton(base.GlaBackend):
         super()._skip(regime, dtype)
         if dtype == "float32" and regime.bound < -1.25:
             pytest.skip("float32 gradients need a bound of at least -1.25")
+
+
+@pytest.mark.slow
+class TestTriton(_Triton, base.GlaBackend):
+    pass
+
+
+@pytest.mark.slow
+class TestTritonRequired(_Triton, base.RequiredCases):
+    pass
