@@ -45,6 +45,10 @@ OTHERS = [
     ((3, 3, 64), "gradient", 1, -1.25, "float32"),
     (LLAMA, "gradient", 4096, -1.25, "bfloat16", {"normalize": False}),
     (MISTRAL, "gradient", 4096, -5.0, "bfloat16", {"normalize": False}),
+    # Packed heads whose scores are wider, or narrower, than the heads.
+    (LLAMA, "gradient", 1000, -5.0, "bfloat16"),
+    (LLAMA, "gradient", 1000, -1.25, "float32"),
+    ((8, 2, 32), "gradient", 1000, -1.25, "bfloat16"),
 ]
 CARRIED = {"carried": True}
 LAWCAT = [
