@@ -18,6 +18,9 @@ EPS = 1e-10
 
 LOG2E = 1.4426950408889634
 
+STRONG_GATE = -1.25
+"""The layer's own bound of log_g."""
+
 _local = threading.local()
 
 
@@ -47,6 +50,12 @@ def target_platform(*arrays: Any) -> str:
     if default is not None:
         return _platform_name(default if isinstance(default, str) else default.platform)
     return _platform_name(jax.default_backend())
+
+
+def strong_gates(lower_bound: float | None) -> bool:
+    """Whether a step may leave less of a state than the layer's bound lets it. The gradient of a score is do.v - do.o;
+    where one token outweighs the rest these cancel, and what was rounded before (o, do / den) would be left over."""
+    return lower_bound is None or lower_bound < STRONG_GATE
 
 
 def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -130,7 +130,7 @@ def _cuda() -> str:
 
 
 def _wheels(extra: str) -> str:
-    return f"pip install 'jax[{extra}]=={importlib.metadata.version('jax')}'"
+    return doctor.jax_wheels(extra, importlib.metadata.version("jax"))
 
 
 def memory_limit(chip: Chip) -> float:

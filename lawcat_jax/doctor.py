@@ -111,6 +111,11 @@ def requirements(lines: Sequence[str]) -> list[tuple[str, str, str]]:
     return parsed
 
 
+def jax_wheels(extra: str, jax: str) -> str:
+    """The command that installs what belongs to ``jax`` for "tpu" or "cuda13": libtpu or the plugins of its version."""
+    return f"pip install 'jax[{extra}]=={jax}'"
+
+
 def version_problems(
     versions: Mapping[str, str],
     wanted: Sequence[tuple[str, str, str]],
@@ -147,10 +152,10 @@ def version_problems(
         if name == "jaxlib" and extra == "":
             problems.append(Problem(f"jaxlib {versions[name]} does not fit jax {jax} ({specifiers})", install))
         elif name == "libtpu" and extra == "tpu":
-            remedy = f"pip install -U -r {file}" if has_tpu else f"pip install 'jax[tpu]=={jax}'"
+            remedy = f"pip install -U -r {file}" if has_tpu else jax_wheels("tpu", jax)
             problems.append(Problem(f"libtpu {versions[name]} does not fit jax {jax} ({specifiers})", remedy))
         elif name in CUDA_PLUGINS and extra == name.split("-")[1]:
-            remedy = f"pip install -U -r {file}" if file else f"pip install -U 'jax[{extra}]=={jax}'"
+            remedy = f"pip install -U -r {file}" if file else jax_wheels(extra, jax)
             problems.append(Problem(f"{name} {versions[name]} does not fit jax {jax} ({specifiers})", remedy))
     if all(name in versions for name in CUDA_PLUGINS):
         remedy = (

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.common import strong_gates
+
 LANES = 128
 MAX_CHUNK = 128
 FORWARD_CHUNK = 256
@@ -20,9 +22,6 @@ MAX_NATS = 80.0
 
 FLOAT32_NATS = 40.0
 """The same in float32, whose rounding of the exponents is the largest error there: it grows with them."""
-
-STRONG_GATE = -1.25
-"""The layer's bound. Beyond it one step leaves so little of a state that gradients in bfloat16 need more care."""
 
 MAX_PAIR_BLOCKS = 4
 VMEM_LIMIT_BYTES = 48 * 2**20
@@ -121,9 +120,21 @@ def make_plan(q, v, log_g, lower_bound: float | None, *, forward: bool = False, 
     wide = wide and _block_rows(lower_bound, FORWARD_CHUNK, dtype) * MAX_PAIR_BLOCKS >= FORWARD_CHUNK
     chunk = min(FORWARD_CHUNK if wide else MAX_CHUNK, max(16, 1 << (length - 1).bit_length()))
     block = _block_rows(lower_bound, chunk, dtype)
-    strong = lower_bound is None or lower_bound < STRONG_GATE
     return Plan(
-        batch, length, heads, v_group, g_group, features, values, width, pack, count, chunk, block, dtype, strong
+        batch,
+        length,
+        heads,
+        v_group,
+        g_group,
+        features,
+        values,
+        width,
+        pack,
+        count,
+        chunk,
+        block,
+        dtype,
+        strong_gates(lower_bound),
     )
 
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.common import EPS, LOG2E, interpret_mode, out_struct
+from kernels_pallas.common import EPS, LOG2E, interpret_mode, out_struct, strong_gates
 from kernels_pallas.gla import block_sizes
 from kernels_pallas.gla.block_sizes import BlockSizes, Split
 from kernels_pallas.gla.triton_tiles import (
@@ -68,13 +68,9 @@ class State(NamedTuple):
     pending: tuple[jax.Array, ...]
 
 
-STRONG_GATES = -1.25
-"""Below this bound a differentiated call also keeps o in float32. The gradient of a score is dn.v - dn.o; where one token outweighs
-the rest these cancel, and the bfloat16 rounding of o would be left over: 14 % of dq at gates of -5, 0.6 % within -1.25.
-In float32 the three TF32 passes of a product leave 1.2e-5 at -5 (measured on an H200), where 1e-5 is promised: gradients are refused."""
-
 SHORT = 64
-"""Up to this many tokens too: at two tokens and a bound of -1.25 dq was off by 2.4 %, at 17 and more by 0.5 %."""
+"""With strong gates, and up to this many tokens, a differentiated call also keeps o in float32. Rounded to bfloat16 it
+put dq off by 14 % at gates of -5, by 2.4 % at two tokens and -1.25, by 0.5 % at 17 and more."""
 
 PREFIX_SEGMENTS = 8
 """Up to this many segments each program adds up the earlier ones itself (from L2); more go through a ``combine`` launch."""
@@ -91,7 +87,8 @@ def supports(q, k, v, log_g, *, normalize: bool, lower_bound: float | None, diff
         return f"the backward pass takes head sizes up to 128, got K = {features}, V = {values}"
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"q must be bfloat16 or float32, got {q.dtype}"
-    if differentiated and q.dtype == jnp.float32 and (lower_bound is None or lower_bound < STRONG_GATES):
+    # The three TF32 passes of a float32 product leave 1.2e-5 at gates of -5 (measured on an H200), where 1e-5 is promised.
+    if differentiated and q.dtype == jnp.float32 and strong_gates(lower_bound):
         return f"float32 gradients take a gate_lower_bound of at least -1.25, got {lower_bound}"
     if block_sizes.single_reference_limit(lower_bound) < 16:
         return f"it needs a gate_lower_bound of at least -5, got {lower_bound}"
@@ -402,7 +399,7 @@ def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: floa
             given = combine(*summaries, initial_state)
             summaries, states = (), "given"
 
-    cancels = lower_bound is None or lower_bound < STRONG_GATES or q.shape[1] <= SHORT
+    cancels = strong_gates(lower_bound) or q.shape[1] <= SHORT
     wide = q.dtype == jnp.bfloat16 and cancels
     save_o = save_residuals and normalize and wide
     save_den = save_residuals and normalize

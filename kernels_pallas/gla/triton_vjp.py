@@ -384,7 +384,7 @@ def backward(
         return dataclasses.replace(own, chunk=split.chunk, block_v=min(own.block_v, v.shape[-1]))
 
     # The dn of delta is rounded as the kernels round theirs, and o is float32 where gates are strong or tokens few
-    # (STRONG_GATES and SHORT in triton.py): dA of a token with itself is dn v + delta, and there the two nearly cancel.
+    # (SHORT in triton.py): dA of a token with itself is dn v + delta, and there the two nearly cancel.
     delta = None
     if normalize:
         dn = do.astype(f32) * (1.0 / den)[..., None]
