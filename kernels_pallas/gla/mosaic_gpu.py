@@ -17,7 +17,7 @@ The closing factor 2^r of S' waits for the next chunk's, to be applied once.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,11 +49,21 @@ HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 PARTS = 16
 """Columns of z~ as an operand, the narrowest swizzled line: its high and its low part, eight times each."""
 
-STAGES = {True: 2, False: 4}
-"""Chunks in shared memory, with outputs and without. At d = 128 two fill it where there are q and o. The summary of a segment
-has little to do between two chunks: with two, loads would not be hidden."""
 
-REGISTERS = (96, 160)
+class Ring(NamedTuple):
+    """Chunks of a head in shared memory: of k and q, which stay until the outputs of a chunk are done; of the gates, which only
+    the preparing warpgroup reads; of v."""
+
+    keys: int
+    gates: int
+    values: int
+
+
+RINGS = {True: Ring(3, 2, 2), False: Ring(4, 4, 4)}
+"""With outputs and without. A slot is taken for as long as a chunk is loaded, prepared and read: with two of k and q the loads
+would not be hidden. With outputs at d = 128 these fill the shared memory."""
+
+REGISTERS = (80, 176)
 """A thread of a preparing and of a recurrent warpgroup, where there are two of each: the state alone takes 64."""
 
 PROGRAMS = 120
@@ -109,7 +119,7 @@ def _kernel(
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     outputs, given, normalize = flags["outputs"], flags["given"], flags["normalize"]
-    stages = STAGES[outputs]
+    ring = RINGS[outputs]
     refs = iter(refs)
     c_ref = next(refs)
     q_ref = next(refs) if outputs else None
@@ -120,8 +130,8 @@ def _kernel(
     S_ref, z_ref = next(refs), next(refs)
     den_ref = next(refs) if flags["save_den"] else None
     c_s, k_s, g_s, v_s, r_s = (next(refs) for _ in range(5))
-    q_s, S_s, o_s, z_s, out_den_s = (next(refs) for _ in range(5)) if outputs else (None,) * 5
-    constants, loaded, ready, free = refs
+    q_s, S_s, z_s, past_s, out_den_s = (next(refs) for _ in range(5)) if outputs else (None,) * 5
+    constants, keys_loaded, gates_loaded, values_loaded, ready, free = refs
 
     preparing, recurrent = shape[0] // WIDTH, shape[1] // WIDTH
     redistribute = outputs and heads * preparing == heads * recurrent == 2
@@ -134,37 +144,44 @@ def _kernel(
     first = segment * split.per_segment
     count = jnp.minimum(split.per_segment, split.count - first)
 
+    def chunk_rows(i):
+        return pl.ds((first + i) * CHUNK, CHUNK)
+
+    def slot_of(j, i, depth):
+        return j * depth + lax.rem(i, jnp.int32(depth))
+
+    def start_copies(load, depth):
+        for i in range(depth):
+            pl.when(i < count)(functools.partial(load, jnp.int32(i)))
+
     def prepare(j: int, p: int) -> None:
         if redistribute:
             plgpu.set_max_registers(REGISTERS[0], action="decrease")
         h = lax.axis_index("head") * heads + j
+        columns = pl.ds(WIDTH * p, WIDTH)
 
-        def slot_of(i):
-            return j * stages + lax.rem(i, jnp.int32(stages))
+        def load_gates(i):
+            """Start the copy of chunk i. Rows beyond the sequence arrive as zeros: they leave the state alone."""
+            slot, head = slot_of(j, i, ring.gates), lax.div(h, jnp.int32(groups[1]))
+            source = g_ref.at[b, chunk_rows(i), head, columns]
+            plgpu.copy_gmem_to_smem(source, g_s.at[slot, p], gates_loaded.at[slot * preparing + p])
 
-        def load(i):
-            """Start the copies of chunk i, all in one barrier's count. Rows beyond the sequence arrive as zeros: they
-            leave the state alone."""
-            slot, rows = slot_of(i), pl.ds((first + i) * CHUNK, CHUNK)
-            gates, values = lax.div(h, jnp.int32(groups[1])), lax.div(h, jnp.int32(groups[0]))
+        def load_keys(i):
+            """k and q, all in one barrier's count."""
+            slot, rows = slot_of(j, i, ring.keys), chunk_rows(i)
             for part in range(preparing):
-                columns = pl.ds(WIDTH * part, WIDTH)
-                plgpu.copy_gmem_to_smem(g_ref.at[b, rows, gates, columns], g_s.at[slot, part], loaded.at[slot])
-                plgpu.copy_gmem_to_smem(k_ref.at[b, rows, h, columns], k_s.at[slot, part], loaded.at[slot])
+                columns, barrier = pl.ds(WIDTH * part, WIDTH), keys_loaded.at[slot]
+                plgpu.copy_gmem_to_smem(k_ref.at[b, rows, h, columns], k_s.at[slot, part], barrier)
                 if outputs:
-                    plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h, columns], q_s.at[slot, part], loaded.at[slot])
-            for part in range(recurrent):
-                columns = pl.ds(WIDTH * part, WIDTH)
-                plgpu.copy_gmem_to_smem(v_ref.at[b, rows, values, columns], v_s.at[slot, part], loaded.at[slot])
+                    plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h, columns], q_s.at[slot, part], barrier)
 
+        if j == p == 0:
+            plgpu.copy_gmem_to_smem(c_ref, c_s, constants)
+        start_copies(load_gates, ring.gates)
         if p == 0:
-            if j == 0:
-                plgpu.copy_gmem_to_smem(c_ref, c_s, constants)
-            for i in range(stages):
-                pl.when(i < count)(functools.partial(load, jnp.int32(i)))
+            start_copies(load_keys, ring.keys)
         plgpu.barrier_wait(constants)
 
-        columns = pl.ds(WIDTH * p, WIDTH)
         if given:
             # + 0.0: under shard_map a loaded array varies over the mesh in its type, what is computed in a kernel does not,
             # and a loop's carry may not change its type.
@@ -176,38 +193,46 @@ def _kernel(
 
         def step(i, carry):
             z, L = carry
-            slot = slot_of(i)
-            plgpu.barrier_wait(loaded.at[slot])
-            g, k = g_s.at[slot, p], k_s.at[slot, p]
+            slot, gate_slot = slot_of(j, i, ring.keys), slot_of(j, i, ring.gates)
+            plgpu.barrier_wait(gates_loaded.at[gate_slot * preparing + p])
+            g, k = g_s.at[gate_slot, p], k_s.at[slot, p]
             if bound is not None:
-                g[...] = jnp.maximum(plgpu.load(g, layout=tile).astype(f32), bound).astype(bf16)
+                g[...] = jnp.maximum(plgpu.load(g, layout=tile), jnp.asarray(bound, bf16))
                 plgpu.commit_smem()
             x, r = products(((CHUNK, WIDTH), (M_s, g)), ((WIDTH, 8), (transposed(g), eight_halves)))
             x, r = x * LOG2E, jnp.max(r, axis=1) * LOG2E
+            plgpu.barrier_wait(keys_loaded.at[slot])
             r_s[slot, p] = r
             decay = jnp.exp2(r)
             z = decay * z
             k[...] = (plgpu.load(k, layout=tile).astype(f32) * jnp.exp2(-x)).astype(bf16)
+            sums = [((WIDTH, 8), (transposed(k), eight_halves))]
             if outputs:
-                q = q_s.at[slot, p]
-                q[...] = (plgpu.load(q, layout=tile).astype(f32) * jnp.exp2(x)).astype(bf16)
+                q = (plgpu.load(q_s.at[slot, p], layout=tile).astype(f32) * jnp.exp2(x)).astype(bf16)
+                q_s[slot, p] = q
                 if normalize:
                     # As an operand of q^ z~: eight columns of z~ rounded, eight of what the rounding left.
                     high = z.astype(bf16).astype(f32)
-                    z_s[slot, p] = jnp.where(left, over_columns(high, PARTS), over_columns(z - high, PARTS)).astype(
-                        bf16
-                    )
+                    z_parts = jnp.where(left, over_columns(high, PARTS), over_columns(z - high, PARTS))
+                    z_s[gate_slot, p] = z_parts.astype(bf16)
+                    sums.append(((CHUNK, PARTS), (q, z_s.at[gate_slot, p])))
             plgpu.commit_smem()
-            plgpu.barrier_arrive(ready.at[slot])
-            (added,) = products(((WIDTH, 8), (transposed(k), eight_halves)))
+            pl.when(i + ring.gates < count)(functools.partial(load_gates, i + ring.gates))
+            if not outputs or not normalize:
+                plgpu.barrier_arrive(ready.at[slot])
+            added, *past = products(*sums)
+            if past:
+                past_s[slot, p] = jnp.sum(past[0], axis=1) * (2 / PARTS)
+                plgpu.barrier_arrive(ready.at[slot])
             z = decay * (z + 2.0 * jnp.max(added, axis=1))
+            plgpu.barrier_arrive(free.at[slot])
             if p == 0:
-                following = i + (stages - 1)
+                following = i + (ring.keys - 1)
 
                 @pl.when((i > 0) & (following < count))
                 def _():
-                    plgpu.barrier_wait(free.at[slot_of(following)])
-                    load(following)
+                    plgpu.barrier_wait(free.at[slot_of(j, following, ring.keys)])
+                    load_keys(following)
 
             return z, L + 2.0 * r
 
@@ -221,11 +246,11 @@ def _kernel(
             z_ref[b, h, segment, columns] = z
             L_ref[b, h, segment, columns] = L
         if p == 0:
-            for back in range(stages):  # of every barrier each phase is waited for
+            for back in range(ring.keys):  # of every barrier each phase is waited for
 
                 @pl.when(count > back)
                 def _(back=back):
-                    plgpu.barrier_wait(free.at[slot_of(count - 1 - back)])
+                    plgpu.barrier_wait(free.at[slot_of(j, count - 1 - back, ring.keys)])
 
     def recur(j: int, w: int) -> None:
         if redistribute:
@@ -233,6 +258,13 @@ def _kernel(
         h = lax.axis_index("head") * heads + j
         values = pl.ds(WIDTH * w, WIDTH)
         features = [pl.ds(WIDTH * p, WIDTH) for p in range(preparing)]
+
+        def load_values(i):
+            slot, head = slot_of(j, i, ring.values), lax.div(h, jnp.int32(groups[0]))
+            source = v_ref.at[b, chunk_rows(i), head, values]
+            plgpu.copy_gmem_to_smem(source, v_s.at[slot, w], values_loaded.at[slot * recurrent + w])
+
+        start_copies(load_values, ring.values)
         if given:
             S = tuple(
                 plgpu.load(S0_ref.at[b, h, segment, rows, values], layout=tile, optimized=False) + 0.0
@@ -246,22 +278,22 @@ def _kernel(
 
         def step(i, carry):
             S, pending = carry
-            slot = j * stages + lax.rem(i, jnp.int32(stages))
+            slot, value_slot = slot_of(j, i, ring.keys), slot_of(j, i, ring.values)
             plgpu.barrier_wait(ready.at[slot])
 
             # References are formed where they are used: the index constants of one from outside have no place in the body
             # of a run_state.
             def v():
-                return v_s.at[slot, w]
+                return v_s.at[value_slot, w]
+
+            def await_values():
+                plgpu.barrier_wait(values_loaded.at[value_slot * recurrent + w])
 
             def ks():
                 return [transposed(k_s.at[slot, p]) for p in range(preparing)]
 
             def qs():
                 return [q_s.at[slot, p] for p in range(preparing)]
-
-            def zs():
-                return [z_s.at[slot, p] for p in range(preparing)]
 
             def own():
                 return [S_s.at[j * recurrent + w, p] for p in range(preparing)]
@@ -282,8 +314,10 @@ def _kernel(
 
             if not outputs:
                 S, rs = scale()
+                await_values()
                 S = add_chunk(S)
                 plgpu.barrier_arrive(free.at[slot])
+                pl.when(i + ring.values < count)(functools.partial(load_values, i + ring.values))
                 return S, rs
 
             def scaled():
@@ -291,35 +325,32 @@ def _kernel(
                 S, rs = scale()
                 for ref, x in zip(own(), S, strict=True):
                     ref[...] = x.astype(bf16)
+                refill_values()
                 return S, rs
 
-            def scores(acc, *past):
-                # q^ in registers, as the narrow product wants it: of two operands in shared memory lines must be alike.
-                for ref, k, z in zip(qs(), ks(), zs(), strict=True):
-                    q = plgpu.load(ref, layout=tile)
-                    plgpu.wgmma(acc, q, k)
-                    for other in past:
-                        plgpu.wgmma(other, q, z)
-                S, rs = scaled()
-                return acc[...], [other[...] for other in past], S, rs
+            def refill_values():
+                """The slot of the chunk before, from which its outputs went."""
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                following = i + (ring.values - 1)
+                pl.when((i > 0) & (following < count))(functools.partial(load_values, following))
 
-            if interpret_mode():  # which has no products with an operand in registers
-                A, *past = products(
-                    ((CHUNK, CHUNK), *zip(qs(), ks(), strict=True)), ((CHUNK, PARTS), *zip(qs(), zs(), strict=True))
-                )
+            def scores(acc):
+                for q, k in zip(qs(), ks(), strict=True):
+                    plgpu.wgmma(acc, q, k)
                 S, rs = scaled()
-            else:
-                shapes = [(CHUNK, CHUNK), *([(CHUNK, PARTS)] if normalize else [])]
-                A, past, S, rs = pl.run_scoped(scores, *(plgpu.WGMMAAccumulatorRef(shape, f32) for shape in shapes))
+                return acc[...], S, rs
+
+            A, S, rs = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((CHUNK, CHUNK), f32))
             A = jnp.where(mask, A, 0.0).astype(bf16)
             inverse = None
             if normalize:
-                den = jnp.sum(A.astype(f32), axis=1) + jnp.sum(past[0], axis=1) * (2 / PARTS) + EPS
+                past = sum(plgpu.load(past_s.at[slot, p], layout=row) for p in range(preparing))
+                den = jnp.sum(A.astype(f32), axis=1) + past + EPS
                 inverse = 1.0 / den
             plgpu.commit_smem()
+            await_values()
             if interpret_mode():
-                o = lax.dot(A.astype(f32), plgpu.load(v()).astype(f32))
-                o += products(((CHUNK, WIDTH), *zip(qs(), own(), strict=True)))[0]
+                (o,) = products(((CHUNK, WIDTH), (A, v()), *zip(qs(), own(), strict=True)))
                 S = add_chunk(S)
             else:
 
@@ -334,17 +365,16 @@ def _kernel(
                 zeros = plgpu.layout_cast(jnp.zeros((CHUNK, WIDTH), f32), tile)
                 o, *S = pl.run_state(accumulate)(tuple(plgpu.WGMMAAccumulatorRef.init(x) for x in (zeros, *S)))
                 S = tuple(S)
-            out = o_s.at[j * recurrent + w]
             if normalize:
                 o = o * over_columns(inverse)
             plgpu.barrier_arrive(free.at[slot])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out = v()  # which nothing reads any more
             out[...] = o.astype(bf16)
             saves = den_ref is not None and w == 0
             if saves:
                 out_den_s[j] = den
             plgpu.commit_smem()
-            rows = pl.ds((first + i) * CHUNK, CHUNK)
+            rows = chunk_rows(i)
             plgpu.copy_smem_to_gmem(out, o_ref.at[b, rows, h, values])
             if saves:
                 plgpu.copy_smem_to_gmem(out_den_s.at[j], den_ref.at[b, h, rows])
@@ -391,14 +421,16 @@ def _launch(
     def vectors(*lead: int) -> Any:
         return plgpu.SMEM((*lead, CHUNK), f32)
 
-    slots = heads * STAGES[outputs]
-    scratch = [tiles(2), *(tiles(slots, preparing),) * 2, tiles(slots, recurrent), vectors(slots, preparing)]
+    slots, gate_slots, value_slots = (heads * depth for depth in RINGS[outputs])
+    scratch = [tiles(2), tiles(slots, preparing), tiles(gate_slots, preparing), tiles(value_slots, recurrent)]
+    scratch += [vectors(slots, preparing)]
     if outputs:
-        scratch += [tiles(slots, preparing), tiles(heads * recurrent, preparing), tiles(heads * recurrent)]
-        scratch += [operand(slots, preparing, WIDTH, PARTS), vectors(heads)]
-    copies = (3 if outputs else 2) * preparing + recurrent
+        scratch += [tiles(slots, preparing), tiles(heads * recurrent, preparing)]
+        scratch += [operand(gate_slots, preparing, WIDTH, PARTS), vectors(slots, preparing), vectors(heads)]
+    copies = (2 if outputs else 1) * preparing
     scratch += [plgpu.Barrier(), plgpu.Barrier(num_arrivals=copies, num_barriers=slots)]
-    scratch += [plgpu.Barrier(num_arrivals=n, num_barriers=slots) for n in (preparing, recurrent)]
+    scratch += [plgpu.Barrier(num_barriers=n) for n in (gate_slots * preparing, value_slots * recurrent)]
+    scratch += [plgpu.Barrier(num_arrivals=n, num_barriers=slots) for n in (preparing, preparing + recurrent)]
 
     inputs = [_constants(), *((q,) if outputs else ()), k, v, log_g, *(given or ())]
     segments = split.segments

@@ -48,13 +48,16 @@ def transposed(ref: Any) -> Any:
     return ref.transpose((1, 0))
 
 
-def products(*sums: Any, in_registers: bool = False) -> list[jax.Array]:
-    """For each of (shape, *pairs) the sum of a @ b, float32; waited for together. b is in shared memory, and a too unless
-    ``in_registers``."""
+def products(*sums: Any) -> list[jax.Array]:
+    """For each of (shape, *pairs) the sum of a @ b, float32; waited for together. b is in shared memory, a there or in
+    registers."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    if in_registers and interpret_mode():  # which has no such products
-        return [sum(lax.dot(x.astype(f32), plgpu.load(y).astype(f32)) for x, y in pairs) for _, *pairs in sums]
+    def load(x):
+        return (x if isinstance(x, jax.Array) else plgpu.load(x)).astype(f32)
+
+    if interpret_mode():  # which has no products of operands in registers
+        return [sum(lax.dot(load(x), load(y)) for x, y in pairs) for _, *pairs in sums]
 
     def body(*accs):
         for acc, (_, *pairs) in zip(accs, sums, strict=True):

@@ -118,7 +118,7 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
         plgpu.barrier_wait(constants)
         plgpu.barrier_wait(tokens)
         if bound is not None:
-            x_own[...] = jnp.maximum(read(g), bound).astype(bf16)
+            x_own[...] = jnp.maximum(plgpu.load(g, layout=tile), jnp.asarray(bound, bf16))
             plgpu.commit_smem()
             g = x_own
         x = (product((lower, g)) - 0.5 * product((ones, g))) * LOG2E

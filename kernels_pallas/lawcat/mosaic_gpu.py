@@ -81,7 +81,7 @@ def _features_kernel(*refs, tiles: int, count: int, taps: int, blocks: int, half
     together = taps - 1 if blocks == 1 else 1
 
     def product(shape: tuple[int, int], *pairs: Any) -> jax.Array:
-        return products((shape, *pairs), in_registers=True)[0]
+        return products((shape, *pairs))[0]
 
     def diagonal(columns: int, offset: int) -> jax.Array:
         """[C, columns] with ones where column = row + offset."""
@@ -138,7 +138,7 @@ def _features_kernel(*refs, tiles: int, count: int, taps: int, blocks: int, half
                 u = plgpu.load(x_s.at[side, slot, p], layout=tile).astype(f32) * tap(taps - 1, p)
                 for start in range(0, taps - 1, together):
                     which = range(start, min(start + together, taps - 1))
-                    for t, x in zip(which, products(*(shifted(t, p) for t in which), in_registers=True), strict=True):
+                    for t, x in zip(which, products(*(shifted(t, p) for t in which)), strict=True):
                         u += x * tap(t, p)
                 us.append(u.astype(bf16))
 
