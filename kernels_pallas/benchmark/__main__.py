@@ -13,6 +13,7 @@ import argparse
 import concurrent.futures
 import importlib.metadata
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -89,7 +90,8 @@ class Bench:
                 versions[name] = importlib.metadata.version(name)
             except importlib.metadata.PackageNotFoundError:
                 versions[name] = None
-        value = {"device": self.device, "versions": versions, "command": sys.argv, "date": time.strftime("%Y-%m-%d")}
+        command = shlex.join(["python", "-m", "kernels_pallas.benchmark", *sys.argv[1:]])
+        value = {"device": self.device, "versions": versions, "command": command, "date": time.strftime("%Y-%m-%d")}
         timing.write_json(self.args.out / "benchmark.json", value | {"records": self.records})
 
 

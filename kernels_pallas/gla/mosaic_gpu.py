@@ -4,9 +4,9 @@ A program is four warpgroups (two for an odd number of 64-wide heads, three for 
 d = 64, of two in chunks of 64 tokens. Tiles come by TMA into a ring in shared memory.
 
 *Preparing* warpgroups, one for 64 features, do all that S does not have to wait for, on tiles in place: the sums of the gates as products
-with a constant matrix, q^ = q 2^(b - r) and k^ = k 2^(r - b), and z with z~ as an operand of the denominator. *Recurrent* warpgroups,
-one for 64 value columns, keep S [K, 64] in registers: scores, outputs, denominator and state are chains of ``wgmma`` on the prepared
-tiles. The two kinds work on neighbouring chunks at the same time. Algebra as in ``kernels_pallas.gla.triton``:
+with a constant matrix, q^ = q 2^(b - r) and k^ = k 2^(r - b), z, and q^ z~ of the denominator. *Recurrent* warpgroups, one for 64
+value columns, keep S [K, 64] in registers: scores, outputs and state are chains of ``wgmma`` on the prepared tiles. The two kinds
+work on neighbouring chunks at the same time; each reloads what it alone reads. Algebra as in ``kernels_pallas.gla.triton``:
 
     q^ = q 2^(b - r)     k^ = k 2^(r - b)     A = where(i >= j, q^ k^T, 0)     S~ = 2^r S     z~ = 2^r z
     o = (A v + q^ S~) / (sum_j A + q^ z~ + eps)              S' = 2^r (S~ + k^T v)     z' = 2^r (z~ + sum_j k^)
@@ -52,7 +52,7 @@ PARTS = 16
 
 class Ring(NamedTuple):
     """Chunks of a head in shared memory: of k and q, which stay until the outputs of a chunk are done; of the gates, which only
-    the preparing warpgroup reads; of v."""
+    the preparing warpgroup reads (and at least two: z~ as an operand has as many); of v, whose slot then holds the outputs."""
 
     keys: int
     gates: int
@@ -60,8 +60,8 @@ class Ring(NamedTuple):
 
 
 RINGS = {True: Ring(3, 2, 2), False: Ring(4, 4, 4)}
-"""With outputs and without. A slot is taken for as long as a chunk is loaded, prepared and read: with two of k and q the loads
-would not be hidden. With outputs at d = 128 these fill the shared memory."""
+"""With outputs and without. A slot is taken for as long as a chunk is loaded, prepared and read. With outputs at d = 128 these fill
+the shared memory. The summary of a segment has little to do between two chunks: with two, loads would not be hidden."""
 
 REGISTERS = (80, 176)
 """A thread of a preparing and of a recurrent warpgroup, where there are two of each: the state alone takes 64."""
