@@ -1,7 +1,7 @@
 """Forward of gated linear attention for NVIDIA Hopper GPUs, through Pallas' Mosaic GPU lowering.
 
 A program is four warpgroups (two for an odd number of 64-wide heads, three for K other than V) that walk a segment of one head or, at
-d = 64, of two in chunks of 64 tokens. Tiles come by TMA into a ring in shared memory.
+d = 64, of two in chunks of 64 tokens. Tiles come by TMA into rings in shared memory.
 
 *Preparing* warpgroups, one for 64 features, do all that S does not have to wait for, on tiles in place: the sums of the gates as products
 with a constant matrix, q^ = q 2^(b - r) and k^ = k 2^(r - b), z, and q^ z~ of the denominator. *Recurrent* warpgroups, one for 64
@@ -52,7 +52,8 @@ PARTS = 16
 
 class Ring(NamedTuple):
     """Chunks of a head in shared memory: of k and q, which stay until the outputs of a chunk are done; of the gates, which only
-    the preparing warpgroup reads (and at least two: z~ as an operand has as many); of v, whose slot then holds the outputs."""
+    the preparing warpgroup reads; of v, whose slot then holds the outputs. Of keys, and of v with outputs, at least two: one is
+    loaded while the next is read."""
 
     keys: int
     gates: int
@@ -368,7 +369,8 @@ def _kernel(
             if normalize:
                 o = o * over_columns(inverse)
             plgpu.barrier_arrive(free.at[slot])
-            out = v()  # which nothing reads any more
+            # Nothing reads v any more: a store, and a copy into shared memory, starts with a barrier of the warpgroup.
+            out = v()
             out[...] = o.astype(bf16)
             saves = den_ref is not None and w == 0
             if saves:

@@ -56,8 +56,11 @@ def products(*sums: Any) -> list[jax.Array]:
     def load(x):
         return (x if isinstance(x, jax.Array) else plgpu.load(x)).astype(f32)
 
-    if interpret_mode():  # which has no products of operands in registers
-        return [sum(lax.dot(load(x), load(y)) for x, y in pairs) for _, *pairs in sums]
+    if interpret_mode() and any(isinstance(x, jax.Array) for _, *pairs in sums for x, _ in pairs):
+        # It has no products of operands in registers. The loads, unlike what they stand for, must be done before a copy.
+        results = [sum(lax.dot(load(x), load(y)) for x, y in pairs) for _, *pairs in sums]
+        plgpu.commit_smem()
+        return results
 
     def body(*accs):
         for acc, (_, *pairs) in zip(accs, sums, strict=True):

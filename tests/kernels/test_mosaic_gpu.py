@@ -54,7 +54,8 @@ def check(case: base.Case) -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("gla", {"length": 192, "heads": 2}),
+        ("gla", {"length": 330, "heads": 2}),  # more chunks than slots
+        ("gla", {"length": 330, "heads": 1, "K": 128}),
         ("below", {"length": 100, "heads": 2, "gate_heads": 1, "value_heads": 1}),
         ("bound", {"length": 70, "heads": 1, "K": 128, "V": 128, "state": False}),
         ("one", {"length": 1, "heads": 1, "V": 128, "normalize": False}),
@@ -65,12 +66,25 @@ def test_forward(name, options):
 
 
 @supported
-def test_segments_equal_one_pass(monkeypatch):
-    monkeypatch.setattr(block_sizes, "MIN_SEGMENT", 64)
+@pytest.mark.parametrize(("length", "segments"), [(260, 3), (650, 2)])
+def test_segments_equal_one_pass(monkeypatch, length, segments):
+    monkeypatch.setattr(block_sizes, "MIN_SEGMENT", 64 if segments == 3 else 320)
     monkeypatch.setattr(mosaic_gpu, "PROGRAMS", 6)
-    case = make("gla", length=260, heads=4, value_heads=2)
-    assert mosaic_gpu.plan(case.arrays[0], case.arrays[2])[1].segments == 3
+    case = make("gla", length=length, heads=4, value_heads=2)
+    assert mosaic_gpu.plan(case.arrays[0], case.arrays[2])[1].segments == segments
     check(case)
+
+
+@supported
+@pytest.mark.skipif(ON_GPU, reason="races are detected in the interpreter")
+@pytest.mark.parametrize("options", [{"heads": 2}, {"heads": 1, "K": 128}])
+def test_no_slot_is_loaded_again_while_it_is_read(monkeypatch, options):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call")
+    monkeypatch.setattr(plgpu, "InterpretGPUParams", functools.partial(plgpu.InterpretGPUParams, detect_races=True))
+    forward(make("gla", length=330, **options))
+    assert not interpreter.get_races().races_found
 
 
 @supported
