@@ -219,7 +219,7 @@ def _kernel(
                     sums.append(((CHUNK, PARTS), (q, z_s.at[gate_slot, p])))
             plgpu.commit_smem()
             pl.when(i + ring.gates < count)(functools.partial(load_gates, i + ring.gates))
-            if not outputs or not normalize:
+            if len(sums) == 1:  # of what follows the recurrent warpgroups need nothing
                 plgpu.barrier_arrive(ready.at[slot])
             added, *past = products(*sums)
             if past:

@@ -53,11 +53,11 @@ def products(*sums: Any) -> list[jax.Array]:
     registers."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    def load(x):
-        return (x if isinstance(x, jax.Array) else plgpu.load(x)).astype(f32)
-
     if interpret_mode() and any(isinstance(x, jax.Array) for _, *pairs in sums for x, _ in pairs):
         # It has no products of operands in registers. The loads, unlike what they stand for, must be done before a copy.
+        def load(x):
+            return (x if isinstance(x, jax.Array) else plgpu.load(x)).astype(f32)
+
         results = [sum(lax.dot(load(x), load(y)) for x, y in pairs) for _, *pairs in sums]
         plgpu.commit_smem()
         return results

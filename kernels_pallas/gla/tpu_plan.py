@@ -120,21 +120,9 @@ def make_plan(q, v, log_g, lower_bound: float | None, *, forward: bool = False, 
     wide = wide and _block_rows(lower_bound, FORWARD_CHUNK, dtype) * MAX_PAIR_BLOCKS >= FORWARD_CHUNK
     chunk = min(FORWARD_CHUNK if wide else MAX_CHUNK, max(16, 1 << (length - 1).bit_length()))
     block = _block_rows(lower_bound, chunk, dtype)
+    strong = strong_gates(lower_bound)
     return Plan(
-        batch,
-        length,
-        heads,
-        v_group,
-        g_group,
-        features,
-        values,
-        width,
-        pack,
-        count,
-        chunk,
-        block,
-        dtype,
-        strong_gates(lower_bound),
+        batch, length, heads, v_group, g_group, features, values, width, pack, count, chunk, block, dtype, strong
     )
 
 

@@ -66,9 +66,9 @@ def test_forward(name, options):
 
 
 @supported
-@pytest.mark.parametrize(("length", "segments"), [(260, 3), (650, 2)])
-def test_segments_equal_one_pass(monkeypatch, length, segments):
-    monkeypatch.setattr(block_sizes, "MIN_SEGMENT", 64 if segments == 3 else 320)
+@pytest.mark.parametrize(("length", "shortest", "segments"), [(260, 64, 3), (650, 320, 2)])
+def test_segments_equal_one_pass(monkeypatch, length, shortest, segments):
+    monkeypatch.setattr(block_sizes, "MIN_SEGMENT", shortest)
     monkeypatch.setattr(mosaic_gpu, "PROGRAMS", 6)
     case = make("gla", length=length, heads=4, value_heads=2)
     assert mosaic_gpu.plan(case.arrays[0], case.arrays[2])[1].segments == segments
@@ -79,9 +79,9 @@ def test_segments_equal_one_pass(monkeypatch, length, segments):
 @pytest.mark.skipif(ON_GPU, reason="races are detected in the interpreter")
 @pytest.mark.parametrize("options", [{"heads": 2}, {"heads": 1, "K": 128}])
 def test_no_slot_is_loaded_again_while_it_is_read(monkeypatch, options):
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter  # no public name yet
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call")
     monkeypatch.setattr(plgpu, "InterpretGPUParams", functools.partial(plgpu.InterpretGPUParams, detect_races=True))
     forward(make("gla", length=330, **options))
     assert not interpreter.get_races().races_found
