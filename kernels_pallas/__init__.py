@@ -10,7 +10,8 @@ the interpreter. All three act while JAX traces: a function that is already comp
 """
 
 from kernels_pallas import context_parallel
-from kernels_pallas.api import (
+from kernels_pallas.common import interpret, lowering_for, target_platform
+from kernels_pallas.gated_linear_attention.api import (
     causal_conv1d,
     decode_step,
     default_implementation,
@@ -18,7 +19,6 @@ from kernels_pallas.api import (
     implementation_for,
     lawcat_attention,
 )
-from kernels_pallas.common import interpret, lowering_for, target_platform
 
 __all__ = [
     "causal_conv1d",

@@ -16,11 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas import api
+from kernels_pallas.causal_conv1d import xla as conv_xla
 from kernels_pallas.common import match_varying, varying_axes
-from kernels_pallas.conv1d import xla as conv_xla
-from kernels_pallas.gla import scan
-from kernels_pallas.lawcat import xla as lawcat_xla
+from kernels_pallas.gated_linear_attention import api, scan
+from kernels_pallas.lawcat_attention import xla as lawcat_xla
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int

@@ -1,6 +1,6 @@
 """Measure block sizes on the GPU at hand and write the best into the table.
 
-    python -m kernels_pallas.tune --head_dims 64,128 --out kernels_pallas/gla/block_sizes.json [--log candidates.json]
+    python -m kernels_pallas.tune --head_dims 64,128 --out kernels_pallas/gated_linear_attention/block_sizes.json [--log candidates.json]
 
 The table of --out is updated in place: entries of other devices and shapes stay. Every candidate is tried on its own; one that does not
 compile or run is recorded in --log with its error. Candidates compile in parallel and run one after the other.
@@ -24,8 +24,8 @@ import numpy as np
 from absl import app, flags
 
 from kernels_pallas.benchmark import timing
-from kernels_pallas.gla import block_sizes, triton, triton_vjp
-from kernels_pallas.gla.block_sizes import BlockSizes
+from kernels_pallas.gated_linear_attention import block_sizes, triton, triton_vjp
+from kernels_pallas.gated_linear_attention.block_sizes import BlockSizes
 
 _HEAD_DIMS = flags.DEFINE_list("head_dims", ["64", "128"], "Head sizes to tune (K = V).")
 _HEADS = flags.DEFINE_integer("heads", 32, "Query heads.")

@@ -34,7 +34,8 @@ def main(argv: list[str]) -> int:
     """Compile, report, and say whether everything fits."""
     command_line.no_arguments(argv)
     config = command_line.load_config(_CONFIG)
-    from lawcat_jax import chips, compile_report
+    from lawcat_jax.analysis import compile_report
+    from lawcat_jax.runtime import chips
 
     compile_report.prepare_environment()
     chip = chips.chip_of(_TOPOLOGY.value)
@@ -43,7 +44,8 @@ def main(argv: list[str]) -> int:
     for name, value in sizes.items():
         if value < 0:
             raise UserError(f"--{name}={value}: must be at least 1, or 0 for the default")
-    from lawcat_jax import aot_text, sharding
+    from lawcat_jax.analysis import compile_report_text as aot_text
+    from lawcat_jax.runtime import sharding
 
     model = compile_report.architecture(config)
     devices = compile_report.topology_devices(_TOPOLOGY.value)

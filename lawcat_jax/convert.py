@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     for name, value in (("source", _SOURCE.value), ("target", _TARGET.value)):
         if not value:
             raise UserError(f"--{name} is missing; see python -m lawcat_jax.convert --help")
-    from lawcat_jax.hf.conversion import convert
+    from lawcat_jax.checkpoints.conversion import convert
 
     convert(
         _SOURCE.value,

@@ -244,8 +244,8 @@ def device_problems(
 
 
 def run_probe(seconds: float = PROBE_SECONDS) -> dict[str, Any]:
-    """:func:`lawcat_jax.probe.probe` in a process that may crash or hang."""
-    command = [sys.executable, "-m", "lawcat_jax.probe"]
+    """:func:`lawcat_jax.analysis.probe.probe` in a process that may crash or hang."""
+    command = [sys.executable, "-m", "lawcat_jax.analysis.probe"]
     folder = str(pathlib.Path(__file__).resolve().parents[1])
     paths = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH", ""))))
     # Not the memory of a whole GPU, which others may be using.

@@ -40,7 +40,7 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
             traceback.print_exc()
             status = 1
         if _several_processes():  # the others must not wait for this one
-            from lawcat_jax import distributed
+            from lawcat_jax.runtime import distributed
 
             distributed.leave(status)
         return status

@@ -73,8 +73,8 @@ def _length(item: str) -> int:
 def main(argv: list[str]) -> None:
     no_arguments(argv)
     _settings({})  # mistakes in the flags show before anything is loaded
-    from lawcat_jax.evals.loading import load_for_inference
-    from lawcat_jax.evals.runner import evaluate_model
+    from lawcat_jax.inference.loading import load_for_inference
+    from lawcat_jax.tasks.runner import evaluate_model
 
     model = load_for_inference(
         _CHECKPOINT.value, revision=_REVISION.value, dtype=_DTYPE.value, tokenizer=_TOKENIZER.value

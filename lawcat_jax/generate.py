@@ -32,8 +32,8 @@ def main(argv: list[str]) -> None:
         raise UserError("--prompt is missing: the text to continue, or - to read it from standard input")
     prompt = sys.stdin.read() if _PROMPT.value == "-" else _PROMPT.value
     from lawcat_jax.data.tokenize import encode_prompt, stream_text
-    from lawcat_jax.evals.loading import load_for_inference
-    from lawcat_jax.generation import stream
+    from lawcat_jax.inference.generation import stream
+    from lawcat_jax.inference.loading import load_for_inference
 
     model = load_for_inference(
         _CHECKPOINT.value, revision=_REVISION.value, dtype=_DTYPE.value, tokenizer=_TOKENIZER.value

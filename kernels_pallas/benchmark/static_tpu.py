@@ -107,7 +107,7 @@ def compile_case(
     import jax.numpy as jnp
 
     import kernels_pallas as kp
-    from kernels_pallas.lawcat import xla
+    from kernels_pallas.lawcat_attention import xla
 
     place = _one_device(chip)
     length = 1 if mode in ("decode", "xla_decode") else length
@@ -240,8 +240,8 @@ def _grid(shape: Shape, mode: str, batch: int, length: int, bound: float | None)
     """Chunk, heads a step, and steps of the kernels of a mode."""
     import jax
 
-    from kernels_pallas.gla.tpu_decode import make_step
-    from kernels_pallas.gla.tpu_plan import make_plan
+    from kernels_pallas.gated_linear_attention.tpu_decode import make_step
+    from kernels_pallas.gated_linear_attention.tpu_plan import make_plan
 
     if mode == "decode":
         widths = (shape.size,)

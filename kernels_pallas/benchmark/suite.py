@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 import kernels_pallas as kp
-from kernels_pallas.gla import block_sizes
-from kernels_pallas.gla.block_sizes import BlockSizes
+from kernels_pallas.gated_linear_attention import block_sizes
+from kernels_pallas.gated_linear_attention.block_sizes import BlockSizes
 
 BOUND = -1.25
 

@@ -23,7 +23,7 @@ from flax import nnx
 
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig
 from lawcat_jax.models.cache import Cache
-from lawcat_jax.models.llama import Decoder, build_lora, build_mixers, num_linear
+from lawcat_jax.models.decoder import Decoder, build_lora, build_mixers, num_linear
 from lawcat_jax.models.lora import merge_lora
 
 __all__ = ["Cache", "Decoder", "abstract", "bind", "init_params", "merge_lora", "num_linear"]

@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 
 from lawcat_jax.errors import UserError, unraisable
-from lawcat_jax.sharding import path_name
+from lawcat_jax.runtime.sharding import path_name
 
 Tree = Any
 
@@ -217,7 +217,7 @@ class Checkpointer:
                     target.rmtree()
                 (self._path / str(step)).rename(target)
         if steps:
-            from lawcat_jax import distributed
+            from lawcat_jax.runtime import distributed
 
             distributed.barrier("checkpoint_move_aside")
             self._manager.reload()

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lawcat_jax import model_dir, models
+from lawcat_jax import models
+from lawcat_jax.checkpoints import model_dir
 from lawcat_jax.config import Config, ModelConfig, StageConfig
 from lawcat_jax.data.tokenize import Tokenizer
 from lawcat_jax.errors import UserError

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 from flax import serialization
 
-from lawcat_jax import distributed
 from lawcat_jax.config import CheckpointConfig, LogConfig, StageConfig
 from lawcat_jax.errors import UserError
+from lawcat_jax.runtime import distributed
 from lawcat_jax.training import checkpoint as checkpointing
 from lawcat_jax.training.metrics import MetricsWriter, Progress
 from lawcat_jax.training.optim import Params, Plateau

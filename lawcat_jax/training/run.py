@@ -11,12 +11,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from lawcat_jax import distributed, model_dir, models, sharding
+from lawcat_jax import models
+from lawcat_jax.checkpoints import model_dir
 from lawcat_jax.config import AttentionConfig, Config, LoraConfig, ModelConfig, StageConfig, to_dict
 from lawcat_jax.data.pipeline import make_dataset
 from lawcat_jax.data.tokenize import Tokenizer, load_tokenizer
 from lawcat_jax.data.train_tokenizer import save_tokenizer
 from lawcat_jax.errors import UserError
+from lawcat_jax.runtime import distributed, sharding
 from lawcat_jax.training import optim, stages
 from lawcat_jax.training.checkpoint import Checkpointer, is_full
 from lawcat_jax.training.loop import EXIT_INTERRUPTED, InterruptedRunError, Loop, StageRun, StopSignal
@@ -177,12 +179,12 @@ def read_architecture(
     """Configurations of a model or HF directory, without its weights.
 
     Raises:
-      UserError: as :func:`lawcat_jax.model_dir.load_model`.
+      UserError: as :func:`lawcat_jax.checkpoints.model_dir.load_model`.
     """
     directory = model_dir.locate(source, revision)
     if (directory / model_dir.MODEL_JSON).is_file():
         return model_dir.read_model_json(directory)[:3]
-    from lawcat_jax.hf.read import Checkpoint
+    from lawcat_jax.checkpoints.hf.read import Checkpoint
 
     return Checkpoint(directory).config, None, None
 
@@ -338,7 +340,7 @@ def export(config: Config, student: Student, workdir: Path) -> Path:
     if primary and not tokenizer_source.is_dir():  # a hub id or an embedded asset: its files may be anywhere
         tokenizer_source = save_tokenizer(student.tokenizer, workdir / "tokenizer")
     if pretraining:
-        from lawcat_jax.hf.write import write_hf
+        from lawcat_jax.checkpoints.hf.write import write_hf
 
         params = host_params(student.params)
         if primary:
@@ -367,7 +369,7 @@ def export(config: Config, student: Student, workdir: Path) -> Path:
 
 def evaluate(config: Config, student: Student, folder: Workdir) -> Any:
     """Run the configured evaluation of the trained model; writes and returns its report."""
-    from lawcat_jax.evals.runner import evaluate_model
+    from lawcat_jax.tasks.runner import evaluate_model
 
     last, stage = config.stages()[-1]
     graphdef, _ = models.abstract(student.model, *stages.architecture(last, config), dtype=student.dtype)

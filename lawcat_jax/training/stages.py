@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lawcat_jax import models, sharding
+from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig, Config, LoraConfig, ModelConfig, StageConfig
 from lawcat_jax.errors import UserError
+from lawcat_jax.runtime import sharding
 from lawcat_jax.training import attention_transfer, finetune, optim, pretrain
 from lawcat_jax.training.step import LossFn, TrainState, init_state, make_eval_step, make_train_step
 
@@ -123,7 +124,7 @@ def batch_shapes(stage: StageConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStru
 
 
 def place(params: optim.Params, mesh: Mesh) -> optim.Params:
-    """Arrays (host or device) on the mesh, split as the table in :mod:`lawcat_jax.sharding` says."""
+    """Arrays (host or device) on the mesh, split as the table in :mod:`lawcat_jax.runtime.sharding` says."""
     return jax.tree.map(jax.device_put, params, sharding.shardings(params, mesh))
 
 

@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation: operations that the model needs (:mod:`lawcat_jax.flops`) against what devices can do."""
+"""Model FLOPs utilisation: operations that the model needs (:mod:`lawcat_jax.models.flops`) against what devices can do."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import jax
 
-from lawcat_jax.chips import CHIPS
 from lawcat_jax.config import Config, ModelConfig
-from lawcat_jax.flops import model_flops
+from lawcat_jax.models.flops import model_flops
+from lawcat_jax.runtime.chips import CHIPS
 
 # Dense bf16 operations a second by the beginning of jax's device kind, longest first where one begins another.
 # Sources: the vendors' data sheets (without sparsity).

@@ -13,8 +13,10 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from lawcat_jax import generation, models, sharding
+from lawcat_jax import models
 from lawcat_jax.config import Config
+from lawcat_jax.inference import generation
+from lawcat_jax.runtime import sharding
 from lawcat_jax.training import stages
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kernels_pallas as kp
-from kernels_pallas.gla import scan
+from kernels_pallas.gated_linear_attention import scan
 
 from . import oracle
 from .base import FLOAT32, GlaBackend, RequiredCases, assert_close, expected, make_case, run_vjp

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import kernels_pallas as kp
-from kernels_pallas.lawcat.xla import feature_map
+from kernels_pallas.lawcat_attention.xla import feature_map
 
 from . import oracle
 
@@ -204,7 +204,7 @@ def test_features_at_the_floor_pass_no_gradient():
 
 def test_identity_initialisation():
     """Taps of one on the current token and phi = eye(d, f): features are softmaxes of the first f channels."""
-    from kernels_pallas.lawcat.xla import prepare
+    from kernels_pallas.lawcat_attention.xla import prepare
 
     inputs = make_inputs()
     taps = jnp.zeros((4, TAPS, 8)).at[:, -1].set(1.0)

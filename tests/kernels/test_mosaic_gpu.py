@@ -14,9 +14,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import kernels_pallas as kp
-from kernels_pallas.gla import block_sizes, mosaic_gpu
-from kernels_pallas.lawcat import mosaic_gpu as lawcat
-from kernels_pallas.lawcat.xla import prepare
+from kernels_pallas.gated_linear_attention import block_sizes, mosaic_gpu
+from kernels_pallas.lawcat_attention import mosaic_gpu as lawcat
+from kernels_pallas.lawcat_attention.xla import prepare
 
 from . import base, oracle
 from .test_triton import lawcat_inputs

@@ -8,7 +8,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 import kernels_pallas as kp
-from kernels_pallas.gla import tpu, tpu_plan
+from kernels_pallas.gated_linear_attention import tpu, tpu_plan
 
 from .base import BFLOAT16, REGIMES, GlaBackend, RequiredCases, assert_close, expected, make_case, run_vjp
 

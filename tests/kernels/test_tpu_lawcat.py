@@ -13,9 +13,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import kernels_pallas as kp
-from kernels_pallas.gla import tpu as gla_tpu
-from kernels_pallas.gla import tpu_decode
-from kernels_pallas.lawcat import tpu
+from kernels_pallas.gated_linear_attention import tpu as gla_tpu
+from kernels_pallas.gated_linear_attention import tpu_decode
+from kernels_pallas.lawcat_attention import tpu
 
 from . import oracle
 from .base import BFLOAT16, FLOAT32, make_case

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import kernels_pallas as kp
-from kernels_pallas.gla import block_sizes, triton
-from kernels_pallas.gla.block_sizes import BlockSizes
+from kernels_pallas.gated_linear_attention import block_sizes, triton
+from kernels_pallas.gated_linear_attention.block_sizes import BlockSizes
 
 from . import base, oracle
 

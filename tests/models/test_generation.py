@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from lawcat_jax import generation
 from lawcat_jax.errors import UserError
+from lawcat_jax.inference import generation
 from tests.models.helpers import LAWCAT, TINY, build, forward
 
 CONFIG = dataclasses.replace(TINY, num_layers=2)

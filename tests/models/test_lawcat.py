@@ -12,9 +12,9 @@ import kernels_pallas
 from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig
 from lawcat_jax.errors import UserError
-from lawcat_jax.models.lawcat import INITS, LawcatMixer, gate_bias, half_lives
 from lawcat_jax.models.layers import Context
-from lawcat_jax.models.lolcats import LolcatsMixer
+from lawcat_jax.models.mixers.lawcat import INITS, LawcatMixer, gate_bias, half_lives
+from lawcat_jax.models.mixers.lolcats import LolcatsMixer
 from lawcat_jax.models.rope import rope_table
 from tests.models.helpers import LAWCAT, TINY, build, drawn, forward, jit, tokens
 

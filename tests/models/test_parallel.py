@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lawcat_jax import generation, models, sharding
+from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig, MeshConfig, ModelConfig
 from lawcat_jax.errors import UserError
+from lawcat_jax.inference import generation
 from lawcat_jax.models import parallel
 from lawcat_jax.models.attention import softmax_attention
+from lawcat_jax.runtime import sharding
 
 MODEL = ModelConfig(
     vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=48,

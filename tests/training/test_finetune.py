@@ -14,8 +14,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lawcat_jax import models, sharding
+from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig, LoraConfig, MeshConfig, ModelConfig, StageConfig
+from lawcat_jax.runtime import sharding
 from lawcat_jax.training import finetune
 
 MODEL = ModelConfig(

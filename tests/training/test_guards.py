@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from training_doubles import STEPS, Run
 
-from lawcat_jax import flops, models
+from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig, Config, ConfigError, ModelConfig, StageConfig
+from lawcat_jax.models import flops
 from lawcat_jax.training import loop
 from lawcat_jax.training.loop import TrainingError
 from lawcat_jax.training.utilization import peak_flops, utilization

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from lawcat_jax import model_dir, models, sharding
+from lawcat_jax import models
+from lawcat_jax.checkpoints import model_dir
 from lawcat_jax.config import (
     AttentionConfig,
     CheckpointConfig,
@@ -27,6 +28,7 @@ from lawcat_jax.config import (
 )
 from lawcat_jax.data.train_tokenizer import passkey_sentences, save_tokenizer, train_tokenizer
 from lawcat_jax.errors import UserError
+from lawcat_jax.runtime import sharding
 from lawcat_jax.training import loop, metrics, optim, run
 
 LENGTH = 128

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lawcat_jax import models, sharding
+from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig, Config, LoraConfig, MeshConfig, ModelConfig, StageConfig
 from lawcat_jax.errors import UserError
+from lawcat_jax.runtime import sharding
 from lawcat_jax.training import optim, stages
 
 MODEL = ModelConfig(

@@ -1,0 +1,1 @@
+"""Weights in and out: model directories, Hugging Face checkpoints, adapters."""

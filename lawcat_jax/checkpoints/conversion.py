@@ -1,0 +1,195 @@
+"""Conversion of a whole checkpoint, and the comparison of its logits with ``transformers``."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from lawcat_jax.checkpoints.hf.mapping import flatten
+from lawcat_jax.checkpoints.hf.peft import write_adapter
+from lawcat_jax.checkpoints.hf.read import progress_bar
+from lawcat_jax.checkpoints.hf.write import MAX_SHARD_BYTES, write_hf
+from lawcat_jax.checkpoints.model_dir import MODEL_JSON, ModelBundle, load_model, locate, save_model
+from lawcat_jax.errors import UserError
+from lawcat_jax.files import check_target
+
+VERIFY_TOKENS = (2, 64)  # sequences, tokens: enough to see a wrong rotary scaling, cheap for 7B on a CPU
+
+
+def convert(
+    source: str,
+    target: str,
+    *,
+    to: str = "model",
+    dtype: str = "keep",
+    revision: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    verify: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Read ``source``, write ``target``, print what was done.
+
+    Args:
+      source: HF directory, hub id, model directory or ``asset:...``.
+      target: directory to create.
+      to: ``model`` (model directory), ``hf`` (Hugging Face directory, LoRA merged) or ``peft`` (adapter).
+      dtype: of the pretrained weights, ``keep`` for the stored one.
+      revision: of a hub repository.
+      max_shard_bytes: size of one safetensors file with ``to='hf'``.
+      verify: load the result once more and compare its logits with transformers, both in float32.
+      overwrite: replace an existing target.
+
+    Raises:
+      UserError: anything wrong with source or target; no target is left behind.
+    """
+    check_target(target, overwrite=overwrite)
+    if verify and to == "peft":
+        raise UserError("--verify compares whole models; it does not go with --to=peft")
+    if verify:
+        _require_torch()
+    if max_shard_bytes < 1:
+        raise UserError("--max_shard_gb must be positive")
+    start = time.monotonic()
+    directory = locate(source, revision)
+    if Path(target).exists() and directory.resolve() == Path(target).resolve():
+        raise UserError(f"source and target are the same directory: {target}")
+    with progress_bar(_weight_bytes(directory), f"reading {source}") as progress:
+        bundle = load_model(str(directory), dtype=dtype, progress=progress)
+    total = sum(leaf.nbytes for _, leaf in flatten(bundle.params))
+    own = (directory / MODEL_JSON).is_file()
+    origin = bundle.extra.get("source") if own else source
+    if to == "model":
+        save_model(
+            target,
+            model=bundle.model,
+            attention=bundle.attention,
+            lora=bundle.lora,
+            params=bundle.params,
+            tokenizer_source=bundle.tokenizer_path,
+            extra=bundle.extra if own else {"source": source},
+            overwrite=overwrite,
+        )
+    elif to == "hf":
+        with progress_bar(total, f"writing {target}") as progress:
+            write_hf(
+                target,
+                model=bundle.model,
+                params=bundle.params,
+                attention=bundle.attention,
+                lora=bundle.lora,
+                tokenizer_source=bundle.tokenizer_path,
+                max_shard_bytes=max_shard_bytes,
+                overwrite=overwrite,
+                progress=progress,
+            )
+    elif to == "peft":
+        if bundle.lora is None:
+            raise UserError(f"{source}: has no LoRA adapters to write; --to=peft needs a student")
+        write_adapter(
+            target,
+            model=bundle.model,
+            attention=bundle.attention,
+            lora=bundle.lora,
+            params=bundle.params,
+            base_model=origin,
+            overwrite=overwrite,
+        )
+    else:
+        raise UserError(f"unknown target kind {to!r}; one of model, hf, peft")
+    summary = _summary(bundle)
+    print(f"wrote {target}: {summary}, {total / 1e9:.3g} GB in {time.monotonic() - start:.1f} s", flush=True)
+    if verify:
+        del bundle
+        _verify(directory, Path(target), to=to, exact=dtype == "keep")
+
+
+def _summary(bundle: ModelBundle) -> str:
+    leaves = [leaf for _, leaf in flatten(bundle.params)]
+    count = sum(leaf.size for leaf in leaves)
+    kinds = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
+    return f"{bundle.model.family}, {bundle.model.num_layers} layers, {count / 1e6:,.1f} M parameters, {kinds}"
+
+
+def _weight_bytes(directory: Path) -> int | None:
+    return sum(file.stat().st_size for file in directory.glob("model*.safetensors")) or None
+
+
+def _require_torch() -> None:
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--verify needs {' and '.join(missing)}: pip install {' '.join(missing)}; or leave it out")
+
+
+def _verify(source: Path, target: Path, *, to: str, exact: bool) -> None:
+    """Print the differences of logits between the result of a conversion and ``transformers``."""
+    with tempfile.TemporaryDirectory() as scratch:
+        if to == "hf":
+            reference, ours = target, target
+        elif not (source / MODEL_JSON).is_file():
+            reference, ours = source, target
+        else:  # a model directory was copied: its counterpart exists only once it is written
+            reference, ours = Path(scratch) / "hf", target
+            bundle = load_model(target, dtype="keep")
+            write_hf(reference, model=bundle.model, params={k: v for k, v in bundle.params.items() if k != "lora"})
+        result = compare_with_transformers(ours, reference)
+    print(
+        f"verify: {result['tokens']} random tokens, max abs difference of logits {result['max_abs']:.3g} "
+        f"(largest logit {result['scale']:.3g}), KL(transformers || here) {result['kl']:.3g} nats a token",
+        flush=True,
+    )
+    # Rounding to another dtype moves logits by itself; the same weights must agree to float32 rounding.
+    if not np.isfinite(result["kl"]) or (exact and result["kl"] > 1e-4):
+        raise UserError(f"{target}: logits differ from transformers beyond rounding; do not use it, and report this")
+
+
+def compare_with_transformers(ours: Path, reference: Path, *, seed: int = 0) -> dict[str, float]:
+    """Logits of the teacher in ``ours`` against ``transformers`` on the HF directory ``reference``, in float32.
+
+    Returns:
+      ``max_abs`` (largest absolute difference), ``scale`` (largest absolute logit), ``kl``
+      (KL(reference || ours), nats, mean over tokens) and ``tokens``.
+
+    Raises:
+      UserError: either cannot be loaded, or torch is not installed.
+    """
+    _require_torch()
+    bundle = load_model(ours, dtype="float32")
+    tokens = np.random.default_rng(seed).integers(0, bundle.model.vocab_size, VERIFY_TOKENS).astype(np.int32)
+    here = teacher_logits(bundle, tokens)
+    del bundle
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        reference, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        there = model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
+    log_p, log_q = _log_softmax(there), _log_softmax(here)
+    return {
+        "max_abs": float(np.max(np.abs(here - there))),
+        "scale": float(np.max(np.abs(there))),
+        "kl": float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1))),
+        "tokens": tokens.size,
+    }
+
+
+def teacher_logits(bundle: ModelBundle, tokens: np.ndarray) -> np.ndarray:
+    """float32 [B, T, V] logits of the softmax model for int32 [B, T] tokens."""
+    import jax
+
+    from lawcat_jax import models
+
+    graphdef, _ = models.abstract(bundle.model, bundle.attention, bundle.lora)
+    with jax.default_matmul_precision("float32"):
+        forward = jax.jit(lambda params, x: models.bind(graphdef, params)(x, as_teacher=True))
+        return np.asarray(forward(bundle.params, tokens), np.float32)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))

@@ -1,0 +1,163 @@
+"""LoRA adapters in PEFT's files: adapter_config.json and adapter_model.safetensors.
+
+PEFT keeps A as [r, in] and B as [out, r] per layer; ours are a [M, in, r] and b [M, r, out], stacked over
+the M linearised layers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lawcat_jax.checkpoints.hf.mapping import TABLE, flatten, linearised_layers, unflatten
+from lawcat_jax.checkpoints.hf.tensors import open_tensors, write_tensors
+from lawcat_jax.checkpoints.hf.write import check_leaves
+from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig
+from lawcat_jax.errors import UserError
+from lawcat_jax.files import new_directory, read_json, write_json
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_NAME = "base_model.model.{module}.lora_{part}.weight"
+_KERNELS = {rule.path: rule for rule in TABLE}
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_NEUTRAL = {"use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "bias": "none", "modules_to_save": None}
+
+
+def lora_shapes(model: ModelConfig, attention: AttentionConfig | None, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the adapter arrays by path, stacked over the linearised layers."""
+    count, width = len(linearised_layers(model, attention)), model.hidden_size
+    query, key = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    sizes = {"q_proj": (width, query), "k_proj": (width, key), "v_proj": (width, key), "o_proj": (query, width)}
+    shapes = {}
+    for target in lora.targets:
+        inputs, outputs = sizes[target]
+        shapes[f"lora/{target}/a"] = (count, inputs, lora.rank)
+        shapes[f"lora/{target}/b"] = (count, lora.rank, outputs)
+    return shapes
+
+
+def write_adapter(
+    target: str | os.PathLike,
+    *,
+    model: ModelConfig,
+    attention: AttentionConfig | None,
+    lora: LoraConfig,
+    params: Mapping[str, Any],
+    base_model: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write ``params['lora']`` so that ``peft.PeftModel.from_pretrained`` loads it on the HF base model.
+
+    Args:
+      target: the directory to create; it appears whole or not at all.
+      model: architecture of the base.
+      attention: tells which layers are linearised and so carry adapters.
+      lora: rank, alpha and targets.
+      params: nested dict with ``lora``.
+      base_model: path or hub id written as ``base_model_name_or_path``.
+
+    Raises:
+      UserError: no adapters in ``params``, wrong shapes, or the target exists.
+    """
+    leaves = {f"lora/{path}": leaf for path, leaf in flatten(params.get("lora", {}))}
+    if not leaves:
+        raise UserError(f"cannot write {target}: the model has no LoRA adapters")
+    check_leaves(leaves, lora_shapes(model, attention, lora), f"cannot write {target}")
+    layers = linearised_layers(model, attention)
+    entries = []
+    for row, layer in enumerate(layers):
+        for projection in lora.targets:
+            for part in "ab":
+                leaf = np.asarray(leaves[f"lora/{projection}/{part}"][row])
+                entries.append(
+                    (_tensor_name(projection, part, layer), leaf.dtype, leaf.shape[::-1], lambda x=leaf: x.T)
+                )
+    values = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": list(lora.targets),
+        # Only named when some layers keep softmax attention: without it every layer is adapted.
+        "layers_to_transform": None if len(layers) == model.num_layers else list(layers),
+        "layers_pattern": None if len(layers) == model.num_layers else "layers",
+        "init_lora_weights": True,
+        "inference_mode": True,
+        **_NEUTRAL,
+    }
+    with new_directory(target, overwrite=overwrite) as directory:
+        write_json(directory / CONFIG, values)
+        write_tensors(directory / WEIGHTS, entries)
+
+
+def read_adapter(
+    source: str | os.PathLike, *, model: ModelConfig, attention: AttentionConfig | None
+) -> tuple[LoraConfig, dict[str, Any]]:
+    """Read a PEFT LoRA adapter of the attention projections.
+
+    Returns:
+      The LoRA configuration, and the nested dict ``{"lora": ...}`` in the stored dtype.
+
+    Raises:
+      UserError: not a plain LoRA adapter, or one for other layers, modules or shapes; names are listed.
+    """
+    source = Path(source)
+    values = read_json(source / CONFIG)
+    lora = _lora_config(values, source)
+    if not (source / WEIGHTS).is_file() and (source / "adapter_model.bin").is_file():
+        raise UserError(f"{source}: adapter_model.bin is a pickle file, which can run code when opened; need {WEIGHTS}")
+    tensors = open_tensors(source / WEIGHTS)
+    layers = linearised_layers(model, attention)
+    names = {
+        _tensor_name(projection, part, layer): (f"lora/{projection}/{part}", row)
+        for projection in lora.targets
+        for row, layer in enumerate(layers)
+        for part in "ab"
+    }
+    shapes = lora_shapes(model, attention, lora)
+    check_leaves(tensors, {name: shapes[path][:0:-1] for name, (path, _) in names.items()}, str(source))
+    leaves: dict[str, np.ndarray] = {}
+    for name, (path, row) in names.items():
+        tensor = tensors[name]
+        if tensor.dtype is None:
+            raise UserError(f"{source}: {name} is {tensor.code}, which is not supported")
+        if path not in leaves:
+            leaves[path] = np.empty(shapes[path], tensor.dtype)
+        leaves[path][row] = tensor.rows(0, tensor.shape[0]).T
+    return lora, unflatten(leaves)
+
+
+def _tensor_name(projection: str, part: str, layer: int) -> str:
+    module = _KERNELS[f"layers/attention/{projection}/kernel"].hf.format(layer=layer).removesuffix(".weight")
+    return _NAME.format(module=module, part=part.upper())
+
+
+def _lora_config(values: dict[str, Any], source: Path) -> LoraConfig:
+    where = source / CONFIG
+    if values.get("peft_type") != "LORA":
+        raise UserError(f"{where}: peft_type {values.get('peft_type')!r} is not supported; supported: 'LORA'")
+    odd = [f"{name} {values[name]!r}" for name, neutral in _NEUTRAL.items() if values.get(name, neutral) != neutral]
+    odd += [f"{name} {values[name]!r}" for name in ("rank_pattern", "alpha_pattern") if values.get(name)]
+    if odd:
+        raise UserError(f"{where}: not supported: {', '.join(odd)}")
+    targets = values.get("target_modules")
+    if isinstance(targets, str):  # PEFT: one regular expression, full match on the module's name
+        try:
+            targets = [name for name in _PROJECTIONS if re.fullmatch(targets, f"model.layers.0.self_attn.{name}")]
+        except re.error:
+            targets = None
+    unknown = sorted(set(targets or ["nothing"]) - set(_PROJECTIONS))
+    if unknown:
+        raise UserError(f"{where}: target_modules has {', '.join(unknown)}; supported: {', '.join(_PROJECTIONS)}")
+    rank, alpha = values.get("r"), values.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise UserError(f"{where}: r {rank!r} and lora_alpha {alpha!r} should be numbers, r at least 1")
+    ordered = tuple(name for name in _PROJECTIONS if name in (targets or ()))
+    return LoraConfig(rank=rank, alpha=float(alpha), dropout=float(values.get("lora_dropout") or 0.0), targets=ordered)

@@ -1,0 +1,289 @@
+"""Hugging Face checkpoints -> our parameters, streamed so that one copy of the model is held at most."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lawcat_jax.checkpoints.hf.config_map import model_config_from_hf
+from lawcat_jax.checkpoints.hf.mapping import Slot, base_shapes, hf_slots, ignored, unflatten
+from lawcat_jax.checkpoints.hf.tensors import DTYPES, Tensor, open_tensors
+from lawcat_jax.config import ModelConfig
+from lawcat_jax.errors import UserError
+from lawcat_jax.files import read_json
+
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LISTED = 20  # names per kind of problem in one message
+
+Progress = Callable[[int], object]  # called with bytes done
+Shardings = Callable[[str], Any]  # path -> jax.sharding.Sharding | None
+
+
+def resolve_source(source: str, revision: str | None = None) -> Path:
+    """The local directory of a path or hub id; hub files are downloaded to the Hugging Face cache.
+
+    Raises:
+      UserError: there is neither such a directory nor such a repository, or no network.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{source} is a file; name the checkpoint's directory")
+    if not _HUB_ID.fullmatch(str(source)):
+        raise UserError(f"no such directory: {source}")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.utils import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    except ImportError:
+        raise UserError(f"no such directory: {source} (and huggingface_hub is not installed)") from None
+    # Only what is read here: repositories also carry .bin, .pth and "consolidated" copies of the weights.
+    patterns = ["config.json", "generation_config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES]
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+    except GatedRepoError:
+        raise UserError(
+            f"{source}: gated on the Hugging Face hub; accept its licence there and run `hf auth login`"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"{source}: the Hugging Face hub has no revision {revision!r}") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"{source}: neither a directory here nor a public repository on the Hugging Face hub") from None
+    except Exception as problem:  # network libraries differ: requests, httpx, OSError, LocalEntryNotFoundError
+        first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        raise UserError(
+            f"{source}: no directory of that name here, and the Hugging Face hub cannot be reached ({first})"
+        ) from None
+
+
+class Checkpoint:
+    """An opened HF directory: its architecture, and every tensor by name, checked but not read.
+
+    Attributes: ``path``, ``values`` (config.json), ``config`` (:class:`ModelConfig`), ``tensors``.
+
+    Raises:
+      UserError: one message with everything that is wrong: config, missing or damaged files, and
+        missing, unexpected or wrongly shaped tensors by name.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.values = read_json(path / "config.json")
+        self.config: ModelConfig = model_config_from_hf(self.values, str(path / "config.json"))
+        self.tensors: dict[str, Tensor] = _collect(path)
+        self.slots: dict[str, Slot] = hf_slots(self.config)
+        self._check()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are read."""
+        return sum(self.tensors[name].nbytes for name in self.slots)
+
+    def dtypes(self) -> dict[str, np.dtype]:
+        """The stored dtype of each of our parameters; layers that differ meet in float32, without loss."""
+        found: dict[str, set[np.dtype]] = {}
+        for name, slot in self.slots.items():
+            found.setdefault(slot.path, set()).add(self.tensors[name].dtype)
+        return {path: kinds.pop() if len(kinds) == 1 else np.dtype(np.float32) for path, kinds in found.items()}
+
+    def _check(self) -> None:
+        kinds: dict[str, list[str]] = {
+            "missing": [name for name in self.slots if name not in self.tensors],
+            "unexpected": [n for n in self.tensors if n not in self.slots and not ignored(n, self.config)],
+            "wrongly shaped": [
+                f"{name} is {list(self.tensors[name].shape)}, should be {list(slot.hf_shape)}"
+                for name, slot in self.slots.items()
+                if name in self.tensors and self.tensors[name].shape != slot.hf_shape
+            ],
+            "of unsupported dtype": [
+                f"{name} is {self.tensors[name].code}, supported: {', '.join(DTYPES)}"
+                for name in self.slots
+                if name in self.tensors and self.tensors[name].dtype is None
+            ],
+        }
+        parts = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
+        if parts:
+            raise UserError(f"{self.path}: tensors do not fit config.json: {'; '.join(parts)}")
+        head, embedding = self.tensors.get("lm_head.weight"), self.tensors["model.embed_tokens.weight"]
+        if self.config.tie_embeddings and head is not None and not _equal(head, embedding):
+            raise UserError(
+                f"{self.path}: config.json ties the embeddings, but lm_head.weight differs from "
+                "model.embed_tokens.weight; set tie_word_embeddings to false to use both"
+            )
+
+    def params(
+        self, *, dtype: np.dtype | None = None, shardings: Shardings | None = None, progress: Progress = lambda n: None
+    ) -> dict[str, Any]:
+        """Read every parameter into the nested dict of stacked arrays.
+
+        Args:
+          dtype: cast while reading; None keeps the stored dtypes.
+          shardings: path -> Sharding or None. A sharded parameter becomes a jax.Array of which each host
+            reads only the slices its devices hold; others are numpy arrays.
+          progress: called with the bytes read.
+
+        Raises:
+          UserError: the file ends early, or a value does not fit into float16.
+        """
+        by_path: dict[str, list[tuple[Tensor, Slot]]] = {}
+        for name, slot in self.slots.items():
+            by_path.setdefault(slot.path, []).append((self.tensors[name], slot))
+        stored, leaves = self.dtypes(), {}
+        for path, shape in base_shapes(self.config).items():
+            kind = stored[path] if dtype is None else dtype
+            sharding = shardings(path) if shardings is not None else None
+            pieces = by_path[path]
+            if sharding is None:
+                everything = tuple(slice(0, size) for size in shape)
+                leaves[path] = _read(pieces, everything, kind, progress)
+            else:
+                leaves[path] = _read_sharded(pieces, shape, kind, sharding, progress)
+        return unflatten(leaves)
+
+
+def _read_sharded(pieces, shape, dtype, sharding, progress):
+    import jax
+
+    def callback(index):
+        return _read(
+            pieces, tuple(slice(*part.indices(n)[:2]) for part, n in zip(index, shape, strict=True)), dtype, progress
+        )
+
+    return jax.make_array_from_callback(shape, sharding, callback)
+
+
+def _read(pieces: list[tuple[Tensor, Slot]], index: tuple[slice, ...], dtype: np.dtype, progress: Progress):
+    """The slice ``index`` (in our axes) of one parameter."""
+    out = np.empty([part.stop - part.start for part in index], dtype)
+    if pieces[0][1].layer is None:
+        _read_piece(*pieces[0], index, out, progress)
+    else:
+        for row, layer in enumerate(range(index[0].start, index[0].stop)):
+            _read_piece(*pieces[layer], index[1:], out[row], progress)
+    return out
+
+
+def _read_piece(tensor: Tensor, slot: Slot, index: tuple[slice, ...], out: np.ndarray, progress: Progress) -> None:
+    rows, *columns = index[::-1] if slot.transpose else index
+    whole_rows = all(part.stop - part.start == n for part, n in zip(columns, tensor.shape[1:], strict=True))
+    if not slot.transpose and whole_rows and tensor.dtype == out.dtype:
+        step = max(1, (32 << 20) // max(1, tensor.nbytes // max(1, tensor.shape[0])))
+        for first in range(rows.start, rows.stop, step):  # straight into place, in steps for the progress bar
+            last = min(first + step, rows.stop)
+            progress(tensor.rows(first, last, out[first - rows.start : last - rows.start]).nbytes)
+        return
+    target = out.T if slot.transpose else out  # a view in HF's axes
+    for first, block in tensor.blocks(rows.start, rows.stop):
+        part = block[(slice(None), *columns)]
+        place = target[first - rows.start : first - rows.start + len(block)]
+        if part.dtype == place.dtype:  # as raw words: NumPy moves bfloat16 element by element
+            word = np.dtype(f"u{part.dtype.itemsize}")
+            place.view(word)[...] = part.view(word)
+        else:
+            with np.errstate(over="ignore"):  # reported below, by name
+                place[...] = part
+        if out.dtype == np.float16 and tensor.dtype != out.dtype and not _fits(part, place):
+            raise UserError(f"{tensor.file}: {tensor.name} has values beyond float16; choose bfloat16 or float32")
+        progress(block.nbytes)
+
+
+def _fits(source: np.ndarray, cast: np.ndarray) -> bool:
+    return bool((np.isfinite(cast) | ~np.isfinite(source.astype(np.float32))).all())
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype or a.dtype is None:
+        return False
+    pairs = zip(a.blocks(0, a.shape[0]), b.blocks(0, b.shape[0]), strict=True)
+    return all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for (_, x), (_, y) in pairs)
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _collect(path: Path) -> dict[str, Tensor]:
+    single, index = path / "model.safetensors", path / INDEX
+    if single.is_file():
+        return open_tensors(single)
+    if index.is_file():
+        return _collect_sharded(path, index)
+    others = sorted(path.glob("*.safetensors"))
+    if len(others) == 1 and not others[0].name.startswith("adapter"):
+        return open_tensors(others[0])
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
+    if pickles:
+        raise UserError(
+            f"{path}: only pickle files ({', '.join(pickles[:3])}), which can run code when opened; convert them to "
+            "safetensors first, for example with transformers' save_pretrained"
+        )
+    raise UserError(f"{path}: no model.safetensors and no {INDEX}")
+
+
+def _collect_sharded(path: Path, index: Path) -> dict[str, Tensor]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: weight_map is missing or empty")
+    problems, tensors, shards = [], {}, {}
+    for file in sorted({str(name) for name in weight_map.values()}):
+        if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+            problems.append(f"shard name {file!r} is not the name of a .safetensors file in the same directory")
+            continue
+        try:
+            shards[file] = open_tensors(path / file)
+        except UserError as problem:
+            problems.append(str(problem))
+    for name, file in weight_map.items():
+        if file in shards and name in shards[file]:
+            tensors[name] = shards[file][name]
+        elif file in shards:
+            problems.append(f"tensor {name} is not in {file}")
+    if problems:
+        raise UserError(f"{index}: {_listed(problems).replace(', tensor ', '; tensor ')}")
+    return tensors
+
+
+@contextlib.contextmanager
+def progress_bar(total: int | None, label: str) -> Iterator[Progress]:
+    """Bytes done out of ``total``, on a terminal only."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1000, disable=None) as bar:
+        yield bar.update
+
+
+def read_hf(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: np.dtype | None = None,
+    shardings: Shardings | None = None,
+    progress: Progress = lambda n: None,
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Architecture and parameters of a Hugging Face directory or hub id.
+
+    Args: as of :meth:`Checkpoint.params`; ``revision`` of a hub repository.
+
+    Raises:
+      UserError: see :class:`Checkpoint` and :func:`resolve_source`.
+    """
+    checkpoint = Checkpoint(resolve_source(str(source), revision))
+    return checkpoint.config, checkpoint.params(dtype=dtype, shardings=shardings, progress=progress)

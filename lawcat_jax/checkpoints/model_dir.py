@@ -1,0 +1,369 @@
+"""Model directories: what convert and train write and every command reads.
+
+``model.json`` (configurations), ``params/`` (orbax, plain nested dict), ``tokenizer/`` (files as on the hub).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from lawcat_jax.checkpoints.hf.mapping import base_shapes, flatten, unflatten
+from lawcat_jax.checkpoints.hf.read import TOKENIZER_FILES, Checkpoint, Progress, Shardings, resolve_source
+from lawcat_jax.checkpoints.hf.write import check_leaves, copy_tokenizer
+from lawcat_jax.config import (
+    AttentionConfig,
+    ConfigError,
+    LoraConfig,
+    ModelConfig,
+    attention_problems,
+    from_dict,
+    model_problems,
+    to_dict,
+    type_problems,
+)
+from lawcat_jax.errors import UserError, unraisable
+from lawcat_jax.files import new_directory, read_json, write_json
+
+FORMAT_VERSION = 1
+_RESTORE_BYTES = 256 << 20
+MODEL_JSON, PARAMS, TOKENIZER = "model.json", "params", "tokenizer"
+ASSETS = Path(__file__).parents[1] / "assets"
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclasses.dataclass
+class ModelBundle:
+    """A loaded model.
+
+    ``params`` is the plain nested dict: numpy arrays, or jax arrays where shardings were asked for.
+    ``attention`` and ``lora`` are None for a teacher. ``tokenizer_path`` is a directory, or None.
+    ``extra`` is what the writer added to model.json; for HF checkpoints ``{"source": ...}``.
+    """
+
+    model: ModelConfig
+    attention: AttentionConfig | None
+    lora: LoraConfig | None
+    params: dict[str, Any]
+    tokenizer_path: str | None
+    extra: dict[str, Any]
+
+
+def resolve_dtype(dtype: str | None) -> np.dtype | None:
+    """``auto`` is bfloat16 on accelerators and float32 on CPU; ``keep`` or None is None: as stored.
+
+    Raises:
+      UserError: another name.
+    """
+    if dtype in (None, "keep"):
+        return None
+    if dtype == "auto":
+        import jax
+
+        return DTYPES["float32" if jax.default_backend() == "cpu" else "bfloat16"]
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not one of auto, keep, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def expected_shapes(
+    model: ModelConfig, attention: AttentionConfig | None, lora: LoraConfig | None
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of every parameter of a model by '/'-joined path."""
+    if attention is None and lora is None:
+        return base_shapes(model)
+    from lawcat_jax import models
+
+    _, abstract = models.abstract(model, attention, lora)
+    return {path: tuple(leaf.shape) for path, leaf in flatten(abstract)}
+
+
+def save_model(
+    target: str | os.PathLike,
+    *,
+    model: ModelConfig,
+    params: Mapping[str, Any],
+    attention: AttentionConfig | None = None,
+    lora: LoraConfig | None = None,
+    tokenizer_source: str | os.PathLike | None = None,
+    extra: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a model directory; it appears whole or not at all.
+
+    Host arrays are written without a copy, so they must not change until this returns. With several
+    processes all of them call this; sharded arrays are gathered and process 0 writes.
+
+    Args:
+      target: the directory to create.
+      model, attention, lora: configurations; the latter two None for a teacher.
+      params: nested dict of numpy or jax arrays, exactly those of the configurations.
+      tokenizer_source: directory whose tokenizer files are copied.
+      extra: JSON values kept in model.json (stage, source, ...).
+      overwrite: replace an existing directory.
+
+    Raises:
+      UserError: parameters do not fit the configurations, or the target cannot be written.
+    """
+    leaves = dict(flatten(params))
+    check_leaves(leaves, expected_shapes(model, attention, lora), f"cannot write {target}")
+    values = {
+        "format_version": FORMAT_VERSION,
+        "model": to_dict(model),
+        "attention": None if attention is None else to_dict(attention),
+        "lora": None if lora is None else to_dict(lora),
+        "extra": dict(extra or {}),
+        # So that a load can check every array without opening it, and so that a reader sees what is inside.
+        "params": {path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in leaves.items()},
+    }
+    leaves = {path: _on_host(leaf) for path, leaf in leaves.items()}
+    if _process_index() == 0:
+        with new_directory(target, overwrite=overwrite) as directory:
+            _save_params(directory / PARAMS, leaves)
+            copy_tokenizer(tokenizer_source, directory / TOKENIZER)
+            write_json(directory / MODEL_JSON, values)
+    _barrier("save_model")
+
+
+def load_model(
+    source: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    dtype: str | None = "auto",
+    shardings: Shardings | None = None,
+    progress: Progress = lambda count: None,
+) -> ModelBundle:
+    """Load a model directory, an HF directory, a hub id, or ``asset:tiny_llama``.
+
+    Args:
+      source: where from.
+      revision: of a hub repository.
+      dtype: of the pretrained part: ``float32``, ``bfloat16``, ``float16``, ``auto`` (bfloat16 on
+        accelerators, float32 on CPU), or ``keep``. Mixers and LoRA keep the dtype they were saved in.
+      shardings: path -> jax.sharding.Sharding or None; see :meth:`lawcat_jax.checkpoints.hf.read.Checkpoint.params`.
+      progress: called with bytes read (HF checkpoints).
+
+    Raises:
+      UserError: nothing there, damaged files, or parameters that are missing, unexpected or wrongly shaped.
+    """
+    cast = resolve_dtype(dtype)
+    directory = locate(source, revision)
+    if (directory / MODEL_JSON).is_file():
+        return _load_own(directory, cast, shardings)
+    checkpoint = Checkpoint(directory)
+    params = checkpoint.params(dtype=cast, shardings=shardings, progress=progress)
+    return ModelBundle(checkpoint.config, None, None, params, _tokenizer_path(directory), {"source": str(source)})
+
+
+def locate(source: str | os.PathLike, revision: str | None = None) -> Path:
+    """The local directory of ``source``, which holds model.json or config.json.
+
+    Raises:
+      UserError: there is none.
+    """
+    text = os.fspath(source)
+    if text.startswith("asset:"):
+        directory = ASSETS / text.removeprefix("asset:")
+        if Path(text.removeprefix("asset:")).name != text.removeprefix("asset:") or not directory.is_dir():
+            known = sorted(f"asset:{p.name}" for p in ASSETS.iterdir() if p.is_dir()) if ASSETS.is_dir() else []
+            raise UserError(f"no embedded model {text!r}; this installation has: {', '.join(known) or 'none'}")
+    else:
+        directory = resolve_source(text, revision)
+    if not any((directory / name).is_file() for name in (MODEL_JSON, "config.json")):
+        raise UserError(f"{directory} is not a model directory: neither {MODEL_JSON} nor config.json is in it")
+    return directory
+
+
+def read_model_json(
+    directory: str | os.PathLike,
+) -> tuple[ModelConfig, AttentionConfig | None, LoraConfig | None, dict[str, Any]]:
+    """The configurations and ``extra`` of a model directory, without its parameters.
+
+    Raises:
+      UserError: unreadable, of another format version, or with unknown or invalid fields.
+    """
+    path = Path(directory) / MODEL_JSON
+    values = read_json(path)
+    if values.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {values.get('format_version')!r}, but this program reads {FORMAT_VERSION}; "
+            "convert again"
+        )
+    kinds = {"model": ModelConfig, "attention": AttentionConfig, "lora": LoraConfig}
+    parsed: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        value = values.get(name)
+        if value is None and name != "model":
+            parsed[name] = None
+            continue
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: {name} should be an object")
+        try:
+            parsed[name] = from_dict(kind, value, name)
+        except (ConfigError, TypeError) as problem:
+            raise UserError(f"{path}: {problem}") from None
+        problems = type_problems(parsed[name], name)
+        if not problems:
+            checks = {"model": model_problems, "attention": attention_problems}
+            problems = checks[name](parsed[name], name) if name in checks else []
+        if problems:
+            raise UserError(f"{path}: {'; '.join(problems)}")
+    return parsed["model"], parsed["attention"], parsed["lora"], values.get("extra") or {}
+
+
+def _load_own(directory: Path, cast: np.dtype | None, shardings: Shardings | None) -> ModelBundle:
+    model, attention, lora, extra = read_model_json(directory)
+    leaves = _restore_params(directory, expected_shapes(model, attention, lora), cast, shardings)
+    return ModelBundle(model, attention, lora, unflatten(leaves), _tokenizer_path(directory / TOKENIZER), extra)
+
+
+def _tokenizer_path(directory: Path) -> str | None:
+    return str(directory) if any((directory / name).is_file() for name in TOKENIZER_FILES) else None
+
+
+@contextlib.contextmanager
+def _checkpointer(**options: Any) -> Iterator[Any]:
+    import jax
+    import orbax.checkpoint as ocp
+    from absl import logging as absl_logging
+    from orbax.checkpoint import type_handlers
+
+    # For good: the report comes from a thread, often after the error that it belongs to has been raised.
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = unraisable
+    # Orbax copies host arrays before it writes, and compression buffers all of them at once: 2.9x the bytes.
+    # Without both the peak is the arrays themselves; weights hardly compress anyway.
+    try:
+        numpy_handler = type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    except TypeError:  # orbax before 0.12.5 (some accelerator images): works as well, with twice the memory
+        numpy_handler = type_handlers.NumpyHandler()
+    registry = type_handlers.create_type_handler_registry(
+        (np.ndarray, numpy_handler),
+        (jax.Array, type_handlers.ArrayHandler()),
+    )
+    verbosity = absl_logging.get_verbosity()
+    if verbosity == absl_logging.INFO:  # the default of a command: orbax logs every step, and warns before it fails
+        absl_logging.set_verbosity(absl_logging.ERROR)
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False, **options)
+    try:
+        with ocp.Checkpointer(handler, **options) as checkpointer:
+            yield checkpointer
+    finally:
+        absl_logging.set_verbosity(verbosity)
+
+
+def _save_params(path: Path, leaves: Mapping[str, np.ndarray]) -> None:
+    import orbax.checkpoint as ocp
+
+    # Process 0 alone: without this orbax waits for the other processes.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=0, active_processes={0}, barrier_sync_key_prefix="save_model"
+    )
+    try:
+        with _checkpointer(multiprocessing_options=alone) as checkpointer:
+            checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(unflatten(leaves)))
+    except ValueError as problem:  # which tensorstore raises for errors of the operating system
+        if os.strerror(errno.ENOSPC) not in str(problem):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from problem
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    import jax
+
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(leaf)
+
+
+def _process_index() -> int:
+    import jax
+
+    return jax.process_index()
+
+
+def _barrier(name: str) -> None:
+    import jax
+
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def _restore_params(
+    directory: Path, expected: Mapping[str, tuple[int, ...]], cast: np.dtype | None, shardings: Shardings | None
+) -> dict[str, Any]:
+    import jax
+    import orbax.checkpoint as ocp
+
+    path = (directory / PARAMS).absolute()
+    if not path.is_dir():
+        raise UserError(f"{directory}: incomplete, {PARAMS}/ is missing; convert or save it again")
+
+    def restore_args(name: str, stored: Any) -> Any:
+        base = not name.startswith(("mixers/", "lora/"))  # the trainable part stays in its own precision
+        dtype = cast if base and cast is not None else np.dtype(stored.dtype)
+        sharding = shardings(name) if shardings is not None else None
+        if sharding is None:
+            return ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
+        return ocp.ArrayRestoreArgs(
+            restore_type=jax.Array, dtype=dtype, sharding=sharding, global_shape=tuple(stored.shape)
+        )
+
+    with _checkpointer() as checkpointer, _damage_reported(path):
+        metadata = checkpointer.metadata(path).item_metadata
+        if metadata is None:
+            raise UserError(f"{path}: damaged or incomplete (its list of arrays cannot be read); convert or save again")
+        stored = dict(flatten(metadata.tree))
+        check_leaves(stored, expected, str(path))
+        leaves: dict[str, Any] = {}
+        for names in _groups(stored):
+            arguments = unflatten({name: restore_args(name, stored[name]) for name in names})
+            item = unflatten({name: stored[name] for name in names})
+            request = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
+            leaves |= flatten(checkpointer.restore(path, args=request))
+    check_leaves(leaves, expected, str(path))
+    return leaves
+
+
+def _groups(stored: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Parameter names in groups read at once: tensorstore holds every array of a read a second time."""
+    group: list[str] = []
+    size = 0
+    for name, leaf in stored.items():
+        count = int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        if group and size + count > _RESTORE_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += count
+    yield group
+
+
+@contextlib.contextmanager
+def _damage_reported(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except MemoryError:
+        raise
+    except Exception as problem:  # orbax and tensorstore raise many kinds for damaged files
+        first = (str(problem).strip() or type(problem).__name__).splitlines()[0][:300]
+        raise UserError(f"{path}: damaged or incomplete, restore a copy or convert again ({first})") from problem

@@ -1,0 +1,1 @@
+"""Running a trained model: loading a checkpoint for inference and generating text."""

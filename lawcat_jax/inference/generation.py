@@ -1,0 +1,208 @@
+"""Greedy and sampled generation for teacher and student, in batches or as a stream.
+
+Prompts are consumed in chunks of a few fixed sizes, so that the number of compilations does not grow with the number of
+prompt lengths; the student's memory does not grow with the length at all.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lawcat_jax.errors import UserError
+from lawcat_jax.models import bind, num_linear
+from lawcat_jax.runtime.sharding import mesh_of
+
+SMALLEST_BUCKET = 16
+
+
+def bucket(size: int, largest: int | None = None) -> int:
+    """``size`` rounded up to a power of two (at least 16), not above ``largest``."""
+    rounded = max(SMALLEST_BUCKET, 1 << max(0, size - 1).bit_length())
+    return rounded if largest is None else min(rounded, largest)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "batch", "length", "as_teacher"))
+def empty_cache(params, *, graphdef, batch: int, length: int, as_teacher: bool = False):
+    """(cache, logits [B, V] float32) of no tokens."""
+    model = bind(graphdef, params)
+    logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
+    return model.init_cache(batch, length, as_teacher=as_teacher), logits
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher"), donate_argnames=("cache", "logits"))
+def prefill_chunk(params, cache, logits, tokens, lengths, *, graphdef, as_teacher: bool):
+    """One chunk; a sequence that has ended already keeps its cache and its logits. lengths None: all of it is valid, which
+    takes the fused kernels."""
+    new, cache = bind(graphdef, params).prefill(tokens, cache, lengths=lengths, as_teacher=as_teacher)
+    return new if lengths is None else jnp.where(lengths[:, None] > 0, new, logits), cache
+
+
+def _choose(logits, step, keys, temperature):
+    """Next tokens [B]: the most likely where temperature is 0, else drawn with a key of the sequence and the step."""
+    step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+    scaled = logits / jnp.maximum(temperature, 1e-6)
+    drawn = jax.vmap(jax.random.categorical)(step_keys, scaled)
+    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher"), donate_argnames=("cache",))
+def decode_step(params, cache, token, step, keys, temperature, *, graphdef, as_teacher: bool):
+    """One token more for every sequence [B]: (next tokens, cache)."""
+    logits, cache = bind(graphdef, params).decode(token, cache, as_teacher=as_teacher)
+    return _choose(logits, step, keys, temperature), cache
+
+
+_first_token = jax.jit(_choose)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher", "capacity"), donate_argnames=("cache", "logits"))
+def _decode_loop(params, cache, logits, done, limit, eos, keys, temperature, *, graphdef, as_teacher, capacity: int):
+    """Tokens [B, capacity] until every sequence is done or ``limit`` tokens are out; -1 where there is none."""
+    model = bind(graphdef, params)
+    batch = logits.shape[0]
+
+    def more(carry):
+        step, _, _, done, _ = carry
+        return (step < limit) & ~jnp.all(done)
+
+    def body(carry):
+        step, logits, cache, done, out = carry
+        token = _choose(logits, step, keys, temperature)
+        out = out.at[:, step].set(jnp.where(done, -1, token))
+        done = done | jnp.any(token[:, None] == eos, axis=1)
+        logits, cache = model.decode(token, cache, as_teacher=as_teacher)
+        return step + 1, logits, cache, done, out
+
+    out = jnp.full((batch, capacity), -1, jnp.int32)
+    _, logits, cache, _, out = jax.lax.while_loop(more, body, (jnp.int32(0), logits, cache, done, out))
+    return out, logits, cache  # the last two only so that their donated buffers are reused
+
+
+def _check(graphdef, params, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens: {max_new_tokens} must be at least 1")
+    vocabulary = params["embed"]["embedding"].shape[0]
+    for number, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise UserError(f"prompt {number} is empty; give at least one token (the BOS token, say)")
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            raise UserError(f"prompt {number} has token ids outside the vocabulary of {vocabulary}")
+
+
+def _has_softmax(graphdef, params, as_teacher: bool) -> bool:
+    model = bind(graphdef, params)
+    return (
+        as_teacher or model.mixers is None or num_linear(model.config, model.attention_config) < model.config.num_layers
+    )
+
+
+def _consume(graphdef, params, prompts, new_tokens: int, chunk: int, as_teacher: bool):
+    """Caches and next-token logits after the prompts [list of lists, empty ones allowed]."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = int(lengths.max())
+    size = bucket(longest, chunk)
+    options = {"graphdef": graphdef, "as_teacher": as_teacher}
+    # Only the key-value buffer of softmax layers depends on the length.
+    room = bucket(longest + new_tokens) if _has_softmax(graphdef, params, as_teacher) else 1
+    with mesh_of(params):
+        cache, logits = empty_cache(params, batch=len(prompts), length=room, **options)
+    tokens = np.zeros((len(prompts), -(-longest // size) * size), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    for start in range(0, tokens.shape[1], size):
+        part = None if np.all(lengths - start >= size) else np.clip(lengths - start, 0, size)
+        with mesh_of(params):
+            logits, cache = prefill_chunk(params, cache, logits, tokens[:, start : start + size], part, **options)
+    return cache, logits
+
+
+def generate(
+    graphdef: Any,
+    params: dict[str, Any],
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_ids: Sequence[int] = (),
+    temperature: float = 0.0,
+    seed: int = 0,
+    as_teacher: bool = False,
+    batch_size: int = 8,
+    prefill_chunk: int = 1024,
+) -> list[list[int]]:
+    """Continue prompts; the answers are in the prompts' order, without the prompts.
+
+    Args:
+      graphdef, params: as from ``lawcat_jax.models.abstract`` and its parameters.
+      prompts: token ids, each at least one.
+      max_new_tokens: most tokens of an answer.
+      eos_ids: an answer ends with the first of these, which is its last token.
+      temperature: 0 for the most likely token, else the softmax temperature of the draws.
+      seed: of the draws; an answer depends on the seed and the prompt's number, not on the batch.
+      batch_size: prompts at a time; prompts of similar length go together.
+      prefill_chunk: prompt tokens a call; bounds the memory of a prefill.
+
+    Raises:
+      UserError: for an empty prompt, a token outside the vocabulary, or sizes below 1.
+    """
+    _check(graphdef, params, prompts, max_new_tokens)
+    if batch_size < 1 or prefill_chunk < 1:
+        raise UserError(f"batch_size {batch_size} and prefill_chunk {prefill_chunk} must be at least 1")
+    options = {"graphdef": graphdef, "as_teacher": as_teacher}
+    eos = jnp.asarray([*eos_ids] or [-1], jnp.int32)
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    answers: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        rows = [prompts[number] for number in numbers] + [[]] * (batch_size - len(numbers))
+        cache, logits = _consume(graphdef, params, rows, max_new_tokens, prefill_chunk, as_teacher)
+        done = np.arange(batch_size) >= len(numbers)
+        keys = _keys(seed, [*numbers, *[0] * (batch_size - len(numbers))])
+        limit, heat = jnp.int32(max_new_tokens), jnp.float32(temperature)
+        capacity = bucket(max_new_tokens)
+        with mesh_of(params):
+            out, *_ = _decode_loop(params, cache, logits, done, limit, eos, keys, heat, capacity=capacity, **options)
+        for number, row in zip(numbers, np.asarray(out), strict=False):
+            answers[number] = [int(token) for token in row if token >= 0]
+    return answers
+
+
+def stream(
+    graphdef: Any,
+    params: dict[str, Any],
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    eos_ids: Sequence[int] = (),
+    temperature: float = 0.0,
+    seed: int = 0,
+    as_teacher: bool = False,
+    prefill_chunk: int = 1024,
+) -> Iterator[int]:
+    """Yield the tokens of one continuation as they are made, the end token included; the same as :func:`generate` of
+    that prompt.
+
+    Raises:
+      UserError: as :func:`generate`, at the first token asked for.
+    """
+    _check(graphdef, params, [prompt], max_new_tokens)
+    options = {"graphdef": graphdef, "as_teacher": as_teacher}
+    cache, logits = _consume(graphdef, params, [prompt], max_new_tokens, prefill_chunk, as_teacher)
+    keys, heat = _keys(seed, [0]), jnp.float32(temperature)
+    token = _first_token(logits, jnp.int32(0), keys, heat)
+    for step in range(1, max_new_tokens + 1):
+        value = int(token[0])
+        yield value
+        if value in eos_ids or step == max_new_tokens:
+            return
+        with mesh_of(params):  # not around the yield, where it would leak into the caller
+            token, cache = decode_step(params, cache, token, jnp.int32(step), keys, heat, **options)
+
+
+def _keys(seed: int, numbers: Sequence[int]) -> jax.Array:
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(numbers, jnp.uint32))

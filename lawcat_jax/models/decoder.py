@@ -1,0 +1,372 @@
+"""The Llama/Mistral decoder, shared by the softmax teacher and the linear-attention student; the token mixer is what
+differs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig, attention_problems, model_problems
+from lawcat_jax.errors import UserError
+from lawcat_jax.models import cache as caching
+from lawcat_jax.models import parallel
+from lawcat_jax.models.attention import softmax_attention
+from lawcat_jax.models.blocks import DecoderLayer, Embed, Segment, Stacked, rematerialized, split_segments
+from lawcat_jax.models.layers import Context, Linear, RMSNorm, static_config
+from lawcat_jax.models.lora import Lora
+from lawcat_jax.models.mixers.lawcat import LawcatMixer
+from lawcat_jax.models.mixers.lolcats import LolcatsMixer
+from lawcat_jax.models.rope import rope_table, rotate
+from lawcat_jax.training import teacher_forced as transfer
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int
+
+MIXERS = {"lawcat": LawcatMixer, "lolcats": LolcatsMixer}
+
+
+class Decoder(nnx.Module):
+    """Decoder of a Llama or Mistral checkpoint; with ``attention`` its linearised student, with ``lora`` adapters on
+    that.
+
+    Parameters are stacked over layers on axis 0 (see the module ``lawcat_jax.models``). Base parameters have ``dtype``;
+    those of the mixers and adapters are float32. Activations have the dtype of the embedding.
+
+    Raises:
+      UserError: for a config out of range.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: AttentionConfig | None = None,
+        lora: LoraConfig | None = None,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+    ):
+        _check(config, attention, lora)
+        self.config, self.attention_config = static_config(config), static_config(attention)
+        layers = config.num_layers
+        self.embed = Embed(config, rngs=rngs, dtype=dtype)
+        self.layers = DecoderLayer(config, rngs=rngs, stack=(layers,), dtype=dtype)
+        self.final_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        # Each is assigned once: nnx fixes at the first assignment whether an attribute holds parameters.
+        head = (config.hidden_size, config.vocab_size)
+        self.lm_head = None if config.tie_embeddings else Linear(*head, rngs=rngs, dtype=dtype)
+        student = attention is not None and num_linear(config, attention) > 0
+        self.mixers = build_mixers(config, attention, rngs=rngs) if student else None
+        self.lora = build_lora(config, attention, lora, rngs=rngs) if student and lora is not None else None
+
+    # Forward passes
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        as_teacher: bool = False,
+        remat: str = "none",
+        unroll_layers: bool = False,
+        dropout_rng: jax.Array | None = None,
+        return_hidden: bool = False,
+    ) -> Float[Array, "B T V"] | Float[Array, "B T D"]:
+        """Logits in float32 of every position, or with ``return_hidden`` the final-normed hidden states (for
+        :meth:`head`).
+
+        Args:
+          tokens: int32; padding on the right, any id.
+          lengths: valid tokens of each sequence, or None for all.
+          positions: for the rotary embedding; default 0 .. T - 1.
+          as_teacher: softmax attention in every layer and no adapter.
+          remat: "none", "layer" (recompute each layer in the backward pass), "dots" (keep matrix products).
+          unroll_layers: no loop over layers in the compiled program (see ``StageConfig``).
+          dropout_rng: key of the adapters' dropout, None for evaluation.
+        """
+        context = self.context(tokens, lengths=lengths, positions=positions)
+        x = self.embedded(tokens)
+        options = {"remat": remat, "unroll": unroll_layers, "dropout_rng": dropout_rng, "as_teacher": as_teacher}
+        for segment in self.segments(as_teacher):
+            x, _ = self._run(segment, x, context, **options)
+        hidden = self.final_norm(x)
+        return hidden if return_hidden else self.head(hidden)
+
+    def head_kernel(self) -> Float[Array, "V D"] | Float[Array, "D V"]:
+        """The matrix of :meth:`head` as it is stored (its dimensions: :attr:`head_axes`), gathered over ``fsdp``: for
+        loops over chunks, which would gather it each time.
+        """
+        if self.lm_head is None:
+            return parallel.whole_rows(self.embed.embedding[...])
+        return parallel.whole_rows(self.lm_head.kernel[...].T).T
+
+    @property
+    def head_axes(self) -> str:
+        """Dimensions of :meth:`head_kernel`: "vd" when it is the embedding, else "dv"."""
+        return "vd" if self.lm_head is None else "dv"
+
+    def head(
+        self, hidden: Float[Array, "*b D"], kernel: Float[Array, "V D"] | Float[Array, "D V"] | None = None
+    ) -> Float[Array, "*b V"]:
+        """Logits in float32 of final-normed hidden states; ``kernel``: see :meth:`head_kernel`."""
+        if kernel is None:
+            kernel = self.embed.embedding[...] if self.lm_head is None else self.lm_head.kernel[...]
+        # The embedding is not transposed first: in a loop over chunks that would be a copy of it.
+        spec = f"...d,{self.head_axes}->...v"
+        return jnp.einsum(spec, hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    def init_cache(self, batch_size: int, max_length: int, *, as_teacher: bool = False) -> caching.Cache:
+        """An empty cache. ``max_length`` bounds the tokens of softmax layers; linearised layers have no limit."""
+        config, dtype = self.config, self.embed.embedding[...].dtype
+        cache: caching.Cache = {"position": jnp.zeros((batch_size,), jnp.int32)}
+        attention = None if as_teacher or self.mixers is None else self.attention_config
+        linear = 0 if attention is None else num_linear(config, attention)
+        if config.num_layers > linear:
+            shape = (config.num_layers - linear, batch_size, max_length, config.num_kv_heads, config.head_dim)
+            cache["softmax"] = caching.empty_kv(*shape, dtype)
+        if attention is not None and linear:
+            state = MIXERS[attention.kind].empty_state(config, attention, batch_size, dtype)
+            cache["linear"] = jax.tree.map(lambda x: jnp.zeros((linear, *x.shape), x.dtype), state)
+        return cache
+
+    def prefill(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: caching.Cache,
+        *,
+        lengths: Int[Array, " B"] | None = None,
+        all_logits: bool = False,
+        as_teacher: bool = False,
+    ) -> tuple[Float[Array, "B V"] | Float[Array, "B T V"], caching.Cache]:
+        """Append tokens to a cache, empty or not: (logits of the last valid token or of all, new cache).
+
+        A sequence of length 0 keeps its cache; its logits mean nothing.
+        """
+        context = self.context(tokens, cache["position"], lengths)
+        x = self.embedded(tokens)
+        cache = dict(cache)
+        for segment in self.segments(as_teacher):
+            x, cache = self._run(segment, x, context, cache=cache, as_teacher=as_teacher)
+        added = tokens.shape[1] if lengths is None else lengths
+        cache["position"] = cache["position"] + added
+        if not all_logits:
+            x = _last_valid(x, lengths)
+        return self.head(self.final_norm(x)), cache
+
+    def decode(
+        self, token: Int[Array, " B"], cache: caching.Cache, *, as_teacher: bool = False
+    ) -> tuple[Float[Array, "B V"], caching.Cache]:
+        """One more token for every sequence: (logits, new cache)."""
+        return self.prefill(token[:, None], cache, as_teacher=as_teacher)
+
+    # Parts
+
+    def embedded(self, tokens):
+        """Hidden states [B, T, D] before the first layer."""
+        table = self.embed.embedding[...]
+        if tokens.size >= self.config.vocab_size // 16:  # for a few tokens the table is the larger thing to gather
+            table = parallel.whole_rows(table)
+        return parallel.constrain(jnp.take(table, tokens, axis=0))
+
+    def context(self, tokens, start=None, lengths=None, positions=None) -> Context:
+        """Rotary table and bookkeeping of one call; ``start`` [B] are the tokens before it."""
+        batch, length = tokens.shape
+        start = jnp.zeros((batch,), jnp.int32) if start is None else start
+        if positions is None:
+            positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
+        cos, sin = rope_table(positions, self.config)
+        return Context(cos, sin, start, lengths)
+
+    def segments(self, as_teacher: bool = False) -> list[Segment]:
+        """Runs of layers of one kind."""
+        layers = self.config.num_layers
+        if as_teacher or self.mixers is None or self.attention_config is None:
+            return split_segments(layers, tuple(range(layers)))
+        return split_segments(layers, tuple(self.attention_config.softmax_layers))
+
+    def _run(self, segment: Segment, x, context: Context, **options) -> tuple[Any, Any]:
+        run = self._run_linear if segment.linear else self._run_softmax
+        return run(segment, x, context, **options)
+
+    def teacher_attention(self, context: Context, q, k, v):
+        """Causal softmax attention of a whole sequence, with the rotary embedding."""
+        q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
+        return softmax_attention(q, k, v, window=self.config.sliding_window)
+
+    def _run_softmax(
+        self, segment, x, context, *, cache=None, remat="none", unroll=False, dropout_rng=None, as_teacher=False
+    ):
+        del dropout_rng  # adapters exist in linearised layers only
+        layers = Stacked(self.layers, segment.start, segment.stop)
+
+        def forward(x, params):
+            mix = lambda h, q, k, v: (self.teacher_attention(context, q, k, v), None)  # noqa: E731
+            return layers.layer(params)(x, mix)
+
+        def cached(carry, xs):
+            (x, keys, values), (params, index) = carry, xs
+
+            def mix(h, q, k, v):
+                q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
+                new = (
+                    caching.write_kv(keys, index, context.start, k),
+                    caching.write_kv(values, index, context.start, v),
+                )
+                window = self.config.sliding_window
+                return softmax_attention(q, new[0][index], new[1][index], start=context.start, window=window), new
+
+            x, (keys, values) = layers.layer(params)(x, mix)
+            return (x, keys, values), None
+
+        if cache is None:
+            x, _ = jax.lax.scan(rematerialized(forward, remat), x, layers.params, unroll=unroll)
+            return x, None
+        # In the carry, the buffer is updated in place; as scanned input and output it would be copied at every token.
+        indices = jnp.arange(segment.first, segment.first + segment.stop - segment.start)
+        carry = (x, cache["softmax"]["k"], cache["softmax"]["v"])
+        (x, keys, values), _ = jax.lax.scan(cached, carry, (layers.params, indices))
+        return x, {**cache, "softmax": {"k": keys, "v": values}}
+
+    def _run_linear(
+        self, segment, x, context, *, cache=None, remat="none", unroll=False, dropout_rng=None, as_teacher=False
+    ):
+        del as_teacher  # there are no linear segments then
+
+        def mix(mixer, index, state, *projections):
+            del index
+            o, state = mixer(*projections, context, state)
+            return o, None if cache is None else state
+
+        kind = segment.mixers
+        states = None if cache is None else jax.tree.map(lambda leaf: leaf[kind], cache["linear"])
+        options = {"remat": remat, "unroll": unroll, "dropout_rng": dropout_rng}
+        x, states = self.scan_linear(segment, x, mix, states=states, **options)
+        if cache is None:
+            return x, None
+        linear = jax.tree.map(lambda old, new: old.at[kind].set(new), cache["linear"], states)
+        return x, {**cache, "linear": linear}
+
+    def scan_linear(
+        self,
+        segment: Segment,
+        x,
+        mix: Callable,
+        *,
+        states=None,
+        remat="none",
+        unroll: bool = False,
+        dropout_rng=None,
+        adapted: bool = True,
+    ):
+        """Run the linearised layers of a segment under one scan: (x, stacked extras).
+
+        ``mix(mixer, index, state, h, q, k, v) -> (o, extra)`` is the token mixing of layer ``index`` with its module
+        and its slice of ``states``; ``adapted`` False leaves the adapters out.
+        """
+        layers = Stacked(self.layers, segment.start, segment.stop)
+        mixers = Stacked(self.mixers, segment.mixers.start, segment.mixers.stop)
+        adapters = Stacked(self.lora if adapted else None, segment.mixers.start, segment.mixers.stop)
+
+        def body(x, xs):
+            params, mixer, adapter, index, state = xs
+            key = None if dropout_rng is None else jax.random.fold_in(dropout_rng, index)
+            step = functools.partial(mix, mixers.layer(mixer), index, state)
+            return layers.layer(params)(x, step, adapters.layer(adapter), dropout_key=key)
+
+        indices = jnp.arange(segment.start, segment.stop)
+        xs = (layers.params, mixers.params, adapters.params, indices, states)
+        return jax.lax.scan(rematerialized(body, remat), x, xs, unroll=unroll)
+
+    # What the stages look at
+
+    def teacher_forced(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        mask: Bool[Array, "B T"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
+        layer_loss: Callable,
+        unroll_layers: bool = False,
+    ) -> Any:
+        """Compare student and teacher layer by layer on the teacher's hidden states (attention transfer).
+
+        ``layer_loss(layer_index, teacher_out, student_out, mask)`` gets float32 [B, T, H d] outputs before Wo and
+        returns a pytree of scalars; the result stacks it over the M linearised layers. Gradients reach the mixers only,
+        and the backward pass of a layer runs right behind its forward pass, so that memory holds one layer's
+        activations.
+
+        Args:
+          tokens: int32, padding on the right.
+          mask: handed to ``layer_loss``; None for all valid tokens. Outputs at padding are finite and mean nothing.
+          lengths: valid tokens of each sequence, or None for all.
+          unroll_layers: as in :meth:`__call__`.
+
+        Raises:
+          UserError: without mixers, or when an output that depends on the student is no scalar.
+        """
+        return transfer.teacher_forced(self, tokens, mask, lengths, layer_loss, unroll_layers)
+
+    def diagnostics(self, tokens: Int[Array, "B T"], *, lengths: Int[Array, " B"] | None = None) -> dict[str, Array]:
+        """Statistics of every linearised layer in a forward pass of the student, stacked over layers (see
+        ``statistics``).
+        """
+        context = self.context(tokens, lengths=lengths)
+        x, collected = self.embedded(tokens), []
+
+        def mix(mixer, index, state, *projections):
+            del index, state
+            return mixer(*projections, context)[0], mixer.statistics(*projections, context)
+
+        for segment in self.segments():
+            if segment.linear:
+                x, statistics = self.scan_linear(segment, x, mix)
+                collected.append(statistics)
+            else:
+                x, _ = self._run_softmax(segment, x, context)
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *collected) if collected else {}
+
+
+def _last_valid(x: Float[Array, "B T D"], lengths: Int[Array, " B"] | None) -> Float[Array, "B D"]:
+    if lengths is None:
+        return x[:, -1]
+    return jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+
+
+def num_linear(config: ModelConfig, attention: AttentionConfig) -> int:
+    """M, the number of linearised layers."""
+    return sum(layer not in attention.softmax_layers for layer in range(config.num_layers))
+
+
+def build_mixers(config: ModelConfig, attention: AttentionConfig, *, rngs: nnx.Rngs) -> nnx.Module:
+    """The stacked token mixers of all linearised layers, freshly initialised (float32)."""
+    return MIXERS[attention.kind](config, attention, rngs=rngs, stack=(num_linear(config, attention),))
+
+
+def build_lora(config: ModelConfig, attention: AttentionConfig, lora: LoraConfig, *, rngs: nnx.Rngs) -> Lora:
+    """The stacked adapters of all linearised layers, freshly initialised (float32)."""
+    return Lora(config, lora, rngs=rngs, stack=(num_linear(config, attention),))
+
+
+def _check(config: ModelConfig, attention: AttentionConfig | None, lora: LoraConfig | None) -> None:
+    problems = model_problems(config)
+    if attention is not None:
+        problems += attention_problems(attention, "attention")
+        if attention.kind == "lolcats" and attention.window_size == 0:
+            problems.append("attention.window_size: lolcats needs a window of at least 1 token (64 in the paper)")
+        if attention.kind == "lawcat" and attention.window_size and not attention.normalize:
+            problems.append("attention.normalize: a window shares the denominator; turn it on, or set window_size=0")
+        problems += [
+            f"attention.softmax_layers: layer {layer} does not exist, the model has layers 0 to {config.num_layers - 1}"
+            for layer in attention.softmax_layers
+            if not 0 <= layer < config.num_layers
+        ]
+    elif lora is not None:
+        problems.append("lora: adapters belong to linearised layers; give an attention config as well")
+    if problems:
+        raise UserError("invalid model: " + "; ".join(problems))

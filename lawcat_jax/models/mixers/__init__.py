@@ -1,0 +1,1 @@
+"""Token mixers: what stands in for softmax attention in a linearised layer."""

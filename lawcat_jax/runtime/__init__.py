@@ -1,0 +1,1 @@
+"""What processes and devices are: ``jax.distributed``, the mesh, and facts about chips."""

@@ -1,0 +1,206 @@
+"""The device mesh, and one table that says over which mesh axes each parameter is split.
+
+Axes: ``data`` (batch only), ``fsdp`` (batch, and one dimension of every big matrix), ``tensor`` (heads and MLP),
+``sequence`` (tokens). The same table serves teacher, student, LoRA and optimizer state, since optimizer states
+carry the path of their parameter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lawcat_jax.config import Config, MeshConfig
+from lawcat_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+BATCH_AXES = ("data", "fsdp")
+
+P = PartitionSpec
+T = TypeVar("T")
+
+# (pattern searched at the end of the '/'-joined path, axes per dimension). Leading dimension L or M: stacked layers.
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"embed/embedding$", P("tensor", "fsdp")),
+    (r"lm_head/kernel$", P("fsdp", "tensor")),
+    (r"norm/scale$", P()),
+    (r"attention/[qkv]_proj/kernel$", P(None, "fsdp", "tensor")),
+    (r"attention/o_proj/kernel$", P(None, "tensor", "fsdp")),
+    (r"mlp/(gate|up)_proj/kernel$", P(None, "fsdp", "tensor")),
+    (r"mlp/down_proj/kernel$", P(None, "tensor", "fsdp")),
+    (r"mixers/conv_\w+$", P(None, "tensor")),
+    (r"mixers/feature_map\w*$", P(None, "tensor")),
+    (r"mixers/gate_down/kernel$", P(None, "fsdp")),
+    (r"mixers/gate_up/kernel$", P(None, None, "tensor")),
+    (r"mixers/(gate|output_gate)/kernel$", P(None, "fsdp", "tensor")),
+    (r"mixers/(gate_up|gate|output_gate)/bias$", P(None, "tensor")),
+    (r"mixers/window_factor$", P(None, "tensor")),
+    (r"lora/[qkv]_proj/a$", P(None, "fsdp")),
+    (r"lora/[qkv]_proj/b$", P(None, None, "tensor")),
+    (r"lora/o_proj/a$", P(None, "tensor")),
+    (r"lora/o_proj/b$", P(None, None, "fsdp")),
+    # Decoding caches: sequences over the batch's axes, heads over tensor.
+    (r"^position$", P(BATCH_AXES)),
+    (r"^softmax/[kv]$", P(None, BATCH_AXES, None, "tensor")),
+    (r"^linear/[Sz]$", P(None, BATCH_AXES, "tensor")),
+    (r"^linear/(conv_[qk]|window/\w+)$", P(None, BATCH_AXES, None, "tensor")),
+)
+
+
+def common_rows(config: Config) -> int:
+    """The number of sequences that divides the micro-batches of all stages: so many ways a batch can be split."""
+    return math.gcd(*(stage.batch_size // stage.grad_accum for _, stage in config.stages()))
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, *, rows: int = 0) -> Mesh:
+    """Mesh over ``devices`` (default: all) with axes :data:`AXES`, of Auto type; -1 takes the rest.
+
+    With ``rows`` (sequences of a micro-batch) a ``data`` or ``fsdp`` of -1 takes no more than the sequences can be
+    split over; what is left multiplies ``tensor``.
+
+    Raises:
+      UserError: the axis sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [getattr(config, axis) for axis in AXES]
+    fixed = math.prod(size for size in sizes if size != -1)
+    described = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
+        raise UserError(f"config.mesh: {described} does not fit {len(devices)} device(s)")
+    rest = len(devices) // fixed
+    free = next((axis for axis in BATCH_AXES if getattr(config, axis) == -1), None)
+    if rows and free is not None:
+        other = config.data if free == "fsdp" else config.fsdp
+        taken = math.gcd(rest, rows // other) if rows % other == 0 else rest
+        sizes[AXES.index("tensor")] *= rest // taken
+        rest = taken
+    shape = tuple(rest if size == -1 else size for size in sizes)
+    # Auto, since the default (Explicit) asks for shardings in the types of every intermediate array.
+    kinds = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+    except NotImplementedError:  # a 4x4 torus as 8 x 2, say: some axis of the torus has to serve two of the mesh
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(array, AXES, axis_types=kinds)
+
+
+def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Axes of one array. A dimension that an axis does not divide stays whole.
+
+    Raises:
+      KeyError: no rule for ``path`` (a new parameter needs a line in :data:`RULES`).
+    """
+    if math.prod(shape) <= 1:  # scalars: counters, learning rate scales
+        return P()
+    for pattern, spec in RULES:
+        if re.search(pattern, path):
+            axes = [*spec, *[None] * (len(shape) - len(spec))][: len(shape)]
+            fits = [
+                axis if axis and size % _axis_size(axis, mesh) == 0 else None
+                for axis, size in zip(axes, shape, strict=True)
+            ]
+            while fits and fits[-1] is None:
+                fits.pop()
+            return P(*fits)
+    raise KeyError(f"no sharding rule for parameter {path!r}: add one to lawcat_jax/runtime/sharding.py")
+
+
+def _axis_size(axis: str | tuple[str, ...], mesh: Mesh) -> int:
+    return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis))
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedSharding of every leaf of a tree of arrays or ShapeDtypeStructs (parameters, optimizer state, cache)."""
+
+    def one(path: tuple, leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, spec_for(path_name(path), leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def path_name(path: tuple) -> str:
+    """'/'-joined key path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def on_mesh(function: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
+    """``function`` traced with ``mesh`` in context: token mixers find there how to split their kernels
+    (:mod:`lawcat_jax.models.parallel`), and kernels the platform that they are compiled for.
+    """
+
+    @functools.wraps(function)
+    def traced(*args: Any, **kwargs: Any) -> T:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return traced
+
+
+def mesh_of(params: Any) -> contextlib.AbstractContextManager:
+    """Context with the mesh that parameters lie on, for functions jitted without one; nothing on a single device."""
+    found = getattr(getattr(jax.tree.leaves(params)[0], "sharding", None), "mesh", None)
+    if found is None or found.size == 1:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(getattr(found, "abstract_mesh", found))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over data x fsdp."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, P())
+
+
+def check_batch(batch_size: int, grad_accum: int, mesh: Mesh, where: str) -> None:
+    """Refuse a batch that the devices cannot share evenly.
+
+    Raises:
+      UserError: with the sizes.
+    """
+    rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if (batch_size // grad_accum) % rows:
+        raise UserError(
+            f"{where}.batch_size: {batch_size} in {grad_accum} micro-batch(es) does not split over data x fsdp = {rows}"
+        )
+
+
+def data_shard(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """(number, count): which part of every batch ``process`` (default: this one) loads, of how many.
+
+    Processes that hold the same rows, because ``tensor`` or ``sequence`` reaches over hosts, load the same part.
+
+    Raises:
+      UserError: processes that share some of their rows, but not all.
+    """
+    process = jax.process_index() if process is None else process
+    held: dict[int, set[int]] = {}
+    for index, device in np.ndenumerate(mesh.devices):
+        held.setdefault(device.process_index, set()).add(index[0] * mesh.devices.shape[1] + index[1])
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, parts)) != len(set().union(*parts)) or len({len(rows) for rows in parts}) != 1:
+        raise UserError(
+            "config.mesh: data x fsdp splits the batch so that processes share some of their rows but not all; choose "
+            "sizes whose product is a multiple or a divisor of the number of hosts"
+        )
+    return parts.index(tuple(sorted(held[process]))), len(parts)
+
+
+def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch (see :func:`data_shard`), as global arrays."""
+    sharding, (_, parts) = batch_sharding(mesh), data_shard(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, value, (value.shape[0] * parts, *value.shape[1:]))
+        for name, value in batch.items()
+    }

@@ -1,0 +1,59 @@
+"""How fast does it train here? ``python -m lawcat_jax.throughput --config=configs/llama1b.py [--config.<field>=<value>]``.
+
+Builds the configuration's model with random weights, times the steps of both stages that the trainer would run on the
+devices at hand, and then the same model in PyTorch with fla's ``chunk_gla`` on the first of them. Prints a table and
+writes ``throughput.json`` in ``--out`` after every measurement. Exit codes: 0 measured, 1 a stage was not, 2 a mistake
+that the user can mend; a peer that is not installed is noted and does not count.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from absl import flags
+
+from lawcat_jax import command_line
+from lawcat_jax.analysis.throughput import run
+from lawcat_jax.errors import run_main
+
+_CONFIG = command_line.define_config()
+_STAGES = flags.DEFINE_list("stages", None, "Which of stage1, stage2; default: all enabled.")
+_BATCH = flags.DEFINE_integer("batch", 0, "Sequences a step over all devices; default: the configuration's.")
+_LENGTH = flags.DEFINE_integer("length", 0, "Tokens a sequence; default: the configuration's.")
+_STEPS = flags.DEFINE_integer("steps", 10, "Steps between two synchronisations, of which one time is taken.")
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Times taken; the median counts.")
+_WARMUP = flags.DEFINE_integer("warmup", 2, "Steps before the first time is taken.")
+_SECONDS = flags.DEFINE_float("seconds", 0.0, "Time for everything, compilation included; 0: no limit.")
+_PEER = flags.DEFINE_string("peer", "torch", "What to compare with: torch, or none.")
+_GLA = flags.DEFINE_string("gla", "fla", "The peer's gated linear attention: fla, or reference (slow, for tests).")
+_NORMALISERS = flags.DEFINE_list("normalisers", list(run.NORMALISERS[:2]), "Forms of the peer's normaliser to try.")
+_OUT = flags.DEFINE_string("out", "throughput_results", "Folder for the results.")
+
+
+def main(argv: list[str]) -> int:
+    """Settle the configuration, measure, and say whether all stages were."""
+    command_line.no_arguments(argv)
+    config = command_line.load_config(_CONFIG)
+    options = run.Options(
+        stages=_STAGES.value or [name for name, _ in config.stages() if name in run.STAGES],
+        batch=_BATCH.value,
+        length=_LENGTH.value,
+        steps=_STEPS.value,
+        repeats=_REPEATS.value,
+        warmup=_WARMUP.value,
+        seconds=_SECONDS.value,
+        peer=_PEER.value,
+        gla=_GLA.value,
+        normalisers=tuple(_NORMALISERS.value),
+        out=_OUT.value,
+        command=" ".join(["python -m lawcat_jax.throughput", *sys.argv[1:]]),
+    )
+    run.check(options, config)
+    from lawcat_jax.analysis.compile_report import architecture
+
+    run.settle(config, options, architecture(config))
+    return run.Benchmark(config, options).run()
+
+
+if __name__ == "__main__":
+    run_main(main)
