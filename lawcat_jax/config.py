@@ -10,6 +10,7 @@ Nothing here imports jax: a config can be read and checked on any machine. There
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from typing import Any
@@ -185,8 +186,16 @@ class StageConfig:
     clip_norm: float = 0.0  # 0 = off
     spike_factor: float = 0.0  # skip steps whose gradient norm exceeds so many times its running mean; 0 = off
     gate_lr_multiplier: float = 1.0
+    lr_multipliers: tuple[str, ...] = ()  # "pattern=factor" on the learning rate of the parameters it is found in
+    ema_decay: float = 0.0  # of a moving average of the trainables, which is validated and kept; 0 = off
     trainable: tuple[str, ...] = (".*",)
     kl_weight: float = 0.0
+    kl_weight_end: float | None = None  # linear from kl_weight to this over the stage; None = constant
+    kl_temperature: float = 1.0
+    kl_direction: str = "forward"  # "forward" KL(teacher || student) | "reverse"
+    state_passing: str = "off"  # "off" | "shuffled" | "pieces": what rows begin with
+    state_reset: float = 0.1  # share of rows that begin with nothing all the same
+    state_gradient: int = 0  # boundaries between steps that the gradient crosses, 0 or 1
     mse_weight: float = 1000.0
     loss_denominator: str = "valid"  # "valid" | "all" (the authors' code)
     plateau_factor: float = 0.1
@@ -418,6 +427,20 @@ def _stage_problems(stage: StageConfig, path: str) -> list[str]:
     ):
         if getattr(stage, name) < 0:
             problems.append(f"{path}.{name}: {getattr(stage, name)} must not be negative")
+    for name, low, high in (("state_reset", 0, 1), ("state_gradient", 0, 1)):
+        if not low <= getattr(stage, name) <= high:
+            problems.append(f"{path}.{name}: {getattr(stage, name)} is outside [{low}, {high}]")
+    if not 0 <= stage.ema_decay < 1:
+        problems.append(f"{path}.ema_decay: {stage.ema_decay} is outside [0, 1)")
+    if stage.kl_temperature <= 0:
+        problems.append(f"{path}.kl_temperature: {stage.kl_temperature} must be positive")
+    if stage.kl_weight_end is not None and stage.kl_weight_end < 0:
+        problems.append(f"{path}.kl_weight_end: {stage.kl_weight_end} must not be negative")
+    problems += _multiplier_problems(stage.lr_multipliers, f"{path}.lr_multipliers")
+    problems += _one_of(f"{path}.kl_direction", stage.kl_direction, ("forward", "reverse"))
+    problems += _one_of(f"{path}.state_passing", stage.state_passing, ("off", "shuffled", "pieces"))
+    if stage.state_passing != "off" and not path.endswith("stage2"):
+        problems.append(f"{path}.state_passing: only stage 2 runs the student alone; the teacher has no state to pass")
     problems += _one_of(f"{path}.schedule", stage.schedule, ("cosine", "constant", "plateau"))
     problems += _one_of(f"{path}.remat", stage.remat, ("none", "layer", "dots"))
     problems += _one_of(f"{path}.loss_denominator", stage.loss_denominator, ("valid", "all"))
@@ -433,6 +456,20 @@ def _stage_problems(stage: StageConfig, path: str) -> list[str]:
     for name in ("validation_samples", "passkey_words", "prompt_weight", "text_weight", "num_workers"):
         if getattr(data, name) < 0:
             problems.append(f"{path}.data.{name}: {getattr(data, name)} must not be negative")
+    return problems
+
+
+def _multiplier_problems(items: tuple[str, ...], path: str) -> list[str]:
+    problems = []
+    for item in items:
+        pattern, _, factor = item.rpartition("=")
+        try:
+            re.compile(pattern)
+            good = bool(pattern) and math.isfinite(float(factor)) and float(factor) >= 0
+        except (re.error, ValueError):
+            good = False
+        if not good:
+            problems.append(f"{path}: {item!r} is not <regular expression>=<factor of at least 0>")
     return problems
 
 

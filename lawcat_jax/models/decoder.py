@@ -77,9 +77,10 @@ class Decoder(nnx.Module):
         unroll_layers: bool = False,
         dropout_rng: jax.Array | None = None,
         return_hidden: bool = False,
-    ) -> Float[Array, "B T V"] | Float[Array, "B T D"]:
-        """Logits in float32 of every position, or with ``return_hidden`` the final-normed hidden states (for
-        :meth:`head`).
+        recurrent: caching.Cache | None = None,
+    ) -> Any:
+        """Logits in float32 [B, T, V] of every position, or with ``return_hidden`` the final-normed hidden states
+        [B, T, D] (for :meth:`head`); with ``recurrent`` a pair of that and the state after the last valid token.
 
         Args:
           tokens: int32; padding on the right, any id.
@@ -89,14 +90,25 @@ class Decoder(nnx.Module):
           remat: "none", "layer" (recompute each layer in the backward pass), "dots" (keep matrix products).
           unroll_layers: no loop over layers in the compiled program (see ``StageConfig``).
           dropout_rng: key of the adapters' dropout, None for evaluation.
+          recurrent: what the linearised layers remember of the tokens before these (:meth:`init_recurrent`). Softmax
+            layers of a hybrid see the tokens of this call only.
         """
-        context = self.context(tokens, lengths=lengths, positions=positions)
+        start = None if recurrent is None else recurrent["position"]
+        context = self.context(tokens, start, lengths, positions)
         x = self.embedded(tokens)
         options = {"remat": remat, "unroll": unroll_layers, "dropout_rng": dropout_rng, "as_teacher": as_teacher}
+        cache = recurrent
         for segment in self.segments(as_teacher):
-            x, _ = self._run(segment, x, context, **options)
+            if segment.linear:
+                x, cache = self._run(segment, x, context, cache=cache, **options)
+            else:
+                x, _ = self._run(segment, x, context, **options)
         hidden = self.final_norm(x)
-        return hidden if return_hidden else self.head(hidden)
+        out = hidden if return_hidden else self.head(hidden)
+        if cache is None:
+            return out
+        added = tokens.shape[1] if lengths is None else lengths
+        return out, {**cache, "position": cache["position"] + added}
 
     def head_kernel(self) -> Float[Array, "V D"] | Float[Array, "D V"]:
         """The matrix of :meth:`head` as it is stored (its dimensions: :attr:`head_axes`), gathered over ``fsdp``: for
@@ -121,18 +133,30 @@ class Decoder(nnx.Module):
         spec = f"...d,{self.head_axes}->...v"
         return jnp.einsum(spec, hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
+    def init_recurrent(self, batch_size: int) -> caching.Cache:
+        """What the linearised layers remember before the first token: ``position`` [B] int32 and ``linear``, their
+        states stacked over layers (nothing for a plain teacher).
+        """
+        recurrent: caching.Cache = {"position": jnp.zeros((batch_size,), jnp.int32)}
+        attention = self.attention_config
+        if self.mixers is not None and attention is not None:
+            count = num_linear(self.config, attention)
+            dtype = self.embed.embedding[...].dtype
+            state = MIXERS[attention.kind].empty_state(self.config, attention, batch_size, dtype)
+            recurrent["linear"] = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), state)
+        return recurrent
+
     def init_cache(self, batch_size: int, max_length: int, *, as_teacher: bool = False) -> caching.Cache:
         """An empty cache. ``max_length`` bounds the tokens of softmax layers; linearised layers have no limit."""
         config, dtype = self.config, self.embed.embedding[...].dtype
-        cache: caching.Cache = {"position": jnp.zeros((batch_size,), jnp.int32)}
         attention = None if as_teacher or self.mixers is None else self.attention_config
         linear = 0 if attention is None else num_linear(config, attention)
+        cache = self.init_recurrent(batch_size)
+        if not linear:
+            cache.pop("linear", None)
         if config.num_layers > linear:
             shape = (config.num_layers - linear, batch_size, max_length, config.num_kv_heads, config.head_dim)
             cache["softmax"] = caching.empty_kv(*shape, dtype)
-        if attention is not None and linear:
-            state = MIXERS[attention.kind].empty_state(config, attention, batch_size, dtype)
-            cache["linear"] = jax.tree.map(lambda x: jnp.zeros((linear, *x.shape), x.dtype), state)
         return cache
 
     def prefill(

@@ -49,10 +49,10 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"lora/o_proj/a$", P(None, "tensor")),
     (r"lora/o_proj/b$", P(None, None, "fsdp")),
     # Decoding caches: sequences over the batch's axes, heads over tensor.
-    (r"^position$", P(BATCH_AXES)),
+    (r"(^|/)(position|tokens|lengths)$", P(BATCH_AXES)),  # those of state passing as well
     (r"^softmax/[kv]$", P(None, BATCH_AXES, None, "tensor")),
-    (r"^linear/[Sz]$", P(None, BATCH_AXES, "tensor")),
-    (r"^linear/(conv_[qk]|window/\w+)$", P(None, BATCH_AXES, None, "tensor")),
+    (r"(^|/)linear/[Sz]$", P(None, BATCH_AXES, "tensor")),
+    (r"(^|/)linear/(conv_[qk]|window/\w+)$", P(None, BATCH_AXES, None, "tensor")),
 )
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lawcat_jax import models
 from lawcat_jax.config import StageConfig
-from lawcat_jax.training.step import Batch, LossFn, Sums
+from lawcat_jax.training.step import Batch, LossFn, StepInputs, Sums
 
 
 def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
@@ -29,17 +29,18 @@ def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
         error = jnp.sum(weight * jnp.square(student - teacher))
         return {"error": error / teacher.shape[-1], "power": jnp.sum(weight * jnp.square(teacher)) / teacher.shape[-1]}
 
-    def loss(params: dict, batch: Batch, key: jax.Array | None) -> Sums:
-        del key  # nothing random
+    def loss(params: dict, batch: Batch, inputs: StepInputs) -> tuple[Sums, None]:
+        del inputs  # nothing random, nothing scheduled
         decoder = models.bind(graphdef, params)
         mask = batch["mask"]
         options = {"mask": mask, "lengths": batch["lengths"], "unroll_layers": stage.unroll_layers}
         layers = decoder.teacher_forced(batch["tokens"], layer_loss=layer_loss, **options)
         count = mask.size if stage.loss_denominator == "all" else jnp.sum(mask)
-        return Sums(
+        sums = Sums(
             loss=stage.mse_weight * jnp.mean(layers["error"]),
             weight=jnp.asarray(count, jnp.float32),
             metrics={"relative_mse": (jax.lax.stop_gradient(layers["error"]), layers["power"])},
         )
+        return sums, None
 
     return loss

@@ -14,7 +14,7 @@ from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig, Config, LoraConfig, ModelConfig, StageConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import sharding
-from lawcat_jax.training import attention_transfer, finetune, optim, pretrain
+from lawcat_jax.training import attention_transfer, finetune, optim, pretrain, state_passing
 from lawcat_jax.training.step import LossFn, TrainState, init_state, make_eval_step, make_train_step
 
 LOSSES: dict[str, Callable[[Any, StageConfig], LossFn]] = {
@@ -51,7 +51,13 @@ class Stage:
         """(state before the first step, frozen parameters) on the mesh; ``params`` may have more than is needed."""
         params = {name: value for name, value in params.items() if name in self._parts()}
         trainable, frozen = optim.split(params, self.config.trainable, f"config.{self.name}.trainable")
-        make = jax.jit(lambda tree: init_state(tree, self.config), out_shardings=_shardings_of(self.state))
+
+        def start(tree: optim.Params) -> TrainState:
+            # No row has a past before the first step.
+            carry = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.state.carry)
+            return init_state(tree, self.config, carry)
+
+        make = jax.jit(start, out_shardings=_shardings_of(self.state))
         return make(trainable), place(frozen, self.mesh)
 
     def _parts(self) -> set[str]:
@@ -83,7 +89,7 @@ def build(name: str, config: Config, model: ModelConfig, mesh: Mesh, *, dtype: A
     """
     stage = getattr(config, name)
     sharding.check_batch(stage.batch_size, stage.grad_accum, mesh, f"config.{name}")
-    needs_teacher = name != "stage2" or stage.kl_weight > 0
+    needs_teacher = name != "stage2" or finetune.needs_teacher(stage)
     for field in ("seq_length", "validation_length"):
         if needs_teacher and getattr(stage, field) > model.max_position_embeddings:
             raise UserError(
@@ -95,7 +101,9 @@ def build(name: str, config: Config, model: ModelConfig, mesh: Mesh, *, dtype: A
     graphdef, shapes = models.abstract(model, attention, lora, dtype=dtype)
     trainable, frozen = optim.split(shapes, stage.trainable, f"config.{name}.trainable")
     loss_fn = LOSSES[name](graphdef, stage)
-    state = _with_shardings(jax.eval_shape(lambda tree: init_state(tree, stage), _real(trainable)), mesh)
+    carry = _carry_shapes(graphdef, shapes, stage) if stage.state_passing != "off" else None
+    state = jax.eval_shape(lambda tree, carry: init_state(tree, stage, carry), _real(trainable), carry)
+    state = _with_shardings(state, mesh)
     frozen = _with_shardings(frozen, mesh)
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     state_shardings, frozen_shardings = _shardings_of(state), _shardings_of(frozen)
@@ -114,12 +122,24 @@ def build(name: str, config: Config, model: ModelConfig, mesh: Mesh, *, dtype: A
     return Stage(name, stage, steps, graphdef, state, frozen, batch, train_step, eval_step, mesh)
 
 
+def _carry_shapes(graphdef: Any, shapes: optim.Params, stage: StageConfig) -> state_passing.Carry:
+    """Shapes of what a step with state passing leaves to the next."""
+
+    def carry(params: optim.Params) -> state_passing.Carry:
+        recurrent = models.bind(graphdef, params).init_recurrent(stage.batch_size)
+        return state_passing.empty(recurrent, jnp.zeros((stage.batch_size, stage.seq_length)), stage)
+
+    return jax.eval_shape(carry, shapes)
+
+
 def batch_shapes(stage: StageConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """A global batch (see :func:`lawcat_jax.data.pipeline.make_dataset`)."""
     rows = sharding.batch_sharding(mesh)
     size = (stage.batch_size, stage.seq_length)
     kinds = {"tokens": jnp.int32, "targets": jnp.int32, "loss_weights": jnp.float32, "mask": jnp.bool_}
     shapes = {name: jax.ShapeDtypeStruct(size, kind, sharding=rows) for name, kind in kinds.items()}
+    if stage.state_passing == "pieces":
+        shapes["continues"] = jax.ShapeDtypeStruct(size[:1], jnp.bool_, sharding=rows)
     return shapes | {"lengths": jax.ShapeDtypeStruct(size[:1], jnp.int32, sharding=rows)}
 
 
