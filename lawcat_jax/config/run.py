@@ -21,7 +21,7 @@ class TeacherConfig(Node):
     revision: str | None = None
     """Branch, tag or commit of a hub repository."""
     dtype: Dtype = "auto"
-    """Number format of the frozen weights and of the activations."""
+    """Number format of the frozen weights; what is trained is float32, and so is all of a teacher in pretraining."""
     architecture: ModelConfig | None = None
     """Shape of the model where there are no weights to read it from: a teacher trained from scratch
     (``pretrain.enabled``), and dry runs, ``aot`` and ``throughput`` without the teacher's files."""
