@@ -12,8 +12,10 @@ import dataclasses
 import math
 import types
 import typing
-from typing import Any
+from typing import Any, Literal
 
+TaskName = Literal["passkey", "perplexity"]  # the tasks of an evaluation, each a file in lawcat_jax/tasks
+PasskeyForm = Literal["train", "landmark"]  # wording of the passkey prompts
 Dtype = str  # "float32" | "bfloat16" | "auto" (bfloat16 on accelerators, float32 on CPU)
 
 _LINEAR_FEATURE_MAPS = ("softmax_dim", "half_softmax", "exp_dim", "relu", "pos_elu")
@@ -262,8 +264,8 @@ class EvalConfig:
         """Range problems."""
         problems = []
         for task in self.tasks:
-            problems += _one_of(f"{path}.tasks", task, ("passkey", "perplexity"))
-        problems += _one_of(f"{path}.passkey_form", self.passkey_form, ("train", "landmark"))
+            problems += _one_of(f"{path}.tasks", task, typing.get_args(TaskName))
+        problems += _one_of(f"{path}.passkey_form", self.passkey_form, typing.get_args(PasskeyForm))
         if self.samples < 1 or self.batch_size < 1 or any(n < 1 for n in self.lengths):
             problems.append(f"{path}: samples, batch_size and every length must be at least 1")
         if not self.lengths:

@@ -86,7 +86,12 @@ def test_evaluation_of_a_loaded_student(student, tmp_path):
     assert model.eos_ids == (1,)
     results = _evaluate(model, tmp_path / "eval", teacher=False)
     assert results["passkey"]["student"][150].n == 3
-    assert {file.name for file in (tmp_path / "eval").iterdir()} == {"passkey.json", "passkey.png"}
+    assert {file.name for file in (tmp_path / "eval").iterdir()} == {
+        "passkey.json",
+        "passkey.md",
+        "passkey.png",
+        "passkey_depth.png",
+    }
 
 
 @pytest.mark.slow
@@ -104,9 +109,13 @@ def test_every_task_with_the_teacher_and_generation(student, tmp_path):
     assert {file.name for file in (tmp_path / "eval").iterdir()} == {
         "passkey.json",
         "passkey_teacher.json",
+        "passkey.md",
         "passkey.png",
+        "passkey_depth.png",
         "perplexity.json",
         "perplexity_teacher.json",
+        "perplexity.md",
+        "perplexity.png",
     }
     prompt = encode_prompt(model.tokenizer, "The sky is")
     options = {"max_new_tokens": 12, "eos_ids": model.eos_ids}
