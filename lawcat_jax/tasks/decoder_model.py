@@ -121,10 +121,15 @@ def _fingerprint(graphdef: Any, params: Any, tokenizer: Tokenizer) -> str:
     neither their number nor their sharding matters."""
     model = bind(graphdef, params)
     with mesh_of(params):
-        sums = jax.jit(lambda tree: jax.tree.map(_checksum, tree))(params)
+        sums = _checksums(params)
     facts = [(jax.tree_util.keystr(path), int(value)) for path, value in jax.tree_util.tree_leaves_with_path(sums)]
     text = repr([facts, model.config, model.attention_config, tokenize.fingerprint(tokenizer)])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@jax.jit
+def _checksums(params: Any) -> Any:
+    return jax.tree.map(_checksum, params)
 
 
 def _checksum(x: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ def looks(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
 
     A label has its look by its name, so that it is the same in every figure, whatever the order; only where two names
     of one figure fall on the same colour, the later in the alphabet moves on. "<name> (teacher)" has the colour of
-    "<name>", dashed.
+    "<name>", dashed and with hollow markers.
     """
     labels = list(labels)
     slots: dict[str, int] = {}
@@ -42,6 +42,8 @@ def looks(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
         slot = slots[label.removesuffix(TEACHER_SUFFIX)]
         dashed = label == "teacher" or label.endswith(TEACHER_SUFFIX)
         found[label] = {"color": _COLOURS[slot], "marker": _MARKERS[slot], "linestyle": "--" if dashed else "-"}
+        if dashed:
+            found[label]["markerfacecolor"] = "white"
     return found
 
 
@@ -100,6 +102,8 @@ def plot_lengths(
             va="center",
             fontsize=9,
             color=_INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
+            zorder=4,
         )
     ticks = _spread(lengths)
     axes.set_xticks(ticks, [short(length) for length in ticks])

@@ -172,6 +172,22 @@ def test_plot_is_a_labelled_png(tmp_path, monkeypatch):
     assert [text.get_text() for text in axes.texts] == ["training length 256"]
 
 
+def test_heat_map_has_a_panel_for_each_model(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self))
+    records = ((0.05, 1.0), (0.07, 0.0), (0.95, 1.0), (1.0, 1.0))
+    results = {name: {256: Accuracy(0.75, 4, 250, records)} for name in ("student", "teacher")}
+    assert figures.plot_depths(tmp_path / "p.png", PASSKEY, results, title="t")
+    left, right, _ = drawn[0].axes
+    assert [left.get_title(), right.get_title()] == ["student", "teacher"]
+    assert left.get_images()[0].get_array().filled(-1).tolist() == [[50], [-1], [-1], [-1], [100]]
+    assert [text.get_text() for text in left.texts] == ["50", "100"]
+    without = {"student": {256: Accuracy(0.75, 4, 250)}}
+    assert not figures.plot_depths(tmp_path / "none.png", PASSKEY, without, title="t")
+
+
 def test_a_failing_write_leaves_the_old_report(tmp_path):
     target = tmp_path / "a.json"
     target.write_text("old")
