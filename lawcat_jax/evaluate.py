@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
         "text": _TEXT.value,
         "text_key": _TEXT_KEY.value,
     }
-    from lawcat_jax.tasks.checkpoints import evaluate_checkpoints
+    from lawcat_jax.tasks.compare import evaluate_checkpoints
 
     evaluate_checkpoints(
         _CHECKPOINT.value,

@@ -58,6 +58,8 @@ class Cells:
         """Remove the cells that were loaded or saved here; those of another evaluation stay."""
         for path in self._used:
             path.unlink(missing_ok=True)
+            for partial in self._folder.glob(f".{path.name}.*"):  # left by a process that was killed while it wrote
+                partial.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty, or never made
             self._folder.rmdir()
 

@@ -91,32 +91,29 @@ def plot_lengths(
         )
     if training_length:
         axes.axvline(training_length, color=_INK, linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.annotate(
+        axes.annotate(  # above the frame, where it hides no curve
             f"training length {short(training_length)}",
-            (training_length, 0.5),
+            (training_length, 1.0),
             xycoords=("data", "axes fraction"),
-            xytext=(-4, 0),
+            xytext=(0, 3),
             textcoords="offset points",
-            rotation=90,
-            ha="right",
-            va="center",
+            ha="center",
+            va="bottom",
             fontsize=9,
             color=_INK,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
-            zorder=4,
         )
     ticks = _spread(lengths)
     axes.set_xticks(ticks, [short(length) for length in ticks])
     axes.minorticks_off()
     shown = [*lengths, *([training_length] if training_length else [])]
-    axes.set_xlim(min(shown) / 1.3, max(shown) * 1.15)  # room for the label left of the line
+    axes.set_xlim(min(shown) / 1.15, max(shown) * 1.15)
     if task.percent:
         axes.set_ylim(0, 102)
     elif min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
     axes.set_xlabel(task.x_label)
     axes.set_ylabel(task.y_label)
-    axes.set_title(title, wrap=True)
+    axes.set_title(title, wrap=True, pad=20 if training_length else None)
     axes.grid(True, color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.legend(loc="best", frameon=True)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lawcat_jax import __version__
 from lawcat_jax.config import EvalConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import atomic_file, read_json
@@ -29,7 +30,7 @@ from lawcat_jax.tasks.figures import TEACHER_SUFFIX, plot_depths, plot_lengths
 from lawcat_jax.tasks.registry import task_named
 from lawcat_jax.tasks.task import Task
 
-_PACKAGES = ("lawcat-jax", "jax", "flax", "numpy", "transformers", "tokenizers")
+_PACKAGES = ("jax", "flax", "numpy", "transformers", "tokenizers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +208,7 @@ def _suffix(label: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+    versions = {"lawcat_jax": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -161,7 +161,7 @@ def test_checkpoints_are_compared(student, tmp_path):
 
 
 def test_checkpoint_names(tmp_path):
-    from lawcat_jax.tasks.checkpoints import named_checkpoints
+    from lawcat_jax.tasks.compare import named_checkpoints
 
     (tmp_path / "x=y").mkdir()
     named = named_checkpoints(["a=runs/one,runs/two/student", "asset:tiny_llama", "org/model", f"{tmp_path}/x=y"])
@@ -183,7 +183,7 @@ def test_nothing_is_written_into_a_source(student, tmp_path):
     import shutil
 
     from lawcat_jax.inference.loading import find_checkpoint
-    from lawcat_jax.tasks.checkpoints import default_output
+    from lawcat_jax.tasks.compare import default_output
 
     run = find_checkpoint(str(student))
     assert default_output({"a": run}) == student.parent / "eval"
@@ -196,7 +196,7 @@ def test_nothing_is_written_into_a_source(student, tmp_path):
 
 
 def test_settings_of_an_evaluation():
-    from lawcat_jax.tasks.checkpoints import chosen_settings
+    from lawcat_jax.tasks.compare import chosen_settings
 
     stored = {"lengths": [200], "samples": 3, "teacher": True, "of_another_version": 1}
     chosen = chosen_settings(stored, {"samples": 5, "seed": None, "teacher": False})

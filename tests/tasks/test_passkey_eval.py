@@ -118,6 +118,7 @@ def test_reports_are_written_whole(tmp_path):
         echo=lines.append,
     )
     assert results["passkey"]["student"][500].accuracy == 1.0
+    assert json.loads(json.dumps(report.rows(results)))["passkey"]["student"]["500"]["n"] == 4
     assert sorted(file.name for file in (tmp_path / "eval").iterdir()) == [
         "passkey.json",
         "passkey.md",
