@@ -7,7 +7,7 @@ on axis 0::
     layers/{input_norm,post_attention_norm}/scale [L, D]
     layers/attention/{q,k,v,o}_proj/kernel [L, in, out]
     layers/mlp/{gate,up,down}_proj/kernel [L, in, out]
-    mixers/... [M, ...]: see LawcatMixer and LolcatsMixer
+    mixers/... [M, ...]: see the classes of lawcat_jax.models.mixers
     lora/{q,k,v,o}_proj/{a [M, in, r], b [M, r, out]}
 
 The base part is the same in teacher and student.
