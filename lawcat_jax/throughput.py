@@ -14,7 +14,6 @@ from absl import flags
 
 from lawcat_jax import command_line
 from lawcat_jax.analysis.throughput import run
-from lawcat_jax.errors import run_main
 
 _CONFIG = command_line.define_config()
 _STAGES = flags.DEFINE_list("stages", None, "Which of stage1, stage2; default: all enabled.")
@@ -31,11 +30,11 @@ _OUT = flags.DEFINE_string("out", "throughput_results", "Folder for the results.
 
 
 def main(argv: list[str]) -> int:
-    """Settle the configuration, measure, and say whether all stages were."""
+    """Measure, and say whether all stages were."""
     command_line.no_arguments(argv)
     config = command_line.load_config(_CONFIG)
     options = run.Options(
-        stages=_STAGES.value or [name for name, _ in config.stages() if name in run.STAGES],
+        stages=_STAGES.value or [],
         batch=_BATCH.value,
         length=_LENGTH.value,
         steps=_STEPS.value,
@@ -48,12 +47,8 @@ def main(argv: list[str]) -> int:
         out=_OUT.value,
         command=" ".join(["python -m lawcat_jax.throughput", *sys.argv[1:]]),
     )
-    run.check(options, config)
-    from lawcat_jax.analysis.compile_report import architecture
-
-    run.settle(config, options, architecture(config))
-    return run.Benchmark(config, options).run()
+    return run.benchmark(config, options)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    command_line.run_main(main)

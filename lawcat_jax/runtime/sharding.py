@@ -11,7 +11,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -197,8 +197,8 @@ def data_shard(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     return parts.index(tuple(sorted(held[process]))), len(parts)
 
 
-def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch (see :func:`data_shard`), as global arrays."""
+def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch (see :func:`data_shard`), numpy arrays by name, as arrays over all processes."""
     sharding, (_, parts) = batch_sharding(mesh), data_shard(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, value, (value.shape[0] * parts, *value.shape[1:]))

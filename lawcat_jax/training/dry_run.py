@@ -17,7 +17,7 @@ from lawcat_jax.checkpoints import model_dir
 from lawcat_jax.config import Config, ModelConfig, StageConfig
 from lawcat_jax.data.tokenize import Tokenizer
 from lawcat_jax.errors import UserError
-from lawcat_jax.training import optim, run, stages
+from lawcat_jax.training import inputs, optim, stages
 
 
 def dry_run(config: Config, mesh: Mesh) -> int:
@@ -28,7 +28,8 @@ def dry_run(config: Config, mesh: Mesh) -> int:
     Raises:
       ConfigError, UserError: what would stop the real run.
     """
-    model, where = _architecture(config)
+    model, declared = inputs.architecture(config), config.teacher.architecture is not None
+    where = "declared in the config; weights not looked at" if declared else "read from its config.json"
     dtype = model_dir.resolve_dtype(config.teacher.dtype)
     devices = math.prod(mesh.shape.values())
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
@@ -53,17 +54,6 @@ def dry_run(config: Config, mesh: Mesh) -> int:
     return 0
 
 
-def _architecture(config: Config) -> tuple[ModelConfig, str]:
-    """The declared architecture, else that of a teacher on this machine. Nothing is downloaded."""
-    if config.teacher.architecture is not None:
-        return config.teacher.architecture, "declared in the config; weights not looked at"
-    source = config.teacher.source
-    try:
-        return run.read_architecture(source, config.teacher.revision)[0], "read from its config.json"
-    except UserError as problem:
-        raise UserError(f"{problem}; or declare config.teacher.architecture to check without it") from problem
-
-
 def _tokenizer(config: Config, model: ModelConfig) -> Tokenizer | None:
     """The tokenizer, or None when it is on a hub that cannot be reached."""
     path = config.teacher.tokenizer or config.teacher.source
@@ -71,11 +61,10 @@ def _tokenizer(config: Config, model: ModelConfig) -> Tokenizer | None:
     try:
         if local and config.teacher.tokenizer is None:
             directory = model_dir.locate(path, config.teacher.revision)
-            own = (
-                directory / model_dir.TOKENIZER
-            )  # of a model directory; Hugging Face puts the files beside the weights
+            # A model directory has a folder for them; Hugging Face puts them beside the weights.
+            own = directory / model_dir.TOKENIZER
             path = str(own if own.is_dir() else directory)
-        return run.checked_tokenizer(path, model)
+        return inputs.checked_tokenizer(path, model)
     except UserError as problem:
         if local:
             raise
@@ -91,7 +80,7 @@ def _data(stage: StageConfig, tokenizer: Tokenizer | None, seed: int, model: Mod
     if tokenizer is None:
         return f"{stage.data.kind}, not checked (no tokenizer)"
     started = time.monotonic()
-    batch = next(run.training_batches(stage, tokenizer, seed, mesh))
+    batch = next(inputs.training_batches(stage, tokenizer, seed, mesh))
     seconds = time.monotonic() - started
     top = int(batch["tokens"].max())
     if top >= model.vocab_size:

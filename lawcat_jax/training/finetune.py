@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from lawcat_jax import models
 from lawcat_jax.config import StageConfig
-from lawcat_jax.training.step import Batch, LossFn, Sums
+from lawcat_jax.data.batch import Batch
+from lawcat_jax.training.step import LossFn, Sums
 
 TokenSums = dict[str, jax.Array]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig, Config, LoraConfig, ModelConfig, StageConfig
+from lawcat_jax.data.batch import batch_shapes
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import sharding
 from lawcat_jax.training import attention_transfer, finetune, optim, pretrain
@@ -56,6 +58,25 @@ class Stage:
 
     def _parts(self) -> set[str]:
         return set(self.state.params) | set(self.frozen)
+
+    def diagnostics(self, frozen: optim.Params, batch: Any) -> Callable[[optim.Params], dict[str, Any]] | None:
+        """The decoder's own statistics (gates, denominators, ...) on ``batch``, as a function of the trainables that
+        gives ``diagnostics/<name>`` -> values; None for pretraining, whose decoder has none.
+        """
+        if self.name == "pretrain":
+            return None
+
+        @functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
+        def statistics(trainable, frozen, batch):
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                decoder = models.bind(self.graphdef, optim.merge(trainable, frozen))
+                return decoder.diagnostics(batch["tokens"], lengths=batch["lengths"])
+
+        def diagnose(trainable: optim.Params) -> dict[str, Any]:
+            values = jax.tree_util.tree_leaves_with_path(jax.device_get(statistics(trainable, frozen, batch)))
+            return {f"diagnostics/{sharding.path_name(path)}": value for path, value in values}
+
+        return diagnose
 
     def merged(self, trainable: optim.Params, params: optim.Params) -> optim.Params:
         """``params`` with the stage's result in it."""
@@ -110,17 +131,14 @@ def build(name: str, config: Config, model: ModelConfig, mesh: Mesh, *, dtype: A
         in_shardings=(state_shardings.params, frozen_shardings, rows),
         out_shardings=everywhere,
     )
-    batch = batch_shapes(stage, mesh)
+    batch = global_batch(stage, mesh)
     return Stage(name, stage, steps, graphdef, state, frozen, batch, train_step, eval_step, mesh)
 
 
-def batch_shapes(stage: StageConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A global batch (see :func:`lawcat_jax.data.pipeline.make_dataset`)."""
-    rows = sharding.batch_sharding(mesh)
-    size = (stage.batch_size, stage.seq_length)
-    kinds = {"tokens": jnp.int32, "targets": jnp.int32, "loss_weights": jnp.float32, "mask": jnp.bool_}
-    shapes = {name: jax.ShapeDtypeStruct(size, kind, sharding=rows) for name, kind in kinds.items()}
-    return shapes | {"lengths": jax.ShapeDtypeStruct(size[:1], jnp.int32, sharding=rows)}
+def global_batch(stage: StageConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the batch of one step over all processes, with its rows split over the mesh."""
+    rows, shapes = sharding.batch_sharding(mesh), batch_shapes(stage.batch_size, stage.seq_length)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in shapes.items()}
 
 
 def place(params: optim.Params, mesh: Mesh) -> optim.Params:

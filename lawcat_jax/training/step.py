@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from lawcat_jax.config import StageConfig
+from lawcat_jax.data.batch import Batch
 from lawcat_jax.training import optim
-
-Batch = dict[str, jax.Array]
 
 
 class Sums(NamedTuple):

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from lawcat_jax.analysis.packages import installed
 from lawcat_jax.config import Config, from_dict
-from lawcat_jax.doctor import installed
+from lawcat_jax.data.batch import Batch
 from lawcat_jax.files import read_json, write_json
 
 PACKAGES = (
@@ -143,8 +144,8 @@ def one_line(problem: BaseException) -> str:
     return f"{text or type(problem).__name__}"[:300]
 
 
-def example_batch(vocabulary: int, batch: int, length: int, seed: int) -> dict[str, np.ndarray]:
-    """Random tokens in the form of a training batch: no padding, and every token but the last has a target."""
+def example_batch(vocabulary: int, batch: int, length: int, seed: int) -> Batch:
+    """Random tokens as a training batch: no padding, and every token but the last has a target."""
     tokens = np.random.default_rng(seed).integers(0, vocabulary, (batch, length)).astype(np.int32)
     weights = np.ones((batch, length), np.float32)
     weights[:, -1] = 0
@@ -157,6 +158,6 @@ def example_batch(vocabulary: int, batch: int, length: int, seed: int) -> dict[s
     }
 
 
-def example_batches(vocabulary: int, batch: int, length: int) -> Iterator[dict[str, np.ndarray]]:
+def example_batches(vocabulary: int, batch: int, length: int) -> Iterator[Batch]:
     """A few different :func:`example_batch`, in turn, without end."""
     return itertools.cycle([example_batch(vocabulary, batch, length, seed) for seed in range(4)])
