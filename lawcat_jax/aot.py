@@ -2,7 +2,7 @@
 
 Compiles every stage's train step, prefill and decoding for a TPU slice (``pip install 'jax[tpu]'``) or for GPUs
 (``--topology=h200:8``, two machines ``h200:2x8``; ``pip install 'jax[cuda13]'``) on a machine without one, and prints
-bytes a chip, operations, collectives and a roofline estimate. Exit codes: 0 everything fits, 1 something does not, 2 a
+bytes per chip, operations, collectives and a roofline estimate. Exit codes: 0 everything fits, 1 something does not, 2 a
 mistake that the user can mend.
 """
 

@@ -17,8 +17,8 @@ from lawcat_jax.analysis.throughput import run
 
 _CONFIG = command_line.define_config()
 _STAGES = flags.DEFINE_list("stages", None, "Which of stage1, stage2; default: all enabled.")
-_BATCH = flags.DEFINE_integer("batch", 0, "Sequences a step over all devices; default: the configuration's.")
-_LENGTH = flags.DEFINE_integer("length", 0, "Tokens a sequence; default: the configuration's.")
+_BATCH = flags.DEFINE_integer("batch", 0, "Sequences per step over all devices; default: the configuration's.")
+_LENGTH = flags.DEFINE_integer("length", 0, "Tokens per sequence; default: the configuration's.")
 _STEPS = flags.DEFINE_integer("steps", 10, "Steps between two synchronisations, of which one time is taken.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Times taken; the median counts.")
 _WARMUP = flags.DEFINE_integer("warmup", 2, "Steps before the first time is taken.")

@@ -103,7 +103,7 @@ def compile_program(name: str, config: Config, model: ModelConfig, mesh: Any, ch
     except Exception as problem:  # jaxlib's XlaRuntimeError, or ValueError of a kernel that cannot be
         text = str(problem)
         no_room = "RESOURCE_EXHAUSTED" in text or "Ran out of memory" in text
-        if not no_room or "hared memory" in text:  # which is a GPU kernel's, and no matter of the batch
+        if not no_room or "hared memory" in text:  # shared memory is a GPU kernel's: no smaller batch helps
             raise UserError(f"{name} does not compile: {' '.join(text.split())[:600]}") from problem
         report.compile_seconds = time.monotonic() - started
         report.fits = False
@@ -121,7 +121,7 @@ def compile_program(name: str, config: Config, model: ModelConfig, mesh: Any, ch
             f"{name}: jaxlib cannot read the compiled program, install its compiler: {wheels} ({line})"
         ) from (problem)
     _measure(report, compiled, text, chip, mesh)
-    if chip.is_gpu and report.peak_bytes > report.hbm_bytes:  # which its compiler does not mind
+    if chip.is_gpu and report.peak_bytes > report.hbm_bytes:  # its compiler does not complain
         report.fits = False
         report.largest = largest_arrays(traced.jaxpr, mesh.size)
         report.problem = advice(name, report, config)
@@ -167,7 +167,7 @@ def _link_seconds(collectives: list[hlo.Collective], chip: Chip) -> dict[str, fl
 
 
 def _trace(name: str, config: Config, model: ModelConfig, mesh: Any, options: Options) -> tuple[Any, int, int]:
-    """(traced program, tokens a call, tokens a sequence)."""
+    """(traced program, tokens per call, tokens per sequence)."""
     import jax
     import jax.numpy as jnp
 

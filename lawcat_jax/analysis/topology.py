@@ -54,7 +54,7 @@ def _gpus(topology: str, chip: Chip) -> list[Any]:
         raise UserError(
             f"jax's CUDA plugin, with the GPU compiler, is not installed: {compiler_wheels(cuda_extra())} (it needs no GPU)"
         )
-    memory_limit(chip)  # the plugin reads the variable as well, and of a wrong one it says nothing
+    memory_limit(chip)  # the plugin reads the variable too, but does not say when it is wrong
     from jax.experimental import topologies
 
     machines, gpus = gpu_shape(topology)
@@ -78,7 +78,8 @@ def compiler_wheels(extra: str) -> str:
 
 
 def memory_limit(chip: Chip) -> float:
-    """Bytes that jax may allocate: all of a TPU's, and of a GPU's the share that XLA_CLIENT_MEM_FRACTION says.
+    """Bytes that jax may allocate on one device: all of a TPU's memory, and the share of a GPU's that the environment
+    variable XLA_CLIENT_MEM_FRACTION says (0.75 by default).
 
     Raises:
       UserError: that variable is not a number above 0.

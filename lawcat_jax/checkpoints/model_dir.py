@@ -155,7 +155,7 @@ class OpenedCheckpoint:
     lora: LoraConfig | None
     tokenizer_path: str | None
     extra: dict[str, Any]
-    hf: Checkpoint | None = dataclasses.field(default=None, repr=False)  # the opened tensors of a Hugging Face one
+    reader: Checkpoint | None = dataclasses.field(default=None, repr=False)  # of another format than model directories
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -175,8 +175,8 @@ class OpenedCheckpoint:
           UserError: damaged files, or parameters that are missing, unexpected or wrongly shaped.
         """
         cast = resolve_dtype(dtype)
-        if self.hf is not None:
-            return self.hf.params(dtype=cast, shardings=shardings, progress=progress)
+        if self.reader is not None:
+            return self.reader.params(dtype=cast, shardings=shardings, progress=progress)
         return unflatten(_restore_params(self.directory, self.shapes, cast, shardings))
 
 

@@ -57,7 +57,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 
 
 def common_rows(config: Config) -> int:
-    """The number of sequences that divides the micro-batches of all stages: so many ways a batch can be split."""
+    """The largest number of ways in which the micro-batches of all stages can be split by sequences."""
     return math.gcd(*(stage.batch_size // stage.grad_accum for _, stage in config.stages()))
 
 
@@ -154,7 +154,7 @@ def mesh_of(params: Any) -> contextlib.AbstractContextManager:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over data x fsdp."""
+    """How a batch lies on the mesh: its rows split over data x fsdp."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 

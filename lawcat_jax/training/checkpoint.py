@@ -88,7 +88,7 @@ class Checkpointer:
     def __init__(self, directory: str, *, keep: int, primary: bool = True):
         import orbax.checkpoint as ocp
 
-        # Orbax tells a dozen lines for every save, and a traceback in each of its threads before it raises the error.
+        # Orbax logs a dozen lines for every save, and prints a traceback in each of its threads before it raises the error.
         logging.getLogger("absl").addFilter(_not_of_orbax)
         self._unraisable, sys.unraisablehook = sys.unraisablehook, unraisable_hook
         self._ocp, self._primary = ocp, primary
@@ -129,7 +129,7 @@ class Checkpointer:
         self._saved = step
 
     def wait(self) -> None:
-        """Until every begun save is on disk.
+        """Wait until every begun save is on disk.
 
         Raises:
           UserError: a save failed.

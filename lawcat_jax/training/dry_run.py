@@ -1,10 +1,9 @@
-"""``--config.dry_run=True``: everything that can be known about a run without its weights."""
+"""``--config.dry_run=True``: check everything about a run that can be checked without its weights."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +43,9 @@ def dry_run(config: Config, mesh: Mesh) -> int:
             f"{_millions(optim.merge(built.state.params, built.frozen))}"
         )
         print(f"  data: {_data(stage, tokenizer, config.seed, model, mesh)}")
-        adam = [leaf for leaf in jax.tree.leaves(built.state.opt_state)]
         print(
             f"  bytes a device: frozen {_bytes(built.frozen)}, trainable {_bytes(built.state.params)}, "
-            f"optimizer {_bytes(adam)}, batch {_bytes(built.batch)}"
+            f"optimizer {_bytes(built.state.opt_state)}, batch {_bytes(built.batch)}"
         )
         print(f"  compiled step: {_compiled(built)}", flush=True)
     print("dry run: all checks passed")
@@ -110,18 +108,14 @@ def _compiled(built: stages.Stage) -> str:
     return text
 
 
-def _leaves(tree: Any) -> Iterable[Any]:
-    return jax.tree.leaves(tree)
-
-
 def _millions(tree: Any) -> str:
-    return f"{sum(math.prod(leaf.shape) for leaf in _leaves(tree)) / 1e6:,.2f} M parameters"
+    return f"{sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) / 1e6:,.2f} M parameters"
 
 
 def _bytes(tree: Any) -> str:
-    """Of one device's shards."""
+    """Size of what one device holds of a tree."""
     total = 0
-    for leaf in _leaves(tree):
+    for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
         total += math.prod(shape) * np.dtype(leaf.dtype).itemsize
     return _human(total)

@@ -1,4 +1,4 @@
-"""From a configuration to the jitted steps of a stage. Works on shapes alone, so that dry runs need no weights."""
+"""The jitted steps of a stage, built from a configuration. Shapes suffice for that, so a dry run needs no weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STREAMS = {"pretrain": 0, "stage1": 1, "stage2": 2}
 
 @dataclasses.dataclass
 class Stage:
-    """The compiled form of a stage. ``state`` and ``frozen`` are the shapes (with shardings) that the steps take."""
+    """One stage, ready to run. ``state`` and ``frozen`` are the shapes (with shardings) that the steps take."""
 
     name: str
     config: StageConfig
@@ -44,7 +44,7 @@ class Stage:
     mesh: Mesh
 
     def key(self, seed: int) -> jax.Array:
-        """Root of the stage's random streams."""
+        """The random key from which the keys of the stage's steps are derived."""
         # Computed on every device: an array of one process cannot be put on the devices of others.
         make = jax.jit(jax.random.fold_in, out_shardings=sharding.replicated(self.mesh))
         return make(jax.random.key(seed), STREAMS[self.name])

@@ -15,7 +15,7 @@ ROWS, LENGTH = 2, 384
 
 
 def of_the_pipeline(split: str, repeat: bool):
-    data = DataConfig(kind="passkey", num_samples=8, validation_samples=3)
+    data = DataConfig(kind="passkey", passkey_words=0, num_samples=8, validation_samples=3)
     options = {"seq_length": LENGTH, "batch_size": ROWS, "seed": 0, "split": split, "repeat": repeat}
     return next(iter(make_dataset(data, small.byte_level(), **options)))
 

@@ -149,7 +149,7 @@ class Benchmark:
         self._write()
 
     def _request(self, stages: list[str], results: Path) -> Request:
-        """For one side; the peer, which has one device, takes a device's share of our sequences."""
+        """What to ask of one side. The peer runs on one device and gets the sequences that one device takes of ours."""
         options = self._options
         ours = {entry.stage: entry for entry in self.measurements if entry.side == "jax" and entry.trainable}
         results.unlink(missing_ok=True)  # of an earlier run
