@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from absl import flags
 
-from lawcat_jax.errors import UserError, run_main
+from lawcat_jax.command_line import run_main
+from lawcat_jax.errors import UserError
 
 _SOURCE = flags.DEFINE_string("source", None, "HF directory, hub id, model directory, or asset:tiny_llama")
 _TARGET = flags.DEFINE_string("target", None, "Directory to create")

@@ -14,6 +14,7 @@ import numpy as np
 
 from lawcat_jax.config import DataConfig
 from lawcat_jax.data import text as text_data
+from lawcat_jax.data.batch import Batch
 from lawcat_jax.data.passkey import PasskeyGenerator, sample_rng
 from lawcat_jax.data.tokenize import Tokenizer, pad_id
 from lawcat_jax.errors import UserError
@@ -33,12 +34,7 @@ def make_dataset(
 ):
     """Batches of one stage, as a ``grain.IterDataset``.
 
-    A batch is a dict of numpy arrays, with B = ``batch_size`` / ``process_count`` and T = ``seq_length``:
-      tokens        int32 [B, T]    inputs, padded on the right
-      targets       int32 [B, T]    tokens shifted left by one
-      loss_weights  float32 [B, T]  weight of predicting targets[:, t]
-      lengths       int32 [B]       valid inputs of each row
-      mask          bool [B, T]     valid and not eos (positions of attention transfer)
+    A batch is a :class:`Batch` of numpy arrays with B = ``batch_size`` / ``process_count`` and T = ``seq_length``.
 
     Process p of P takes every P-th sample, so that all processes together see the same global batches
     whatever P is. ``train`` is shuffled anew in each pass, ``validation`` keeps its order. With ``repeat``
@@ -99,13 +95,14 @@ class Samples:
     def __len__(self) -> int:
         return len(self._text_indices) + self._num_passkey
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Batch:
         if index < len(self._text_indices):
             return self._sample_text(self._text_indices[index])
         if index < len(self):
             return self._sample_passkey(index - len(self._text_indices))
         blank = self[0]
-        return blank | {
+        return {
+            **blank,
             "loss_weights": np.zeros_like(blank["loss_weights"]),
             "mask": np.zeros_like(blank["mask"]),
         }
@@ -141,13 +138,13 @@ class Samples:
             )
         self._text_indices = range(total - held, total) if validation else range(total - held)
 
-    def _sample_text(self, index: int) -> dict[str, np.ndarray]:
+    def _sample_text(self, index: int) -> Batch:
         assert self._text is not None  # an index below the number of sequences implies it
         window = self._text[index]
         weights = np.full(len(window) - 1, self._data.text_weight, np.float32)
         return self._arrays(window[:-1], window[1:], weights)
 
-    def _sample_passkey(self, index: int) -> dict[str, np.ndarray]:
+    def _sample_passkey(self, index: int) -> Batch:
         data = self._data
         rng = sample_rng(self._split, self._seed, index)
         share = 1.0 if data.min_length_fraction >= 1 else float(rng.uniform(data.min_length_fraction, 1.0))
@@ -170,7 +167,8 @@ class Samples:
         weights[-1] = 0.0  # nothing follows eos
         return self._arrays(tokens, targets, weights)
 
-    def _arrays(self, tokens: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    def _arrays(self, tokens: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> Batch:
+        """A row of a batch (no axis B), padded to ``seq_length``."""
         length, pad = len(tokens), pad_id(self._tokenizer)
         fill = functools.partial(np.pad, pad_width=(0, self._seq_length - length))
         mask = np.ones(length, bool)
