@@ -20,15 +20,11 @@ from lawcat_jax.models.attention import softmax_attention
 from lawcat_jax.models.blocks import DecoderLayer, Embed, Segment, Stacked, rematerialized, split_segments
 from lawcat_jax.models.layers import Context, Linear, RMSNorm, static_config
 from lawcat_jax.models.lora import Lora
-from lawcat_jax.models.mixers.lawcat import LawcatMixer
-from lawcat_jax.models.mixers.lolcats import LolcatsMixer
+from lawcat_jax.models.mixers import MIXERS, TokenMixer, mixer_class
 from lawcat_jax.models.rope import rope_table, rotate
-from lawcat_jax.training import teacher_forced as transfer
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int
-
-MIXERS = {"lawcat": LawcatMixer, "lolcats": LolcatsMixer}
+    from jaxtyping import Array, Float, Int
 
 
 class Decoder(nnx.Module):
@@ -131,7 +127,7 @@ class Decoder(nnx.Module):
             shape = (config.num_layers - linear, batch_size, max_length, config.num_kv_heads, config.head_dim)
             cache["softmax"] = caching.empty_kv(*shape, dtype)
         if attention is not None and linear:
-            state = MIXERS[attention.kind].empty_state(config, attention, batch_size, dtype)
+            state = mixer_class(attention).empty_state(config, attention, batch_size, dtype)
             cache["linear"] = jax.tree.map(lambda x: jnp.zeros((linear, *x.shape), x.dtype), state)
         return cache
 
@@ -191,7 +187,7 @@ class Decoder(nnx.Module):
         return split_segments(layers, tuple(self.attention_config.softmax_layers))
 
     def _run(self, segment: Segment, x, context: Context, **options) -> tuple[Any, Any]:
-        run = self._run_linear if segment.linear else self._run_softmax
+        run = self.run_linear if segment.linear else self.run_softmax
         return run(segment, x, context, **options)
 
     def teacher_attention(self, context: Context, q, k, v):
@@ -199,7 +195,7 @@ class Decoder(nnx.Module):
         q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
         return softmax_attention(q, k, v, window=self.config.sliding_window)
 
-    def _run_softmax(
+    def run_softmax(
         self, segment, x, context, *, cache=None, remat="none", unroll=False, dropout_rng=None, as_teacher=False
     ):
         del dropout_rng  # adapters exist in linearised layers only
@@ -233,7 +229,7 @@ class Decoder(nnx.Module):
         (x, keys, values), _ = jax.lax.scan(cached, carry, (layers.params, indices))
         return x, {**cache, "softmax": {"k": keys, "v": values}}
 
-    def _run_linear(
+    def run_linear(
         self, segment, x, context, *, cache=None, remat="none", unroll=False, dropout_rng=None, as_teacher=False
     ):
         del as_teacher  # there are no linear segments then
@@ -283,35 +279,6 @@ class Decoder(nnx.Module):
         xs = (layers.params, mixers.params, adapters.params, indices, states)
         return jax.lax.scan(rematerialized(body, remat), x, xs, unroll=unroll)
 
-    # What the stages look at
-
-    def teacher_forced(
-        self,
-        tokens: Int[Array, "B T"],
-        *,
-        mask: Bool[Array, "B T"] | None = None,
-        lengths: Int[Array, " B"] | None = None,
-        layer_loss: Callable,
-        unroll_layers: bool = False,
-    ) -> Any:
-        """Compare student and teacher layer by layer on the teacher's hidden states (attention transfer).
-
-        ``layer_loss(layer_index, teacher_out, student_out, mask)`` gets float32 [B, T, H d] outputs before Wo and
-        returns a pytree of scalars; the result stacks it over the M linearised layers. Gradients reach the mixers only,
-        and the backward pass of a layer runs right behind its forward pass, so that memory holds one layer's
-        activations.
-
-        Args:
-          tokens: int32, padding on the right.
-          mask: handed to ``layer_loss``; None for all valid tokens. Outputs at padding are finite and mean nothing.
-          lengths: valid tokens of each sequence, or None for all.
-          unroll_layers: as in :meth:`__call__`.
-
-        Raises:
-          UserError: without mixers, or when an output that depends on the student is no scalar.
-        """
-        return transfer.teacher_forced(self, tokens, mask, lengths, layer_loss, unroll_layers)
-
     def diagnostics(self, tokens: Int[Array, "B T"], *, lengths: Int[Array, " B"] | None = None) -> dict[str, Array]:
         """Statistics of every linearised layer in a forward pass of the student, stacked over layers (see
         ``statistics``).
@@ -328,7 +295,7 @@ class Decoder(nnx.Module):
                 x, statistics = self.scan_linear(segment, x, mix)
                 collected.append(statistics)
             else:
-                x, _ = self._run_softmax(segment, x, context)
+                x, _ = self.run_softmax(segment, x, context)
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *collected) if collected else {}
 
 
@@ -343,9 +310,9 @@ def num_linear(config: ModelConfig, attention: AttentionConfig) -> int:
     return sum(layer not in attention.softmax_layers for layer in range(config.num_layers))
 
 
-def build_mixers(config: ModelConfig, attention: AttentionConfig, *, rngs: nnx.Rngs) -> nnx.Module:
+def build_mixers(config: ModelConfig, attention: AttentionConfig, *, rngs: nnx.Rngs) -> TokenMixer:
     """The stacked token mixers of all linearised layers, freshly initialised (float32)."""
-    return MIXERS[attention.kind](config, attention, rngs=rngs, stack=(num_linear(config, attention),))
+    return mixer_class(attention)(config, attention, rngs=rngs, stack=(num_linear(config, attention),))
 
 
 def build_lora(config: ModelConfig, attention: AttentionConfig, lora: LoraConfig, *, rngs: nnx.Rngs) -> Lora:
@@ -357,10 +324,8 @@ def _check(config: ModelConfig, attention: AttentionConfig | None, lora: LoraCon
     problems = model_problems(config)
     if attention is not None:
         problems += attention_problems(attention, "attention")
-        if attention.kind == "lolcats" and attention.window_size == 0:
-            problems.append("attention.window_size: lolcats needs a window of at least 1 token (64 in the paper)")
-        if attention.kind == "lawcat" and attention.window_size and not attention.normalize:
-            problems.append("attention.normalize: a window shares the denominator; turn it on, or set window_size=0")
+        if attention.kind in MIXERS:
+            problems += mixer_class(attention).problems(config, attention)
         problems += [
             f"attention.softmax_layers: layer {layer} does not exist, the model has layers 0 to {config.num_layers - 1}"
             for layer in attention.softmax_layers
