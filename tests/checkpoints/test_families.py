@@ -19,6 +19,7 @@ from lawcat_jax.checkpoints.hf.read import Checkpoint, read_hf
 from lawcat_jax.checkpoints.model_dir import load_model
 from lawcat_jax.config import FAMILIES, AttentionConfig, LoraConfig
 from lawcat_jax.errors import UserError
+from lawcat_jax.training.attention_transfer import teacher_forced
 from tests.checkpoints import hf_models
 
 pytest.importorskip("torch")
@@ -55,15 +56,15 @@ OPTIONS = {
 }
 
 
-def check(source, scratch, length: int = 24):
+def check(source, scratch, *, cached: bool):
     """Logits of a whole sequence and through the cache, and the way back, against the checkpoint itself."""
     convert(str(source), str(scratch / "model"))
-    tokens = hf_models.tokens(shape=(2, length))
+    tokens = hf_models.tokens(shape=(2, 24))
     reference = hf_models.torch_logits(source, tokens)
     bundle = load_model(scratch / "model", dtype="float32")
     assert np.abs(reference).max() > 1  # logits that could differ
     np.testing.assert_allclose(teacher_logits(bundle, tokens), reference, atol=1e-4, rtol=0)
-    for position, logits in cached_logits(bundle, tokens):
+    for position, logits in cached_logits(bundle, tokens) if cached else ():
         np.testing.assert_allclose(logits, reference[:, position], atol=1e-4, rtol=0)
     convert(str(scratch / "model"), str(scratch / "back"), to="hf", max_shard_bytes=30_000)
     assert hf_models.raw_tensors(scratch / "back") == hf_models.raw_tensors(source)
@@ -93,7 +94,7 @@ def cached_logits(bundle, tokens, prompt: int = 13):
 def test_family(tmp_path, name):
     family, values, dtype, shard = QUICK[name]
     source = hf_models.make_random(tmp_path / "hf", family, values, dtype, shard)
-    check(source, tmp_path)
+    check(source, tmp_path, cached=name in ("qwen2_sliding_tied", "smollm3_nope"))  # those whose layers differ
 
 
 @pytest.mark.slow
@@ -116,7 +117,7 @@ def test_every_combination_of_options(tmp_path, family):
             source = hf_models.make_random(
                 scratch / "hf", family, {**values, "tie_word_embeddings": tied}, dtype, shard
             )
-            check(source, scratch)
+            check(source, scratch, cached=True)
 
 
 def test_every_family_is_tried():
@@ -125,7 +126,7 @@ def test_every_family_is_tried():
     assert list(families.table()) == list(FAMILIES)
 
 
-@pytest.mark.parametrize("name", ["qwen3_head_dim", "olmo2"])
+@pytest.mark.parametrize("name", [pytest.param("qwen3_head_dim", marks=pytest.mark.slow), "olmo2"])
 def test_mixers_get_q_and_k_after_their_norms_and_before_the_rotation(tmp_path, name):
     """The first layer's q and k, as transformers' own norm gives them."""
     import torch
@@ -161,7 +162,7 @@ def test_mixers_get_q_and_k_after_their_norms_and_before_the_rotation(tmp_path, 
 
     with pytest.MonkeyPatch.context() as patch, jax.default_matmul_precision("float32"):
         patch.setattr(type(decoder.mixers), "__call__", recording)
-        jax.block_until_ready(decoder.teacher_forced(tokens, layer_loss=layer_loss))
+        jax.block_until_ready(teacher_forced(decoder, tokens, layer_loss=layer_loss))
         jax.effects_barrier()
     for ours, part in zip(seen["qk"], ("q_norm", "k_norm"), strict=True):
         np.testing.assert_allclose(ours.reshape(-1), found[part].numpy().reshape(-1), atol=1e-5)
@@ -180,7 +181,7 @@ def test_both_stages_run_on_every_family(tmp_path, name):
 
     def stage1(trained):
         decoder = models.bind(graphdef, {**params, "mixers": trained})
-        losses = decoder.teacher_forced(tokens, layer_loss=lambda i, y, o, mask: ((y - o) ** 2).mean())
+        losses = teacher_forced(decoder, tokens, layer_loss=lambda i, y, o, mask: ((y - o) ** 2).mean())
         return losses.sum()
 
     def stage2(trained):
