@@ -185,13 +185,12 @@ class LawcatAblation(LawcatMixer):
             return q, jnp.repeat(k, q.shape[2] // k.shape[2], axis=2), {}
         state, count = state or {}, _conv_rows(self.attention)
         rows = {"conv_q": extend(state.get("conv_q"), q, count), "conv_k": extend(state.get("conv_k"), k, count)}
-        new = {name: last_rows(x, count, context.lengths) for name, x in rows.items()}
         outputs = []
         for y, names in zip(rows.values(), _conv_names(self.attention), strict=True):
             for name in names:
                 y = convolved(y, getattr(self, name)[...])
             outputs.append(y[:, count:])
-        return outputs[0], outputs[1], new
+        return outputs[0], outputs[1], {name: last_rows(x, count, context.lengths) for name, x in rows.items()}
 
     def featurize(self, q: Float[Array, "B T H d"], k: Float[Array, "B T H d"]) -> tuple[Array, Array]:
         """Step 6 with the map of q and that of k."""
