@@ -418,6 +418,17 @@ def _rope_problems(m: ModelConfig, path: str) -> list[str]:
             f"{path}.partial_rotary_factor: {m.partial_rotary_factor} of head_dim {m.head_dim} should be an even number "
             "of dimensions, at least 2"
         )
+    if m.rope_theta <= 1:
+        problems.append(f"{path}.rope_theta: {m.rope_theta} must be above 1")
+    for name in ("factor", "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow"):
+        if getattr(scaling, name) <= 0:
+            problems.append(f"{where}.{name}: {getattr(scaling, name)} must be positive")
+    if scaling.original_max_position_embeddings < 2:
+        number = scaling.original_max_position_embeddings
+        problems.append(f"{where}.original_max_position_embeddings: {number} must be at least 2")
+    if scaling.kind == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        problems.append(f"{where}.high_freq_factor: {high} must be above low_freq_factor {low}")
     if scaling.kind == "dynamic" and m.rotary_dim == 2:
         problems.append(f"{where}.kind: 'dynamic' needs more than 2 rotated dimensions a head")
     if scaling.kind == "longrope":

@@ -4,21 +4,28 @@ import dataclasses
 import functools
 import itertools
 import json
+import sys
+import types
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
+from lawcat_jax import config as configs
 from lawcat_jax import models
 from lawcat_jax.checkpoints.conversion import convert, teacher_logits
 from lawcat_jax.checkpoints.hf import families
 from lawcat_jax.checkpoints.hf.config_map import model_config_from_hf, model_config_to_hf
-from lawcat_jax.checkpoints.hf.mapping import base_shapes, flatten
+from lawcat_jax.checkpoints.hf.mapping import base_shapes, flatten, unflatten
 from lawcat_jax.checkpoints.hf.peft import write_adapter
 from lawcat_jax.checkpoints.hf.read import Checkpoint, read_hf
+from lawcat_jax.checkpoints.hf.write import write_hf
 from lawcat_jax.checkpoints.model_dir import load_model
 from lawcat_jax.config import FAMILIES, AttentionConfig, LoraConfig
 from lawcat_jax.errors import UserError
+from lawcat_jax.runtime import sharding
 from lawcat_jax.training.attention_transfer import teacher_forced
 from tests.checkpoints import hf_models
 
@@ -44,6 +51,10 @@ QUICK = {
     "olmo2": ("olmo2", {"num_key_value_heads": 2}, "float32", "20KB"),
     "phi3_longrope": ("phi3", {**LONGROPE, "pad_token_id": 0}, "float32", None),
 }
+SLOW = {
+    "phi3_part_rotated": ("phi3", {"partial_rotary_factor": 0.5, "pad_token_id": 0, "head_dim": 16}, "float32", None),
+    "mistral_head_dim": ("mistral", {"head_dim": 16, "sliding_window": 7}, "float16", None),
+}
 # Options of each family, of which the slow test takes every combination.
 OPTIONS = {
     "llama": [{"attention_bias": True}, {"mlp_bias": True}, {"head_dim": 16}, YARN],
@@ -52,7 +63,7 @@ OPTIONS = {
     "qwen3": [{"attention_bias": True}, {"layer_types": ["full_attention", "sliding_attention"] * 2}, YARN],
     "smollm3": [{"attention_bias": True}, {"mlp_bias": True}, {"no_rope_layers": [0, 1, 1]}, SLIDING],
     "olmo2": [{"attention_bias": True}, {"num_key_value_heads": 4}, DYNAMIC],
-    "phi3": [LONGROPE, {"sliding_window": 6}, {"num_key_value_heads": 4}, {"head_dim": 16}],
+    "phi3": [LONGROPE, {"sliding_window": 6}, {"num_key_value_heads": 4}],
 }
 
 
@@ -90,9 +101,9 @@ def cached_logits(bundle, tokens, prompt: int = 13):
             yield position, logits
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_family(tmp_path, name):
-    family, values, dtype, shard = QUICK[name]
+    family, values, dtype, shard = {**QUICK, **SLOW}[name]
     source = hf_models.make_random(tmp_path / "hf", family, values, dtype, shard)
     check(source, tmp_path, cached=name in ("qwen2_sliding_tied", "smollm3_nope"))  # those whose layers differ
 
@@ -120,7 +131,32 @@ def test_every_combination_of_options(tmp_path, family):
             check(source, scratch, cached=True)
 
 
+def test_a_new_family_is_one_file_and_one_name(monkeypatch, tmp_path):
+    """A family with options and names of its own, read and written by what is here already."""
+    toy = types.ModuleType(f"{families.__name__}.toy")
+    toy.FAMILY = families.Family(
+        architecture="ToyForCausalLM",
+        defaults={"num_key_value_heads": 2, "rms_norm_eps": 1e-3, "max_position_embeddings": 64},
+        read=lambda fields: {"qk_norm": "head" if fields.get("normed") else "none"},
+        write=lambda config: {"normed": config.qk_norm == "head"},
+        renamed={"attention/o_proj": "mixer.out"},
+    )
+    monkeypatch.setitem(sys.modules, toy.__name__, toy)
+    monkeypatch.setattr(configs, "FAMILIES", (*FAMILIES, "toy"))
+    config = model_config_from_hf({**LLAMA, "model_type": "toy", "architectures": ["ToyForCausalLM"], "normed": True})
+    assert (config.family, config.num_kv_heads, config.rms_norm_eps, config.qk_norm) == ("toy", 2, 1e-3, "head")
+    rng = np.random.default_rng(0)
+    params = unflatten({path: rng.normal(size=n).astype(np.float32) for path, n in base_shapes(config).items()})
+    write_hf(tmp_path / "hf", model=config, params=params)
+    assert "model.layers.7.mixer.out.weight" in hf_models.raw_tensors(tmp_path / "hf")
+    again, read = read_hf(tmp_path / "hf")
+    assert again == config
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+
+
 def test_every_family_is_tried():
+    files = {file.stem for file in Path(families.__file__).parent.glob("*.py")}
+    assert files == {*FAMILIES, "family", "__init__"}
     assert {family for family, *_ in (*QUICK.values(), *hf_models.CASES.values())} == set(FAMILIES)
     assert set(OPTIONS) == set(FAMILIES) == set(hf_models.PREFIX)
     assert list(families.table()) == list(FAMILIES)
@@ -262,6 +298,12 @@ REFUSED = {
         {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
         "short_factor: should be 4 positive numbers",
     ),
+    "negative factor": ({"rope_scaling": {"type": "linear", "factor": -2}}, "rope_scaling.factor: -2 must be positive"),
+    "bands": (
+        {"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}},
+        "high_freq_factor: 4 must be above low_freq_factor 4",
+    ),
+    "theta": ({"rope_theta": 0}, "rope_theta: 0 must be above 1"),
     "factor": ({"rope_scaling": {"type": "dynamic", "factor": "big"}}, "factor of the rope scaling should be a number"),
     "gemma": ({"model_type": "gemma3_text"}, "'gemma3_text' is not supported; supported: Llama.*Phi3ForCausalLM"),
 }
@@ -311,8 +353,6 @@ def test_generation_config_wins_and_is_written_back(tmp_path):
 
 def test_export_mends_a_tokenizer_folder_of_another_model(tmp_path):
     """The ids that are written beside the weights are the model's, in both files."""
-    from lawcat_jax.checkpoints.hf.write import write_hf
-
     source = hf_models.make(tmp_path / "hf")
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 11, "top_k": 4}))
     config, params = read_hf(source)
@@ -352,8 +392,15 @@ def test_tied_checkpoints_stored_in_either_name_and_dtype(tmp_path):
 
 
 def test_shapes_agree_with_the_model(tmp_path):
+    mesh = jax.sharding.AbstractMesh((1, 2, 2, 1), sharding.AXES)
     for name in ("llama_biases_yarn", "qwen3_head_dim", "olmo2", "phi3_longrope"):
         family, values, *_ = QUICK[name]
         config = Checkpoint(hf_models.make_random(tmp_path / name, family, values)).config
         abstract = dict(flatten(models.abstract(config)[1]))
         assert {path: leaf.shape for path, leaf in abstract.items()} == base_shapes(config)
+        for path, shape in base_shapes(config).items():
+            spec = sharding.spec_for(path, shape, mesh)
+            if path.endswith(("kernel", "embedding")):
+                assert {axis for axis in spec if axis} == {"fsdp", "tensor"}, path
+            elif path.endswith("bias"):
+                assert spec == P(None, "fsdp" if "o_proj" in path or "down_proj" in path else "tensor"), path

@@ -2,14 +2,18 @@
 
 A new family is a file here with a :class:`~lawcat_jax.checkpoints.hf.families.family.Family` called ``FAMILY``, named
 like the ``model_type`` of its ``config.json``, and that name in :data:`lawcat_jax.config.FAMILIES`.
+
+Gemma is not among them: it would need of the decoder another activation, norms with an offset, a scaled embedding, a
+scale of its own for attention and, for Gemma 2, soft caps on scores that the attention kernels used here do not have, or,
+for Gemma 3, two rotary tables; each a branch for one family alone.
 """
 
 from __future__ import annotations
 
 import importlib
 
+from lawcat_jax import config
 from lawcat_jax.checkpoints.hf.families.family import Family
-from lawcat_jax.config import FAMILIES
 
 
 def find(name: str) -> Family:
@@ -19,4 +23,4 @@ def find(name: str) -> Family:
 
 def table() -> dict[str, Family]:
     """Every family by ``model_type``."""
-    return {name: find(name) for name in FAMILIES}
+    return {name: find(name) for name in config.FAMILIES}
