@@ -7,13 +7,13 @@ import json
 import sys
 import types
 from pathlib import Path
+from typing import Literal, get_args
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lawcat_jax import config as configs
 from lawcat_jax import models
 from lawcat_jax.checkpoints.conversion import convert, teacher_logits
 from lawcat_jax.checkpoints.hf import families
@@ -23,7 +23,7 @@ from lawcat_jax.checkpoints.hf.peft import write_adapter
 from lawcat_jax.checkpoints.hf.read import Checkpoint, read_hf
 from lawcat_jax.checkpoints.hf.write import write_hf
 from lawcat_jax.checkpoints.model_dir import load_model
-from lawcat_jax.config import FAMILIES, AttentionConfig, LoraConfig
+from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig, choices
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import sharding
 from lawcat_jax.training.attention_transfer import teacher_forced
@@ -31,6 +31,7 @@ from tests.checkpoints import hf_models
 
 pytest.importorskip("torch")
 
+FAMILIES = get_args(choices.Family)
 SHORT, LONG = [1.0, 1.1, 1.3, 1.6], [1.0, 2.0, 4.0, 7.0]
 LONGROPE = {
     "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": SHORT, "long_factor": LONG},
@@ -142,7 +143,8 @@ def test_a_new_family_is_one_file_and_one_name(monkeypatch, tmp_path):
         renamed={"attention/o_proj": "mixer.out"},
     )
     monkeypatch.setitem(sys.modules, toy.__name__, toy)
-    monkeypatch.setattr(configs, "FAMILIES", (*FAMILIES, "toy"))
+    monkeypatch.setattr(choices, "Family", Literal[*FAMILIES, "toy"])
+    monkeypatch.setitem(ModelConfig.__annotations__, "family", choices.Family)
     config = model_config_from_hf({**LLAMA, "model_type": "toy", "architectures": ["ToyForCausalLM"], "normed": True})
     assert (config.family, config.num_kv_heads, config.rms_norm_eps, config.qk_norm) == ("toy", 2, 1e-3, "head")
     rng = np.random.default_rng(0)
