@@ -17,8 +17,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from lawcat_jax.checkpoints.hf.config_map import token_ids
 from lawcat_jax.checkpoints.hf.mapping import base_shapes, flatten, unflatten
-from lawcat_jax.checkpoints.hf.read import TOKENIZER_FILES, Checkpoint, Progress, Shardings, resolve_source
+from lawcat_jax.checkpoints.hf.read import (
+    GENERATION,
+    TOKENIZER_FILES,
+    Checkpoint,
+    Progress,
+    Shardings,
+    resolve_source,
+    stated_ids,
+)
 from lawcat_jax.checkpoints.hf.write import check_leaves, copy_tokenizer
 from lawcat_jax.checkpoints.orbax_errors import is_disk_full, unraisable_hook
 from lawcat_jax.config import (
@@ -249,6 +258,8 @@ def read_model_json(
 ) -> tuple[ModelConfig, AttentionConfig | None, LoraConfig | None, dict[str, Any]]:
     """The configurations and ``extra`` of a model directory, without its parameters.
 
+    Token ids in the generation_config.json beside the tokenizer win over those in model.json.
+
     Raises:
       UserError: unreadable, of another format version, or with unknown or invalid fields.
     """
@@ -278,7 +289,9 @@ def read_model_json(
             problems = checks[name](parsed[name], name) if name in checks else []
         if problems:
             raise UserError(f"{path}: {'; '.join(problems)}")
-    return parsed["model"], parsed["attention"], parsed["lora"], values.get("extra") or {}
+    ids = token_ids(stated_ids(path.parent / TOKENIZER / GENERATION))
+    model = dataclasses.replace(parsed["model"], **ids)
+    return model, parsed["attention"], parsed["lora"], values.get("extra") or {}
 
 
 def _tokenizer_path(directory: Path) -> str | None:

@@ -1,5 +1,5 @@
-"""The Llama/Mistral decoder of the softmax teacher and of its linear-attention student, which differ in how layers mix
-tokens.
+"""The decoder of every model family, for the softmax teacher and its linear-attention student, which differ in how layers
+mix tokens.
 
 A pass is: embed, run the layers segment by segment (a segment is a run of layers of one kind), norm, head.
 """
@@ -26,7 +26,7 @@ from lawcat_jax.models.mixers import MIXERS, TokenMixer, mixer_class
 from lawcat_jax.models.rope import rope_table, rotate
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Bool, Float, Int
 
 
 class Decoder(nnx.Module):
@@ -146,8 +146,9 @@ class Decoder(nnx.Module):
         x, collected = self.embedded(tokens), []
 
         def mix(mixer, index, state, *projections):
-            del index, state
-            return mixer(*projections, context)[0], mixer.statistics(*projections, context)
+            del state
+            own = self.layer_context(context, index)
+            return mixer(*projections, own)[0], mixer.statistics(*projections, own)
 
         for segment in self.segments():
             if segment.linear:
@@ -180,7 +181,7 @@ class Decoder(nnx.Module):
         start = jnp.zeros((batch,), jnp.int32) if start is None else start
         if positions is None:
             positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
-        cos, sin = rope_table(positions, self.config)
+        cos, sin = rope_table(positions, self.config, lengths)
         return Context(cos, sin, start, lengths)
 
     def head_kernel(self) -> Float[Array, "V D"] | Float[Array, "D V"]:
@@ -219,12 +220,38 @@ class Decoder(nnx.Module):
         run = self.run_linear if segment.linear else self.run_softmax
         return run(segment, x, context, **options)
 
+    def layer_context(self, context: Context, layer: Int[Array, ""]) -> Context:
+        """``context`` for one layer, whose number may be known only while the program runs: without rotation where the
+        layer has none.
+        """
+        if not self.config.nope_layers:
+            return context
+        still = _is_in(layer, self.config.nope_layers, self.config.num_layers)
+        return context._replace(cos=jnp.where(still, 1.0, context.cos), sin=jnp.where(still, 0.0, context.sin))
+
     def teacher_attention(
-        self, context: Context, q: Float[Array, "B T H d"], k: Float[Array, "B T Hkv d"], v: Float[Array, "B T Hkv d"]
+        self,
+        context: Context,
+        layer: Int[Array, ""],
+        q: Float[Array, "B T H d"],
+        k: Float[Array, "B T Hkv d"],
+        v: Float[Array, "B T Hkv d"],
     ) -> Float[Array, "B T H d"]:
-        """Causal softmax attention of a whole sequence from raw q and k, with the rotary embedding: heads before Wo."""
+        """Causal softmax attention of one layer over a whole sequence, from q and k before rotation, with rotary embedding
+        and window: the heads before Wo.
+        """
+        context = self.layer_context(context, layer)
         q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
-        return softmax_attention(q, k, v, window=self.config.sliding_window)
+        return self._softmax_attention(layer, q, k, v)
+
+    def _softmax_attention(self, layer, q, k, v, start=None):
+        config = self.config
+        if config.sliding_window is None or not config.full_attention_layers:
+            return softmax_attention(q, k, v, start=start, window=config.sliding_window)
+        # Both branches are compiled, and one runs: kernels want to know the window beforehand.
+        full, sliding = (functools.partial(softmax_attention, window=n) for n in (None, config.sliding_window))
+        whole = _is_in(layer, config.full_attention_layers, config.num_layers)
+        return jax.lax.cond(whole, lambda *x: full(*x, start=start), lambda *x: sliding(*x, start=start), q, k, v)
 
     def run_softmax(
         self,
@@ -245,32 +272,34 @@ class Decoder(nnx.Module):
         del dropout_rng  # adapters exist in linearised layers only
         layers = Stacked(self.layers, segment.start, segment.stop)
 
-        def forward(x, params):
-            mix = lambda h, q, k, v: (self.teacher_attention(context, q, k, v), None)  # noqa: E731
+        def forward(x, xs):
+            params, layer = xs
+            mix = lambda h, q, k, v: (self.teacher_attention(context, layer, q, k, v), None)  # noqa: E731
             return layers.layer(params)(x, mix)
 
         def cached(carry, xs):
-            (x, keys, values), (params, index) = carry, xs
+            (x, keys, values), (params, layer, index) = carry, xs
 
             def mix(h, q, k, v):
-                q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
+                own = self.layer_context(context, layer)
+                q, k = (rotate(array, own.cos, own.sin) for array in (q, k))
                 new = (
                     caching.write_kv(keys, index, context.start, k),
                     caching.write_kv(values, index, context.start, v),
                 )
-                window = self.config.sliding_window
-                return softmax_attention(q, new[0][index], new[1][index], start=context.start, window=window), new
+                return self._softmax_attention(layer, q, new[0][index], new[1][index], context.start), new
 
             x, (keys, values) = layers.layer(params)(x, mix)
             return (x, keys, values), None
 
+        numbers = jnp.arange(segment.start, segment.stop)
         if cache is None:
-            x, _ = jax.lax.scan(rematerialized(forward, remat), x, layers.params, unroll=unroll)
+            x, _ = jax.lax.scan(rematerialized(forward, remat), x, (layers.params, numbers), unroll=unroll)
             return x, None
         # In the carry, the buffer is updated in place; as scanned input and output it would be copied at every token.
         indices = jnp.arange(segment.first, segment.first + segment.stop - segment.start)
         carry = (x, cache["softmax"]["k"], cache["softmax"]["v"])
-        (x, keys, values), _ = jax.lax.scan(cached, carry, (layers.params, indices))
+        (x, keys, values), _ = jax.lax.scan(cached, carry, (layers.params, numbers, indices))
         return x, {**cache, "softmax": {"k": keys, "v": values}}
 
     def run_linear(
@@ -289,8 +318,7 @@ class Decoder(nnx.Module):
         del as_teacher  # there are no linear segments then
 
         def mix(mixer, index, state, *projections):
-            del index
-            o, state = mixer(*projections, context, state)
+            o, state = mixer(*projections, self.layer_context(context, index), state)
             return o, None if cache is None else state
 
         kind = segment.mixers
@@ -340,6 +368,10 @@ def _last_valid(x: Float[Array, "B T D"], lengths: Int[Array, " B"] | None) -> F
     if lengths is None:
         return x[:, -1]
     return jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+
+
+def _is_in(layer: Int[Array, ""], chosen: tuple[int, ...], layers: int) -> Bool[Array, ""]:
+    return jnp.asarray([number in chosen for number in range(layers)])[layer]
 
 
 def num_linear(config: ModelConfig, attention: AttentionConfig) -> int:

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lawcat_jax.config import Config, MeshConfig
 from lawcat_jax.errors import UserError
+from lawcat_jax.projections import PROJECTIONS
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
@@ -35,14 +36,10 @@ RULES: tuple[Rule, ...] = (
     (r"embed/embedding$", P("tensor", "fsdp")),
     (r"lm_head/kernel$", P("fsdp", "tensor")),
     (r"norm/scale$", P()),
-    (r"attention/[qkv]_proj/kernel$", P(None, "fsdp", "tensor")),
-    (r"attention/o_proj/kernel$", P(None, "tensor", "fsdp")),
-    (r"mlp/(gate|up)_proj/kernel$", P(None, "fsdp", "tensor")),
-    (r"mlp/down_proj/kernel$", P(None, "tensor", "fsdp")),
-    (r"lora/[qkv]_proj/a$", P(None, "fsdp")),
-    (r"lora/[qkv]_proj/b$", P(None, None, "tensor")),
-    (r"lora/o_proj/a$", P(None, "tensor")),
-    (r"lora/o_proj/b$", P(None, None, "fsdp")),
+    *((rf"{row.path}/kernel$", P(None, *row.mesh_axes)) for row in PROJECTIONS),
+    *((rf"{row.path}/bias$", P(None, row.mesh_axes[1])) for row in PROJECTIONS),
+    *((rf"lora/{row.name}/a$", P(None, row.mesh_axes[0])) for row in PROJECTIONS if row.lora),
+    *((rf"lora/{row.name}/b$", P(None, None, row.mesh_axes[1])) for row in PROJECTIONS if row.lora),
     # Decoding caches: sequences over the batch's axes, heads over tensor.
     (r"^position$", P(BATCH_AXES)),
     (r"^softmax/[kv]$", P(None, BATCH_AXES, None, "tensor")),

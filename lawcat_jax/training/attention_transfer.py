@@ -96,10 +96,12 @@ def teacher_forced(
     def mix(mixer, index, state, *projections):
         del state
         h, q, k, v = jax.lax.stop_gradient(projections)
-        teacher = decoder.teacher_attention(context, q, k, v)
+        teacher = decoder.teacher_attention(context, index, q, k, v)
         graphdef, params = nnx.split(mixer)
         compare = functools.partial(_compare, graphdef, layer_loss)
-        return teacher, _eager(compare, params, (index, h, q, k, v, teacher, mask, context))
+        return teacher, _eager(
+            compare, params, (index, h, q, k, v, teacher, mask, decoder.layer_context(context, index))
+        )
 
     for segment in decoder.segments():
         if segment.linear:
