@@ -178,7 +178,7 @@ def _eval_sample(
     tokens = np.asarray(encode_prompt(tokenizer, text, add_bos=add_bos), np.int32)
     name = haystack.name if haystack is not None and VARIANTS[variant].essays else "noise"
     question = text[text.rindex("\n") + 1 :]
-    return EvalSample(tokens, text, value, at, question, MAX_NEW_TOKENS, name), words
+    return EvalSample(tokens, text, value, at, question, MAX_NEW_TOKENS, name, f"niah_single_{variant}"), words
 
 
 def score(sample: EvalSample, output: str) -> float:

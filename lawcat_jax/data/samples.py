@@ -1,7 +1,7 @@
 """The samples that generators give (tokens, and where question and answer lie in them) and their random streams.
 
-A training sample is a pure function of (seed, index) and a stream: "train", "validation", "eval" and "selection"
-draw from differently tagged seeds (:func:`sample_rng`), so none can repeat another's draw whatever seed the user sets.
+A sample is a pure function of (seed, index) and a stream: "train", "validation" and "eval" draw from differently tagged
+seeds (:func:`sample_rng`), so that none can repeat another's draw whatever seed the user sets.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 from lawcat_jax.data.tokenize import Tokenizer, encode_offsets
 from lawcat_jax.errors import UserError
 
-_STREAMS = {"train": 1, "validation": 2, "eval": 3, "selection": 4}
+_STREAMS = {"train": 1, "validation": 2, "eval": 3}
 
 
 def sample_rng(stream: str, seed: int, index: int) -> np.random.Generator:
-    """Generator of sample ``index`` of a stream ("train", "validation", "eval" or "selection").
+    """Generator of sample ``index`` of a stream ("train", "validation" or "eval").
 
     The stream's tag is part of the entropy, in a fixed number of words, so two streams never share a state.
     """
@@ -37,7 +37,7 @@ class Sample:
 
     What the answer depends on (the needle, the facts) ends before ``tokens[needle_end]`` and the question begins at
     ``tokens[question_start]``, so a cut anywhere in between parts the one from the other; 0 and 0 where a sample
-    has no such place.
+    has no such place. ``label_span``, where it is not the answer's, is the span of tokens whose prediction is trained.
     """
 
     tokens: np.ndarray
@@ -47,6 +47,7 @@ class Sample:
     text: str
     needle_end: int = 0
     question_start: int = 0
+    label_span: tuple[int, int] | None = None
 
     @property
     def prompt(self) -> list[int]:
@@ -59,7 +60,7 @@ class EvalSample:
     """One evaluation prompt and what counts as its answer.
 
     ``tokens`` int32 [n] is the prompt, bos included. ``depth`` is where the needle (or the last supporting fact)
-    stands, in percent of the context. ``question`` is what is asked (the strict BABILong metric needs it). The model
+    stands, in percent of the context. ``task`` and ``question`` are what is asked (BABILong's metric needs them). The model
     continues the prompt greedily by at most ``max_new_tokens``. ``haystack`` names the text around the needle; a
     result quotes it.
     """
@@ -71,6 +72,7 @@ class EvalSample:
     question: str
     max_new_tokens: int
     haystack: str
+    task: str
 
 
 def check_eos(tokenizer: Tokenizer, what: str) -> None:

@@ -11,7 +11,7 @@ import re
 
 _ABBREVIATIONS = frozenset(
     "mr mrs ms messrs dr prof rev hon capt col gen lieut lt maj sgt st mt sr jr esq vs viz etc e.g i.e cf vol no "
-    "fig ed pp ch chap jan feb mar apr jun jul aug sept oct nov dec".split()
+    "fig ed pp ch chap jan feb mar apr jun jul aug sept oct nov dec".split()  # noqa: SIM905
 )
 _END = re.compile(r"[.!?]+[\"'”’)\]»_*]*(?=\s+)|\n[ \t]*\n")
 _OPENING = "\"'“‘([«_*—-"

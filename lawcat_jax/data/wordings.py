@@ -106,7 +106,7 @@ VARIED = Wording(
     questions=(
         ("What is the {what}?", "The {what} is"),
         ("Which {what} did the text give?", "It gave"),
-        ("Question: what was the {what}?", "Reply:"),
+        ("Query: what was the {what}?", "Reply:"),
         ("Tell me the {what}.", "{what}:"),
         ("Now state the {what} from the text.", "The text says"),
         ("Q: {what}?", "A:"),
@@ -130,7 +130,7 @@ VARIED = Wording(
     named_questions=(
         ("What is the {what} of {name}?", "The {what} of {name} is"),
         ("Which {what} belongs to {name}?", "{name} has"),
-        ("Question: what was the {what} for {name}?", "Reply:"),
+        ("Query: what was the {what} for {name}?", "Reply:"),
         ("Give the {what} of {name}.", "{name}:"),
         ("Look up {name}. What is its {what}?", "Its {what} is"),
         ("Q: {what} of {name}?", "A:"),
@@ -225,10 +225,10 @@ ADJECTIVES = (
     "amber ancient bold brisk calm clever copper crimson dusty eager early faint gentle golden hollow humble icy ivory "
     "jolly keen lively lunar mellow misty noble northern olive pale patient quiet rapid rustic scarlet silent silver "
     "solar steady stone swift tidy velvet violet wild winter"
-).split()
+).split()  # noqa: SIM905
 NOUNS = (
     "anchor badger beacon bridge canyon castle cedar comet cottage cricket dolphin ember falcon feather forest garden "
     "glacier harbor heron island jasmine kettle lantern maple meadow meteor mirror otter pebble pepper pilot quartz "
     "raven river saddle sparrow spruce station thistle tiger tunnel valley walnut willow"
-).split()
+).split()  # noqa: SIM905
 """Names and code words of the varied and selection wordings."""
