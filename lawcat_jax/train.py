@@ -2,6 +2,8 @@
 
 Running the same command again resumes; a finished run exits at once. Exit codes: 0 finished, 2 a mistake that the
 user can mend, 75 (EX_TEMPFAIL) interrupted by SIGTERM or SIGINT with everything saved: run the command again.
+
+docs/config.md lists every --config.<field> with type, unit, default and meaning.
 """
 
 from __future__ import annotations

@@ -1,0 +1,63 @@
+"""The named options of the configuration, each list written here once.
+
+A field that holds a name has one of these ``Literal`` types; validation reads the options from the type, and
+``tests/test_choices.py`` compares them with the tables where they are implemented.
+"""
+
+from typing import Literal
+
+Family = Literal["llama", "mistral"]
+"""Model family: which Hugging Face architecture a checkpoint is read as and written back to."""
+
+RopeKind = Literal["none", "linear", "llama3"]
+"""Scaling of the rotary frequencies; ``llama3`` is that of Llama 3.1 and later."""
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+"""Number format; ``auto`` is bfloat16 on accelerators and float32 on CPU."""
+
+MixerKind = Literal["lawcat", "lolcats"]
+"""Token mixer that replaces softmax attention: the paper's layer, or the LoLCATs baseline."""
+
+Conv = Literal["on", "off", "stacked", "shared"]
+"""Causal convolution on q and k: one each, none, two in a row, or the same taps for q and k."""
+
+FeatureMap = Literal["softmax_dim", "half_softmax", "exp_dim", "relu", "pos_elu"]
+"""Non-negative function of the scores u^T Phi of q or k. Two-sided maps (``softmax_dim``, ``exp_dim``) give 2 f features
+from f scores, the others f."""
+
+GateKind = Literal["per_dim", "per_head", "none"]
+"""Forget gate: one per kv head and feature, one per kv head, or none."""
+
+Init = Literal["identity", "xavier", "normal", "kaiming_feature_map"]
+"""Initial values of taps, feature maps and gate matrices; ``identity`` is the paper's."""
+
+Implementation = Literal["reference", "scan", "pallas_mosaic_gpu", "pallas_triton", "pallas_tpu"]
+"""Backend of the ops in ``kernels_pallas``."""
+
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj"]
+"""Matrix of an attention layer that can carry a LoRA adapter."""
+
+DataKind = Literal["passkey", "text"]
+"""What a stage is trained on: generated passkey samples, or text packed to the stage's length."""
+
+Schedule = Literal["cosine", "constant", "plateau"]
+"""Learning rate after the warm-up: down to 0, constant, or lowered when the validation loss stops falling."""
+
+Remat = Literal["none", "layer", "dots"]
+"""Activations computed again in the backward pass: none, all of a layer, or all but matrix products."""
+
+LossDenominator = Literal["valid", "all"]
+"""What attention transfer divides its squared errors by: valid tokens, or padding too (the authors' code)."""
+
+Distributed = Literal["auto", "on", "off"]
+"""Whether ``jax.distributed`` is started; ``auto`` does when the environment describes several processes."""
+
+Progress = Literal["auto", "bar", "lines", "off"]
+"""Progress display; ``auto`` is a bar on a terminal and lines elsewhere."""
+
+TaskName = Literal["passkey", "perplexity"]
+"""Evaluation task."""
+
+PasskeyForm = Literal["train", "landmark"]
+"""Wording of passkey prompts: that of the training samples, or the evaluation prompt of the paper (from Landmark
+attention and LongLoRA)."""
