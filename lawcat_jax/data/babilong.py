@@ -256,7 +256,10 @@ INTROS = {
         "Only short plain sentences matter here.",
         "Follow the moves, then reply in one word.",
     ),
-    "selection": ("Whom do you meet in this house, and with what?", "A stroll through rooms, interrupted by literature:"),
+    "selection": (
+        "Whom do you meet in this house, and with what?",
+        "A stroll through rooms, interrupted by literature:",
+    ),
 }
 ASKS = {
     "varied": (

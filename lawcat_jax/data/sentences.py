@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 
 _ABBREVIATIONS = frozenset(
-    "mr mrs ms messrs dr prof rev hon capt col gen lieut lt maj sgt st mt sr jr esq vs viz etc e.g i.e cf vol no "
-    "fig ed pp ch chap jan feb mar apr jun jul aug sept oct nov dec".split()  # noqa: SIM905
+    "mr mrs ms messrs dr prof rev hon capt col gen lieut lt maj sgt st mt sr jr esq vs viz etc e.g i.e cf vol no "  # noqa: SIM905
+    "fig ed pp ch chap jan feb mar apr jun jul aug sept oct nov dec".split()
 )
 _END = re.compile(r"[.!?]+[\"'”’)\]»_*]*(?=\s+)|\n[ \t]*\n")
 _OPENING = "\"'“‘([«_*—-"

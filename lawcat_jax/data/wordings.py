@@ -221,14 +221,14 @@ FILLERS = (
 )
 """Noise of the varied and selection wordings, besides RULER's, which the paper trains with too."""
 
-ADJECTIVES = (
-    "amber ancient bold brisk calm clever copper crimson dusty eager early faint gentle golden hollow humble icy ivory "
-    "jolly keen lively lunar mellow misty noble northern olive pale patient quiet rapid rustic scarlet silent silver "
-    "solar steady stone swift tidy velvet violet wild winter"
-).split()  # noqa: SIM905
-NOUNS = (
-    "anchor badger beacon bridge canyon castle cedar comet cottage cricket dolphin ember falcon feather forest garden "
-    "glacier harbor heron island jasmine kettle lantern maple meadow meteor mirror otter pebble pepper pilot quartz "
-    "raven river saddle sparrow spruce station thistle tiger tunnel valley walnut willow"
-).split()  # noqa: SIM905
+ADJECTIVES = """
+amber ancient bold brisk calm clever copper crimson dusty eager early faint gentle golden hollow humble icy ivory
+jolly keen lively lunar mellow misty noble northern olive pale patient quiet rapid rustic scarlet silent silver
+solar steady stone swift tidy velvet violet wild winter
+""".split()  # noqa: SIM905
+NOUNS = """
+anchor badger beacon bridge canyon castle cedar comet cottage cricket dolphin ember falcon feather forest garden
+glacier harbor heron island jasmine kettle lantern maple meadow meteor mirror otter pebble pepper pilot quartz
+raven river saddle sparrow spruce station thistle tiger tunnel valley walnut willow
+""".split()  # noqa: SIM905
 """Names and code words of the varied and selection wordings."""
