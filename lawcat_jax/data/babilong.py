@@ -308,7 +308,7 @@ class BabilongGenerator:
         self._tokenizer, self._wording, self._noise, self._add_bos = tokenizer, wording, noise, add_bos
         self._stories = [TrainingStories(facts, task) for task in tasks]
 
-    def sample(self, rng: np.random.Generator, max_tokens: int, *, target_tokens: int | None = None) -> Sample:
+    def sample_tokens(self, rng: np.random.Generator, max_tokens: int, *, target_tokens: int | None = None) -> Sample:
         """A sample of at most ``target_tokens`` (default ``max_tokens``) tokens, filled with book text.
 
         A story has at most an eighth as many facts as the sample has tokens (the authors' rule).

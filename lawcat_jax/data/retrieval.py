@@ -82,7 +82,7 @@ class RetrievalGenerator:
         self._characters_per_token = 1.25 * len(typical) / max(1, len(encode(tokenizer, typical)))
         self._specials = 1 + (add_bos and tokenizer.bos_token_id is not None)
 
-    def sample(self, rng: np.random.Generator, max_tokens: int, *, target_tokens: int | None = None) -> Sample:
+    def sample_tokens(self, rng: np.random.Generator, max_tokens: int, *, target_tokens: int | None = None) -> Sample:
         """A sample of at most ``max_tokens`` tokens, bos and eos included, filled to ``target_tokens`` (default: all).
 
         Where the target is too short for the frame the shortest sample is returned instead.
