@@ -28,7 +28,9 @@ from lawcat_jax.errors import UserError
 @dataclasses.dataclass(frozen=True)
 class Document:
     """``tokens`` int32 [n], and ``weights`` float32 [n]: ``weights[i]`` is the loss weight of predicting ``tokens[i]``
-    (0 for the first). ``joined``: it holds several texts, each closed by eos. ``needle_end`` and ``question_start`` are those of :class:`lawcat_jax.data.samples.Sample`."""
+    (0 for the first). ``needle_end`` and ``question_start`` are those of :class:`lawcat_jax.data.samples.Sample`.
+    ``joined``: it holds several texts, each closed by eos.
+    """
 
     tokens: np.ndarray
     weights: np.ndarray
