@@ -9,6 +9,7 @@ ones to the character. A length counts the whole prompt and its 20 new tokens. T
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -166,6 +167,7 @@ def _eval_sample(
     rng = sample_rng("eval", seed, index)
     places = np.sort(rng.random(len(story.facts)))
 
+    @functools.cache  # the last measurement is the sample
     def prompt(context: str) -> list[int]:
         return encode_prompt(tokenizer, prompt_text(task, context, story.question), add_bos=add_bos)
 

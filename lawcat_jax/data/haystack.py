@@ -18,6 +18,7 @@ from lawcat_jax.data.sentences import split_sentences
 from lawcat_jax.errors import UserError
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+_TEXT_KEYS = {"tfds:pg19": "book_text"}  # fields of the text where they are not called "text"
 _REMOTE_CHARACTERS = 64_000_000  # of a hub or TFDS source: all of PG-19 would not fit into memory
 
 
@@ -77,9 +78,10 @@ class Haystack:
 
 
 @functools.lru_cache(maxsize=8)
-def load_haystack(source: str | tuple[str, ...], text_key: str = "text") -> Haystack:
+def load_haystack(source: str | tuple[str, ...], text_key: str = "") -> Haystack:
     """The haystack of a source: a directory, file or glob (several as a tuple), ``hf:<name>[:config][:split]`` or
-    ``tfds:<name>[:split]`` (``tfds:pg19:test``). Of a remote source the first 64 million characters are taken.
+    ``tfds:<name>[:split]`` (``tfds:pg19:test``). ``text_key`` is the field of the text, "" the usual one of the source. Of a
+    remote source the first 64 million characters are taken.
 
     Raises:
       UserError: when the source cannot be read or holds no text.
@@ -91,7 +93,8 @@ def load_haystack(source: str | tuple[str, ...], text_key: str = "text") -> Hays
     for one in sources:
         limit = _REMOTE_CHARACTERS if text_data.is_remote(one) else None
         taken = 0
-        for document in text_data.documents(one, text_key):
+        key = text_key or _TEXT_KEYS.get(":".join(one.split(":")[:2]), "text")
+        for document in text_data.documents(one, key):
             documents.append(document if limit is None else document[: limit - taken])
             taken += len(documents[-1])
             if limit is not None and taken >= limit:

@@ -144,21 +144,26 @@ def _eval_sample(
     depth = DEPTHS[int(place * len(DEPTHS))]
     needle = NEEDLE.format(t=kind, key=key, value=value)
 
-    def prompt(words: int) -> tuple[str, float]:
+    @functools.cache  # the last measurement is the sample
+    def prompt(words: int) -> tuple[str, float, list[int]]:
         if haystack is None or not VARIANTS[variant].essays:
             context, at = noise_context(words, needle, place)
         else:
             context, at = essay_context(haystack.words(words), needle, depth), float(depth)
-        return FRAME.format(t=kind, key=key, context=context), at
+        text = FRAME.format(t=kind, key=key, context=context)
+        return text, at, encode_prompt(tokenizer, text, add_bos=add_bos)
 
     def measure(words: int) -> int:
-        return len(encode_prompt(tokenizer, prompt(words)[0], add_bos=add_bos))
+        return len(prompt(words)[2])
 
     budget, slack = length - MAX_NEW_TOKENS, length // 100
     if haystack is None or not VARIANTS[variant].essays:
         line = len(_LINE_WORDS)
         high = 16 * max(1, length)
-        words = line * fit(lambda lines: measure(line * lines), budget, low=1, high=high, start=guess // line)
+        lines = fit(
+            lambda lines: measure(line * lines), budget, low=1, high=high, start=guess // line, slack=slack // 2
+        )
+        words = line * lines
         if words > 0 and budget - measure(words) > slack:
             words = fit(measure, budget, low=words, high=words + line - 1)
     else:
@@ -174,11 +179,12 @@ def _eval_sample(
             f"S-NIAH-{variant} at {length} tokens is too short for its frame and {MAX_NEW_TOKENS} new tokens: "
             f"with this tokenizer the minimum is {least} tokens"
         )
-    text, at = prompt(words)
-    tokens = np.asarray(encode_prompt(tokenizer, text, add_bos=add_bos), np.int32)
+    text, at, tokens = prompt(words)
     name = haystack.name if haystack is not None and VARIANTS[variant].essays else "noise"
     question = text[text.rindex("\n") + 1 :]
-    return EvalSample(tokens, text, value, at, question, MAX_NEW_TOKENS, name, f"niah_single_{variant}"), words
+    return EvalSample(
+        np.asarray(tokens, np.int32), text, value, at, question, MAX_NEW_TOKENS, name, f"niah_single_{variant}"
+    ), words
 
 
 def score(sample: EvalSample, output: str) -> float:

@@ -37,7 +37,7 @@ class _Frame:
 
     def text(self, words: list[str], ends: list[int], place: float) -> tuple[str, int, int]:
         """(text, end of the needle, start of the question) in characters; ``ends`` are word counts at sentence ends."""
-        boundaries = [0, *(end for end in ends if end < len(words)), len(words)]
+        boundaries = [0, *(end for end in ends if end <= len(words))]
         at = boundaries[int(place * len(boundaries))]
         before = self.task + self.separator + " ".join([*words[:at], self.needle])
         hay = " ".join([before, *words[at:]]) + self.separator

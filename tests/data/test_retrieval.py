@@ -51,7 +51,7 @@ def test_spans_and_lengths(name, task, wording):
 def test_the_papers_niah_text():
     pytest.importorskip("wonderwords")
     uuids = 0
-    for sample in _draw(_generator(task="niah", wording="paper", hay="noise"), 40):
+    for sample in _draw(_generator(task="niah", wording="paper", hay="noise"), 24):
         intro, hay, question = sample.text.split("\n")
         kind = "uuid" if "-" in sample.answer else "number"
         uuids += kind == "uuid"
@@ -65,14 +65,13 @@ def test_the_papers_niah_text():
         joined = " ".join([before.strip(), after.strip()]).strip()
         assert " ".join([NOISE] * 60).startswith(joined)
         assert not before or before.rstrip()[-1] in ".?!"  # a sentence boundary
-    assert 6 <= uuids <= 22
+    assert 3 <= uuids <= 16
 
 
 def test_many_wordings_of_every_part():
-    for wording in (wordings.VARIED,):
-        for part in ("tasks", "needles", "named_needles", "questions", "named_questions"):
-            assert len(set(getattr(wording, part))) >= 20
-    samples = _draw(_generator(hay="noise"), 240, 250)
+    for part in ("tasks", "needles", "named_needles", "questions", "named_questions"):
+        assert len(set(getattr(wordings.VARIED, part))) >= 20
+    samples = _draw(_generator(hay="noise"), 150, 250)
     kinds = {"digits": 0, "uuid": 0, "word": 0}
     sizes = set()
     for sample in samples:
@@ -82,8 +81,8 @@ def test_many_wordings_of_every_part():
         else:
             kinds["uuid" if len(sample.answer) == 36 else "word"] += 1
     assert sizes == {4, 5, 6, 7, 8}
-    assert min(kinds.values()) > 25
-    assert len({sample.text.split("\n")[0] for sample in samples}) > 100
+    assert min(kinds.values()) > 10
+    assert len({sample.text.split("\n")[0] for sample in samples}) > 60
 
 
 def test_selection_shares_no_template_with_varied():
@@ -107,7 +106,7 @@ def test_books_and_noise_are_mixed():
 
 def test_same_seed_same_samples_and_target():
     generator = _generator()
-    first, second = generator.sample_tokens(sample_rng("train", 0, 5), 900), _draw(generator, 6)[5]
+    first, second = generator.sample_tokens(sample_rng("train", 0, 5), 600), _draw(generator, 6)[5]
     assert first.text == second.text
     short = generator.sample_tokens(sample_rng("train", 0, 5), 900, target_tokens=500)
     assert 485 <= len(short.tokens) <= 500
