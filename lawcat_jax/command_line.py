@@ -16,7 +16,7 @@ from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
 from lawcat_jax.config import Config, ConfigError
-from lawcat_jax.config.tree import field_names, nearest
+from lawcat_jax.config.tree import field_names, nearest, unshare
 from lawcat_jax.errors import UserError
 
 
@@ -29,6 +29,22 @@ class _OrNone(flags.ArgumentParser):
 
     def parse(self, argument: Any) -> Any:
         return None if argument == "None" else self._inner.parse(argument)
+
+    def flag_type(self) -> str:
+        return self._inner.flag_type()
+
+
+class _ConfigFile(flags.ArgumentParser):
+    """Reads a config file so that no two fields share an object: an override changes the field that it names."""
+
+    def __init__(self, inner: flags.ArgumentParser):
+        self._inner = inner
+
+    def parse(self, argument: Any) -> Any:
+        config = self._inner.parse(argument)
+        if isinstance(config, Config):
+            unshare(config)
+        return config
 
     def flag_type(self) -> str:
         return self._inner.flag_type()
@@ -53,7 +69,7 @@ def define_config(default: str | None = None, *, flag_values: flags.FlagValues =
     ):
         config_flags.register_flag_parser_for_type(kind, _OrNone(parser))
     config_flags.register_flag_parser_for_type(tuple, _Tuple())
-    return config_flags.DEFINE_config_file(
+    holder = config_flags.DEFINE_config_file(
         "config",
         default,
         "Experiment file, e.g. configs/tiny.py. Any field is overridden with --config.<field>=<value>; docs/config.md "
@@ -61,6 +77,9 @@ def define_config(default: str | None = None, *, flag_values: flags.FlagValues =
         lock_config=False,
         flag_values=flag_values,
     )
+    flag = flag_values["config"]
+    flag.parser = _ConfigFile(flag.parser)
+    return holder
 
 
 def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:

@@ -1,6 +1,5 @@
 """A whole run: the teacher, the stages, devices, checkpoints, logging and evaluation."""
 
-import copy
 import dataclasses
 from collections.abc import Iterator
 
@@ -8,7 +7,7 @@ from lawcat_jax.config.attention import AttentionConfig, LoraConfig, attention_p
 from lawcat_jax.config.choices import Distributed, Dtype, PasskeyForm, Progress, TaskName
 from lawcat_jax.config.model import ModelConfig, model_problems
 from lawcat_jax.config.stage import StageConfig, stage_problems
-from lawcat_jax.config.tree import ConfigError, Node, choice_problems, nodes, shared_problems, type_problems
+from lawcat_jax.config.tree import ConfigError, Node, choice_problems, type_problems, unshare
 
 
 @dataclasses.dataclass
@@ -123,8 +122,8 @@ class EvalConfig(Node):
 class Config(Node):
     """A whole run: pretraining of a teacher, or attention transfer (stage 1) and LoRA finetuning (stage 2).
 
-    No two fields share an object: where ``Config(stage1=StageConfig(data=data), stage2=StageConfig(data=data))`` is
-    built, the second stage gets a copy, so that an override of one stage's data leaves the other's alone.
+    Fields do not share objects: where both stages are given one ``data``, the second gets a copy, when the config is
+    built and again when a config file is read. So an override of one stage's data leaves the other's alone.
     """
 
     seed: int = 0
@@ -161,13 +160,7 @@ class Config(Node):
     """Evaluation at the end."""
 
     def __post_init__(self) -> None:
-        seen = set()
-        for _, holder, field in nodes(self, "config"):
-            value = getattr(holder, field)
-            if id(value) in seen:
-                value = copy.deepcopy(value)
-                setattr(holder, field, value)
-            seen.add(id(value))
+        unshare(self)
 
     def validate(self) -> None:
         """Check types, ranges and combinations.
@@ -177,7 +170,7 @@ class Config(Node):
         """
         problems = type_problems(self, "config")
         if not problems:  # range checks assume right types
-            problems = shared_problems(self, "config") + list(_range_problems(self))
+            problems = list(_range_problems(self))
         if problems:
             separator = " " if len(problems) == 1 else "\n  "
             raise ConfigError("invalid configuration:" + separator + separator.join(problems))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Literal
 
 
@@ -124,23 +125,22 @@ def choice_problems(node: Any, path: str) -> list[str]:
     return problems
 
 
-def nodes(node: Any, path: str) -> Iterator[tuple[str, Any, str]]:
-    """(path, holder, field name) of every dataclass below ``node``, depth first."""
-    for field in dataclasses.fields(node):
-        value = getattr(node, field.name)
-        if dataclasses.is_dataclass(value):
-            yield f"{path}.{field.name}", node, field.name
-            yield from nodes(value, f"{path}.{field.name}")
+def unshare(node: Any) -> None:
+    """Replace dataclasses that stand at several places below ``node`` by copies, at all places but the first: changing one
+    field then never changes another."""
+    seen: set[int] = set()
 
+    def visit(holder: Any) -> None:
+        for field in dataclasses.fields(holder):
+            value = getattr(holder, field.name)
+            if dataclasses.is_dataclass(value):
+                if id(value) in seen:
+                    value = copy.deepcopy(value)
+                    setattr(holder, field.name, value)
+                seen.add(id(value))
+                visit(value)
 
-def shared_problems(node: Any, path: str) -> list[str]:
-    """Every dataclass below ``node`` that is held by two fields, so that changing one would change the other."""
-    problems, first = [], {}
-    for name, holder, field in nodes(node, path):
-        before = first.setdefault(id(getattr(holder, field)), name)
-        if before != name:
-            problems.append(f"{name}: the same object as {before}; give it its own (dataclasses.replace copies)")
-    return problems
+    visit(node)
 
 
 def from_dict(kind: type, values: dict, path: str = "config") -> Any:

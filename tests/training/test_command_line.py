@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 
 from lawcat_jax import command_line
-from lawcat_jax.config import Config, ConfigError
+from lawcat_jax.config import Config, ConfigError, DataConfig, StageConfig
 from lawcat_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -154,15 +154,23 @@ def test_an_override_of_one_stage_leaves_the_others_alone(parse, name):
     assert after.pretrain == before.pretrain
 
 
-def test_fields_that_share_an_object_are_refused(parse, tmp_path):
-    """Made after the config is built, they cannot be told apart from fields meant to change together."""
+@pytest.mark.parametrize("line", ["c.stage2.data = c.stage1.data", "c.stage2 = dataclasses.replace(c.stage1)"])
+def test_fields_that_share_an_object_in_a_file(parse, tmp_path, line):
     file = tmp_path / "c.py"
     file.write_text(
-        "from lawcat_jax.config import Config\n"
-        "def get_config():\n    c = Config()\n    c.stage2.data = c.stage1.data\n    return c\n"
+        "import dataclasses\nfrom lawcat_jax.config import Config\n"
+        f"def get_config():\n    c = Config()\n    {line}\n    return c\n"
     )
-    with pytest.raises(ConfigError, match=r"config\.stage2\.data: the same object as config\.stage1\.data; give it"):
-        parse(f"--config={file}", "--config.stage2.data.num_samples=77")
+    config = parse(f"--config={file}", "--config.stage2.data.num_samples=77", "--config.stage1.data.num_workers=3")
+    assert (config.stage2.data.num_samples, config.stage1.data.num_samples) == (77, DataConfig().num_samples)
+    assert (config.stage2.data.num_workers, config.stage1.data.num_workers) == (0, 3)
+
+
+def test_fields_that_share_an_object_in_python():
+    data = DataConfig()
+    config = Config(stage1=StageConfig(data=data), stage2=StageConfig(data=data))
+    config.stage2.data.num_samples = 77
+    assert config.stage1.data.num_samples == data.num_samples == DataConfig().num_samples
 
 
 def test_exit_code_and_stderr():
