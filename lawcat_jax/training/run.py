@@ -369,6 +369,7 @@ def export(config: Config, student: Student, workdir: Path) -> Path:
 
 def evaluate(config: Config, student: Student, folder: Workdir) -> Any:
     """Run the configured evaluation of the trained model; writes and returns its report."""
+    from lawcat_jax.tasks import report
     from lawcat_jax.tasks.runner import evaluate_model
 
     last, stage = config.stages()[-1]
@@ -384,9 +385,4 @@ def evaluate(config: Config, student: Student, folder: Workdir) -> Any:
         training_length=stage.seq_length,
         write=distributed.is_primary(),
     )
-    return {
-        task: {
-            role: {length: dataclasses.asdict(row) for length, row in rows.items()} for role, rows in by_role.items()
-        }
-        for task, by_role in results.items()
-    }
+    return report.rows(results)
