@@ -50,7 +50,8 @@ class Source(Protocol):
         ...
 
     def bound(self, index: int) -> int:
-        """The most tokens of a row that document ``index`` takes; cheap, for packing."""
+        """The most tokens of a row that document ``index`` takes; cheap, for packing. (A generated one whose drawn length is
+        below its frame is longer; the end of its row is cut.)"""
         ...
 
     def long_document(self, index: int, max_tokens: int) -> Document:
@@ -112,9 +113,7 @@ class GeneratedSource:
         return self._data.num_samples if self._split == "train" else self._data.validation_samples
 
     def document(self, index: int) -> Document:
-        rng = sample_rng(self._split, self._seed, index)
-        least = self._data.min_length_fraction
-        share = 1.0 if least >= 1 else float(rng.uniform(least, 1.0))
+        rng, share = self._draw(index)
         if self._words and isinstance(self._generator, PasskeyGenerator):
             sample = self._generator.sample_words(rng, math.ceil(self._words * share))
             if len(sample.tokens) > self._seq_length:
@@ -123,15 +122,20 @@ class GeneratedSource:
                     f"sample has {len(sample.tokens)} tokens; raise seq_length, or set passkey_words=0 to fit it"
                 )
         else:
-            sample = self._generator.sample_tokens(
-                rng, self._seq_length, target_tokens=math.ceil(self._seq_length * share)
-            )
+            target = math.ceil(self._seq_length * share)
+            sample = self._generator.sample_tokens(rng, self._seq_length, target_tokens=target)
         return _weighted(self._data, sample)
 
     def bound(self, index: int) -> int:
-        if self._words or self._data.min_length_fraction < 1:  # shorter than a row; known once it is made
+        if self._words:
             return len(self.document(index).tokens)
-        return self._seq_length
+        return math.ceil(self._seq_length * self._draw(index)[1])
+
+    def _draw(self, index: int) -> tuple[np.random.Generator, float]:
+        """The generator of a sample, and its length as a share of the full one."""
+        rng = sample_rng(self._split, self._seed, index)
+        least = self._data.min_length_fraction
+        return rng, 1.0 if least >= 1 else float(rng.uniform(least, 1.0))
 
     def long_document(self, index: int, max_tokens: int) -> Document:
         rng = sample_rng(self._split, self._seed, index)

@@ -159,6 +159,22 @@ def test_packed_rows(tmp_path, monkeypatch):
     assert sorted(seen) == sorted(f"{i} times." for i in range(45))
 
 
+def test_packed_generated_samples_are_whole():
+    tokenizer = small.byte_level()
+    data = DataConfig(kind="passkey", wording="varied", min_length_fraction=0.3, num_samples=40, pack=True)
+    samples = Samples(data, tokenizer, seq_length=800, seed=0, split="train")
+    assert 20 < len(samples) < 34
+    rows = [samples[index] for index in range(len(samples))]
+    assert sum(int(row["segment_ids"].max()) for row in rows) == 40
+    assert np.mean([row["lengths"] for row in rows]) > 640
+    for row in rows:
+        for segment in range(1, row["segment_ids"].max() + 1):
+            at = row["segment_ids"] == segment
+            assert row["tokens"][at][-1] == tokenizer.eos_token_id
+            answer = decode(tokenizer, row["targets"][at][row["loss_weights"][at] > 0]).strip()
+            assert decode(tokenizer, row["tokens"][at]).count(answer) == 2
+
+
 def test_packed_text_separates_documents(tmp_path, monkeypatch):
     monkeypatch.setenv("LAWCAT_CACHE", str(tmp_path / "cache"))
     lines = [{"text": prose(30, i)} for i in range(200)]
