@@ -4,7 +4,7 @@
 
 import functools
 import typing
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
@@ -27,6 +27,12 @@ class Batch(TypedDict):
     """Number of valid inputs of each row."""
     mask: Bool[Any, "B T"]
     """Valid and not end of text: the positions at which attention transfer compares student and teacher."""
+    segment_ids: NotRequired[Int32[Any, "B T"]]
+    """With ``data.pack``: 1, 2, ... for the documents of a row, 0 for padding."""
+    continues: NotRequired[Bool[Any, "B"]]
+    """With ``data.pieces``, in training: whether a row goes on with what the same row held in the batch before."""
+    kl_weights: NotRequired[Float32[Any, "B T"]]
+    """Weight of each position in the divergence from the teacher, where it is not that of the cross entropy."""
 
 
 class ArrayShape(NamedTuple):
