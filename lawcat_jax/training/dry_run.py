@@ -70,11 +70,10 @@ def _tokenizer(config: Config, model: ModelConfig) -> Tokenizer | None:
     local = _is_local(path)
     try:
         if local and config.teacher.tokenizer is None:
-            directory = model_dir.locate(path, config.teacher.revision)
-            own = (
-                directory / model_dir.TOKENIZER
-            )  # of a model directory; Hugging Face puts the files beside the weights
-            path = str(own if own.is_dir() else directory)
+            found = model_dir.tokenizer_directory(path, config.teacher.revision)
+            if found is None:
+                raise UserError(f"{path} has no tokenizer; name one with config.teacher.tokenizer")
+            path = found
         return run.checked_tokenizer(path, model)
     except UserError as problem:
         if local:
@@ -84,7 +83,7 @@ def _tokenizer(config: Config, model: ModelConfig) -> Tokenizer | None:
 
 
 def _is_local(path: str) -> bool:
-    return path.startswith("asset:") or Path(path).exists()
+    return path.startswith(("asset:", "package:")) or Path(path).exists()
 
 
 def _data(stage: StageConfig, tokenizer: Tokenizer | None, seed: int, model: ModelConfig, mesh: Mesh) -> str:

@@ -184,9 +184,7 @@ def read_architecture(
     directory = model_dir.locate(source, revision)
     if (directory / model_dir.MODEL_JSON).is_file():
         return model_dir.read_model_json(directory)[:3]
-    from lawcat_jax.checkpoints.hf.read import Checkpoint
-
-    return Checkpoint(directory).config, None, None
+    return model_dir.open_checkpoint(directory).config, None, None
 
 
 def check_architecture(declared: ModelConfig | None, loaded: ModelConfig, source: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,17 @@ class Checkpoint:
         missing, unexpected or wrongly shaped tensors by name.
     """
 
-    def __init__(self, path: Path):
+    def __init__(
+        self, path: Path, *, values: dict[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None
+    ):
+        """``values`` and ``tensors`` are given by other file formats, which then name ``path`` in messages."""
         self.path = path
-        self.values = read_json(path / "config.json")
-        self.config: ModelConfig = model_config_from_hf(self.values, str(path / "config.json"))
-        self.tensors: dict[str, Tensor] = _collect(path)
+        self._where = "config.json" if values is None else "its configuration"
+        self.values = read_json(path / "config.json") if values is None else values
+        self.config: ModelConfig = model_config_from_hf(
+            self.values, str(path / "config.json" if values is None else path)
+        )
+        self.tensors: Mapping[str, Tensor] = _collect(path) if tensors is None else tensors
         self.slots: dict[str, Slot] = hf_slots(self.config)
         self._check()
 
@@ -120,13 +126,17 @@ class Checkpoint:
         }
         parts = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
         if parts:
-            raise UserError(f"{self.path}: tensors do not fit config.json: {'; '.join(parts)}")
+            raise UserError(f"{self.path}: tensors do not fit {self._where}: {'; '.join(parts)}")
         head, embedding = self.tensors.get("lm_head.weight"), self.tensors["model.embed_tokens.weight"]
         if self.config.tie_embeddings and head is not None and not _equal(head, embedding):
             raise UserError(
                 f"{self.path}: config.json ties the embeddings, but lm_head.weight differs from "
                 "model.embed_tokens.weight; set tie_word_embeddings to false to use both"
             )
+
+    def tokenizer_directory(self) -> str | None:
+        """The directory of the tokenizer's files; None when there are none."""
+        return str(self.path) if any((self.path / name).is_file() for name in TOKENIZER_FILES) else None
 
     def params(
         self, *, dtype: np.dtype | None = None, shardings: Shardings | None = None, progress: Progress = lambda n: None
