@@ -16,6 +16,9 @@ from typing import Any
 
 Dtype = str  # "float32" | "bfloat16" | "auto" (bfloat16 on accelerators, float32 on CPU)
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "phi3")
+"""Model families, each described in the file of its name in ``lawcat_jax/checkpoints/hf/families``."""
+
 _LINEAR_FEATURE_MAPS = ("softmax_dim", "half_softmax", "exp_dim", "relu", "pos_elu")
 
 
@@ -25,13 +28,25 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass
 class RopeScaling:
-    """Rotary frequency scaling. ``kind`` is ``none``, ``linear`` or ``llama3`` (Llama 3.1 and later)."""
+    """Rotary frequency scaling, with the field names of Hugging Face's ``rope_parameters``.
+
+    ``kind`` is ``none``, ``linear``, ``dynamic``, ``yarn``, ``longrope`` or ``llama3``. The other fields count only for
+    the kinds that have them: ``low_freq_factor`` and ``high_freq_factor`` for llama3; ``beta_fast``, ``beta_slow`` and
+    ``truncate`` for yarn; ``short_factor`` and ``long_factor`` (one number for each rotated pair) for longrope;
+    ``attention_factor``, which multiplies cosines and sines, for yarn and longrope.
+    """
 
     kind: str = "none"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass
@@ -40,10 +55,14 @@ class ModelConfig:
 
     Sizes follow the paper's notation: D = ``hidden_size``, H = ``num_heads``, Hkv = ``num_kv_heads``,
     d = ``head_dim``. ``sliding_window`` is the softmax window in tokens, the current one included
-    (Mistral 0.1), or None.
+    (Mistral 0.1), or None; the layers in ``full_attention_layers`` have none. The layers in ``nope_layers`` rotate
+    nothing (SmolLM3). ``partial_rotary_factor`` is the share of each head that is rotated.
+    ``projection_biases`` names the projections with a bias. ``qk_norm`` is ``none``, ``head`` (an RMS norm over every
+    head of q and k, Qwen3) or ``projection`` (over all heads of a token together, OLMo 2). ``norm_position`` says
+    whether a layer's norms stand ``before`` attention and MLP or ``after`` them (OLMo 2).
     """
 
-    family: str = "llama"  # "llama" | "mistral"; decides what is written back to Hugging Face
+    family: str = "llama"  # one of FAMILIES; decides how a checkpoint is read from and written to Hugging Face
     vocab_size: int = 32000
     hidden_size: int = 4096
     num_layers: int = 32
@@ -60,6 +79,21 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    full_attention_layers: tuple[int, ...] = ()
+    nope_layers: tuple[int, ...] = ()
+    partial_rotary_factor: float = 1.0
+    projection_biases: tuple[str, ...] = ()
+    qk_norm: str = "none"
+    norm_position: str = "before"
+
+    def window(self, layer: int) -> int | None:
+        """The softmax window of one layer in tokens, or None for all tokens."""
+        return None if layer in self.full_attention_layers else self.sliding_window
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of each head are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
 
 @dataclasses.dataclass
@@ -359,10 +393,38 @@ def model_problems(m: ModelConfig, path: str = "model") -> list[str]:
         problems.append(f"{path}.num_kv_heads: {m.num_kv_heads} does not divide num_heads {m.num_heads}")
     if m.head_dim % 2:
         problems.append(f"{path}.head_dim: {m.head_dim} must be even (rotary embedding)")
-    problems += _one_of(f"{path}.family", m.family, ("llama", "mistral"))
-    problems += _one_of(f"{path}.rope_scaling.kind", m.rope_scaling.kind, ("none", "linear", "llama3"))
+    problems += _one_of(f"{path}.family", m.family, FAMILIES)
+    problems += _rope_problems(m, path)
+    problems += _one_of(f"{path}.qk_norm", m.qk_norm, ("none", "head", "projection"))
+    problems += _one_of(f"{path}.norm_position", m.norm_position, ("before", "after"))
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    for name in m.projection_biases:
+        problems += _one_of(f"{path}.projection_biases", name, projections)
+    for name in ("full_attention_layers", "nope_layers"):
+        odd = [layer for layer in getattr(m, name) if not 0 <= layer < m.num_layers]
+        problems += [
+            f"{path}.{name}: layer {n} does not exist, the model has layers 0 to {m.num_layers - 1}" for n in odd
+        ]
     if m.sliding_window is not None and m.sliding_window < 1:
         problems.append(f"{path}.sliding_window: {m.sliding_window} must be at least 1, or None")
+    return problems
+
+
+def _rope_problems(m: ModelConfig, path: str) -> list[str]:
+    scaling, where = m.rope_scaling, f"{path}.rope_scaling"
+    problems = _one_of(f"{where}.kind", scaling.kind, ("none", "linear", "dynamic", "yarn", "longrope", "llama3"))
+    if not 0 < m.partial_rotary_factor <= 1 or m.rotary_dim % 2:
+        problems.append(
+            f"{path}.partial_rotary_factor: {m.partial_rotary_factor} of head_dim {m.head_dim} should be an even number "
+            "of dimensions, at least 2"
+        )
+    if scaling.kind == "dynamic" and m.rotary_dim == 2:
+        problems.append(f"{where}.kind: 'dynamic' needs more than 2 rotated dimensions a head")
+    if scaling.kind == "longrope":
+        for name in ("short_factor", "long_factor"):
+            numbers = getattr(scaling, name)
+            if len(numbers) != m.rotary_dim // 2 or min(numbers, default=0) <= 0:
+                problems.append(f"{where}.{name}: should be {m.rotary_dim // 2} positive numbers, one a rotated pair")
     return problems
 
 

@@ -15,10 +15,10 @@ import time
 from typing import Any
 
 from lawcat_jax import doctor
-from lawcat_jax.analysis import hlo
+from lawcat_jax.analysis import flops, hlo
 from lawcat_jax.config import Config, ModelConfig
 from lawcat_jax.errors import UserError
-from lawcat_jax.models import flops
+from lawcat_jax.models.flops import model_flops
 from lawcat_jax.runtime.chips import GIB, Chip, chip_of, gpu_shape, gpu_target
 
 PROGRAMS = ("pretrain", "stage1", "stage2", "prefill", "decode")
@@ -188,7 +188,7 @@ def compile_program(name: str, config: Config, model: ModelConfig, mesh: Any, ch
         raise UserError(f"{name}: {problem} {_wheels(_cuda())} (it needs no GPU)") from problem
     report = Report(name, tokens, True, memory_limit(chip))
     report.flops = flops.traced_flops(traced.jaxpr) / mesh.size
-    report.model_flops = flops.model_flops(name, config, model, length) * tokens / mesh.size
+    report.model_flops = model_flops(name, config, model, length) * tokens / mesh.size
     if name == "prefill":  # only the last token of a sequence goes through the head
         rows = tokens // length
         report.model_flops += 2.0 * model.hidden_size * model.vocab_size * rows / mesh.size

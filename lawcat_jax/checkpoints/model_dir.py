@@ -18,8 +18,17 @@ import ml_dtypes
 import numpy as np
 
 from lawcat_jax.checkpoints.gguf.read import PACKAGE, GgufCheckpoint, find_gguf, is_gguf
+from lawcat_jax.checkpoints.hf.config_map import token_ids
 from lawcat_jax.checkpoints.hf.mapping import base_shapes, flatten, unflatten
-from lawcat_jax.checkpoints.hf.read import TOKENIZER_FILES, Checkpoint, Progress, Shardings, resolve_source
+from lawcat_jax.checkpoints.hf.read import (
+    GENERATION,
+    TOKENIZER_FILES,
+    Checkpoint,
+    Progress,
+    Shardings,
+    resolve_source,
+    stated_ids,
+)
 from lawcat_jax.checkpoints.hf.write import check_leaves, copy_tokenizer
 from lawcat_jax.config import (
     AttentionConfig,
@@ -223,6 +232,8 @@ def read_model_json(
 ) -> tuple[ModelConfig, AttentionConfig | None, LoraConfig | None, dict[str, Any]]:
     """The configurations and ``extra`` of a model directory, without its parameters.
 
+    Token ids in the generation_config.json beside the tokenizer win over those in model.json.
+
     Raises:
       UserError: unreadable, of another format version, or with unknown or invalid fields.
     """
@@ -252,7 +263,9 @@ def read_model_json(
             problems = checks[name](parsed[name], name) if name in checks else []
         if problems:
             raise UserError(f"{path}: {'; '.join(problems)}")
-    return parsed["model"], parsed["attention"], parsed["lora"], values.get("extra") or {}
+    ids = token_ids(stated_ids(path.parent / TOKENIZER / GENERATION))
+    model = dataclasses.replace(parsed["model"], **ids)
+    return model, parsed["attention"], parsed["lora"], values.get("extra") or {}
 
 
 def _load_own(directory: Path, cast: np.dtype | None, shardings: Shardings | None) -> ModelBundle:

@@ -1,4 +1,4 @@
-"""The Llama/Mistral decoder, shared by the softmax teacher and the linear-attention student; the token mixer is what
+"""The decoder of every model family, shared by the softmax teacher and the linear-attention student; the token mixer is what
 differs.
 """
 
@@ -20,19 +20,15 @@ from lawcat_jax.models.attention import softmax_attention
 from lawcat_jax.models.blocks import DecoderLayer, Embed, Segment, Stacked, rematerialized, split_segments
 from lawcat_jax.models.layers import Context, Linear, RMSNorm, static_config
 from lawcat_jax.models.lora import Lora
-from lawcat_jax.models.mixers.lawcat import LawcatMixer
-from lawcat_jax.models.mixers.lolcats import LolcatsMixer
+from lawcat_jax.models.mixers import MIXERS, TokenMixer, mixer_class
 from lawcat_jax.models.rope import rope_table, rotate
-from lawcat_jax.training import teacher_forced as transfer
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
-MIXERS = {"lawcat": LawcatMixer, "lolcats": LolcatsMixer}
-
 
 class Decoder(nnx.Module):
-    """Decoder of a Llama or Mistral checkpoint; with ``attention`` its linearised student, with ``lora`` adapters on
+    """Decoder of a pretrained checkpoint (Llama and its kin); with ``attention`` its linearised student, with ``lora`` adapters on
     that.
 
     Parameters are stacked over layers on axis 0 (see the module ``lawcat_jax.models``). Base parameters have ``dtype``;
@@ -131,7 +127,7 @@ class Decoder(nnx.Module):
             shape = (config.num_layers - linear, batch_size, max_length, config.num_kv_heads, config.head_dim)
             cache["softmax"] = caching.empty_kv(*shape, dtype)
         if attention is not None and linear:
-            state = MIXERS[attention.kind].empty_state(config, attention, batch_size, dtype)
+            state = mixer_class(attention).empty_state(config, attention, batch_size, dtype)
             cache["linear"] = jax.tree.map(lambda x: jnp.zeros((linear, *x.shape), x.dtype), state)
         return cache
 
@@ -180,7 +176,7 @@ class Decoder(nnx.Module):
         start = jnp.zeros((batch,), jnp.int32) if start is None else start
         if positions is None:
             positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
-        cos, sin = rope_table(positions, self.config)
+        cos, sin = rope_table(positions, self.config, lengths)
         return Context(cos, sin, start, lengths)
 
     def segments(self, as_teacher: bool = False) -> list[Segment]:
@@ -191,56 +187,76 @@ class Decoder(nnx.Module):
         return split_segments(layers, tuple(self.attention_config.softmax_layers))
 
     def _run(self, segment: Segment, x, context: Context, **options) -> tuple[Any, Any]:
-        run = self._run_linear if segment.linear else self._run_softmax
+        run = self.run_linear if segment.linear else self.run_softmax
         return run(segment, x, context, **options)
 
-    def teacher_attention(self, context: Context, q, k, v):
-        """Causal softmax attention of a whole sequence, with the rotary embedding."""
-        q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
-        return softmax_attention(q, k, v, window=self.config.sliding_window)
+    def layer_context(self, context: Context, layer: Int[Array, ""]) -> Context:
+        """``context`` for one layer, whose number may be known only while the program runs: without rotation where the
+        layer has none.
+        """
+        if not self.config.nope_layers:
+            return context
+        still = _is_in(layer, self.config.nope_layers, self.config.num_layers)
+        return context._replace(cos=jnp.where(still, 1.0, context.cos), sin=jnp.where(still, 0.0, context.sin))
 
-    def _run_softmax(
+    def teacher_attention(self, context: Context, layer: Int[Array, ""], q, k, v):
+        """Causal softmax attention of one layer over a whole sequence, with rotary embedding and window."""
+        context = self.layer_context(context, layer)
+        q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
+        return self._softmax_attention(layer, q, k, v)
+
+    def _softmax_attention(self, layer, q, k, v, start=None):
+        config = self.config
+        if config.sliding_window is None or not config.full_attention_layers:
+            return softmax_attention(q, k, v, start=start, window=config.sliding_window)
+        # Both branches are compiled, and one runs: kernels want to know the window beforehand.
+        full, sliding = (functools.partial(softmax_attention, window=n) for n in (None, config.sliding_window))
+        whole = _is_in(layer, config.full_attention_layers, config.num_layers)
+        return jax.lax.cond(whole, lambda *x: full(*x, start=start), lambda *x: sliding(*x, start=start), q, k, v)
+
+    def run_softmax(
         self, segment, x, context, *, cache=None, remat="none", unroll=False, dropout_rng=None, as_teacher=False
     ):
         del dropout_rng  # adapters exist in linearised layers only
         layers = Stacked(self.layers, segment.start, segment.stop)
 
-        def forward(x, params):
-            mix = lambda h, q, k, v: (self.teacher_attention(context, q, k, v), None)  # noqa: E731
+        def forward(x, xs):
+            params, layer = xs
+            mix = lambda h, q, k, v: (self.teacher_attention(context, layer, q, k, v), None)  # noqa: E731
             return layers.layer(params)(x, mix)
 
         def cached(carry, xs):
-            (x, keys, values), (params, index) = carry, xs
+            (x, keys, values), (params, layer, index) = carry, xs
 
             def mix(h, q, k, v):
-                q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
+                own = self.layer_context(context, layer)
+                q, k = (rotate(array, own.cos, own.sin) for array in (q, k))
                 new = (
                     caching.write_kv(keys, index, context.start, k),
                     caching.write_kv(values, index, context.start, v),
                 )
-                window = self.config.sliding_window
-                return softmax_attention(q, new[0][index], new[1][index], start=context.start, window=window), new
+                return self._softmax_attention(layer, q, new[0][index], new[1][index], context.start), new
 
             x, (keys, values) = layers.layer(params)(x, mix)
             return (x, keys, values), None
 
+        numbers = jnp.arange(segment.start, segment.stop)
         if cache is None:
-            x, _ = jax.lax.scan(rematerialized(forward, remat), x, layers.params, unroll=unroll)
+            x, _ = jax.lax.scan(rematerialized(forward, remat), x, (layers.params, numbers), unroll=unroll)
             return x, None
         # In the carry, the buffer is updated in place; as scanned input and output it would be copied at every token.
         indices = jnp.arange(segment.first, segment.first + segment.stop - segment.start)
         carry = (x, cache["softmax"]["k"], cache["softmax"]["v"])
-        (x, keys, values), _ = jax.lax.scan(cached, carry, (layers.params, indices))
+        (x, keys, values), _ = jax.lax.scan(cached, carry, (layers.params, numbers, indices))
         return x, {**cache, "softmax": {"k": keys, "v": values}}
 
-    def _run_linear(
+    def run_linear(
         self, segment, x, context, *, cache=None, remat="none", unroll=False, dropout_rng=None, as_teacher=False
     ):
         del as_teacher  # there are no linear segments then
 
         def mix(mixer, index, state, *projections):
-            del index
-            o, state = mixer(*projections, context, state)
+            o, state = mixer(*projections, self.layer_context(context, index), state)
             return o, None if cache is None else state
 
         kind = segment.mixers
@@ -283,35 +299,6 @@ class Decoder(nnx.Module):
         xs = (layers.params, mixers.params, adapters.params, indices, states)
         return jax.lax.scan(rematerialized(body, remat), x, xs, unroll=unroll)
 
-    # What the stages look at
-
-    def teacher_forced(
-        self,
-        tokens: Int[Array, "B T"],
-        *,
-        mask: Bool[Array, "B T"] | None = None,
-        lengths: Int[Array, " B"] | None = None,
-        layer_loss: Callable,
-        unroll_layers: bool = False,
-    ) -> Any:
-        """Compare student and teacher layer by layer on the teacher's hidden states (attention transfer).
-
-        ``layer_loss(layer_index, teacher_out, student_out, mask)`` gets float32 [B, T, H d] outputs before Wo and
-        returns a pytree of scalars; the result stacks it over the M linearised layers. Gradients reach the mixers only,
-        and the backward pass of a layer runs right behind its forward pass, so that memory holds one layer's
-        activations.
-
-        Args:
-          tokens: int32, padding on the right.
-          mask: handed to ``layer_loss``; None for all valid tokens. Outputs at padding are finite and mean nothing.
-          lengths: valid tokens of each sequence, or None for all.
-          unroll_layers: as in :meth:`__call__`.
-
-        Raises:
-          UserError: without mixers, or when an output that depends on the student is no scalar.
-        """
-        return transfer.teacher_forced(self, tokens, mask, lengths, layer_loss, unroll_layers)
-
     def diagnostics(self, tokens: Int[Array, "B T"], *, lengths: Int[Array, " B"] | None = None) -> dict[str, Array]:
         """Statistics of every linearised layer in a forward pass of the student, stacked over layers (see
         ``statistics``).
@@ -320,15 +307,16 @@ class Decoder(nnx.Module):
         x, collected = self.embedded(tokens), []
 
         def mix(mixer, index, state, *projections):
-            del index, state
-            return mixer(*projections, context)[0], mixer.statistics(*projections, context)
+            del state
+            own = self.layer_context(context, index)
+            return mixer(*projections, own)[0], mixer.statistics(*projections, own)
 
         for segment in self.segments():
             if segment.linear:
                 x, statistics = self.scan_linear(segment, x, mix)
                 collected.append(statistics)
             else:
-                x, _ = self._run_softmax(segment, x, context)
+                x, _ = self.run_softmax(segment, x, context)
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *collected) if collected else {}
 
 
@@ -338,14 +326,18 @@ def _last_valid(x: Float[Array, "B T D"], lengths: Int[Array, " B"] | None) -> F
     return jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
 
 
+def _is_in(layer: Int[Array, ""], chosen: tuple[int, ...], layers: int) -> Bool[Array, ""]:
+    return jnp.asarray([number in chosen for number in range(layers)])[layer]
+
+
 def num_linear(config: ModelConfig, attention: AttentionConfig) -> int:
     """M, the number of linearised layers."""
     return sum(layer not in attention.softmax_layers for layer in range(config.num_layers))
 
 
-def build_mixers(config: ModelConfig, attention: AttentionConfig, *, rngs: nnx.Rngs) -> nnx.Module:
+def build_mixers(config: ModelConfig, attention: AttentionConfig, *, rngs: nnx.Rngs) -> TokenMixer:
     """The stacked token mixers of all linearised layers, freshly initialised (float32)."""
-    return MIXERS[attention.kind](config, attention, rngs=rngs, stack=(num_linear(config, attention),))
+    return mixer_class(attention)(config, attention, rngs=rngs, stack=(num_linear(config, attention),))
 
 
 def build_lora(config: ModelConfig, attention: AttentionConfig, lora: LoraConfig, *, rngs: nnx.Rngs) -> Lora:
@@ -357,10 +349,8 @@ def _check(config: ModelConfig, attention: AttentionConfig | None, lora: LoraCon
     problems = model_problems(config)
     if attention is not None:
         problems += attention_problems(attention, "attention")
-        if attention.kind == "lolcats" and attention.window_size == 0:
-            problems.append("attention.window_size: lolcats needs a window of at least 1 token (64 in the paper)")
-        if attention.kind == "lawcat" and attention.window_size and not attention.normalize:
-            problems.append("attention.normalize: a window shares the denominator; turn it on, or set window_size=0")
+        if attention.kind in MIXERS:
+            problems += mixer_class(attention).problems(config, attention)
         problems += [
             f"attention.softmax_layers: layer {layer} does not exist, the model has layers 0 to {config.num_layers - 1}"
             for layer in attention.softmax_layers

@@ -13,6 +13,7 @@ import pytest
 
 from lawcat_jax.analysis import compile_report, hlo
 from lawcat_jax.analysis import compile_report_text as aot_text
+from lawcat_jax.analysis.flops import traced_flops
 from lawcat_jax.config import AttentionConfig, Config, MeshConfig, ModelConfig, StageConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.models import flops
@@ -192,8 +193,8 @@ def test_traced_flops():
 
     x, w = jnp.zeros((4, 8)), jnp.zeros((3, 8, 8))
     product = 2 * 4 * 8 * 8
-    assert flops.traced_flops(jax.jit(loop).trace(x, w).jaxpr) == 3 * product
-    assert flops.traced_flops(jax.jit(jax.grad(loop, argnums=(0, 1))).trace(x, w).jaxpr) == 9 * product
+    assert traced_flops(jax.jit(loop).trace(x, w).jaxpr) == 3 * product
+    assert traced_flops(jax.jit(jax.grad(loop, argnums=(0, 1))).trace(x, w).jaxpr) == 9 * product
 
 
 def test_model_flops_of_a_softmax_model():

@@ -39,6 +39,13 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "mistral_q5_1": ("Mistral", {"sliding_window": 7, "rope_theta": 1e6}, "Q5_1"),
     "qwen2_q4_1": ("Qwen2", {"tie_word_embeddings": True}, "Q4_1"),
     "qwen3_q5_0": ("Qwen3", {"head_dim": 32}, "Q5_0"),
+    "smollm3_q8_0": (
+        "SmolLM3",
+        {"num_hidden_layers": 5, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+        "Q8_0",
+    ),
+    "olmo2_q8_0": ("Olmo2", {"pad_token_id": 0}, "Q8_0"),
+    "phi3_q8_0": ("Phi3", {"pad_token_id": 0, "original_max_position_embeddings": 64}, "Q8_0"),
 }
 _NAMES = {
     "model.embed_tokens": "token_embd",
@@ -55,6 +62,9 @@ _NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_up_proj": "ffn_up",
+    "post_feedforward_layernorm": "post_ffw_norm",
 }
 
 
@@ -124,8 +134,10 @@ def write(path: Path, name: str, made: Any, *, tokenizer: Any = None, edit: Any 
         stem, kind = parameter_name.rsplit(".", 1)
         layer = stem.split(".")[2] if stem.startswith("model.layers.") else None
         short = _NAMES[stem if layer is None else stem.split(".", 3)[3]]
+        if prefix == "Olmo2" and short == "ffn_norm":
+            short = "post_attention_norm"
         array = parameter.detach().numpy()
-        if short in ("attn_q", "attn_k") and architecture == "llama":
+        if short in ("attn_q", "attn_k") and architecture in ("llama", "smollm3"):
             heads = config.num_attention_heads if short == "attn_q" else config.num_key_value_heads
             stored = interleaved(array, heads)
         else:

@@ -8,6 +8,7 @@ answers a damaged file with whatever NumPy raises. What is quantised how comes f
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 import struct
@@ -136,6 +137,17 @@ class GgufTensor:
     def end(self) -> int:
         """Offset in the file of the first byte after this tensor."""
         return self._offset + math.prod(self.shape) // self._kind.block * self._kind.bytes
+
+    def part(self, start: int, stop: int) -> GgufTensor:
+        """Rows [start, stop) of axis 0 as a tensor of their own; whole heads where rows are interleaved."""
+        if (start, stop) == (0, self.shape[0]):
+            return self
+        part = copy.copy(self)
+        part.shape = (stop - start, *self.shape[1:])
+        part._offset += start * self._width // self._kind.block * self._kind.bytes
+        if self.heads is not None:
+            part.heads = self.heads * (stop - start) // self.shape[0]
+        return part
 
     def rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Rows [start, stop) of axis 0, written into ``out`` (C-contiguous, same dtype) when given."""

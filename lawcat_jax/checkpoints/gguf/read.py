@@ -31,14 +31,19 @@ class Architecture(NamedTuple):
     model_type: str
     name: str  # of the class, as config.json's "architectures" has it
     interleaved: bool  # llama.cpp reordered the rows of q and k for its rotary embedding
-    layer: dict[str, str]  # further tensors of a layer, names as in _LAYER
+    layer: dict[str, str]  # tensors of a layer that are not in _LAYER, or mean something else
 
 
 _QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_NORMS_BEHIND = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+_FUSED = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", True, {}),  # also SmolLM2, and Mistral without a window
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", False, {}),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", False, _QK_NORMS),
+    "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", True, {}),
+    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", False, _QK_NORMS | _NORMS_BEHIND),
+    "phi3": Architecture("phi3", "Phi3ForCausalLM", False, _FUSED),
 }
 _MODEL = {
     "token_embd": "model.embed_tokens",
