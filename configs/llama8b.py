@@ -4,9 +4,9 @@ Command: ``python -m lawcat_jax.train --config=configs/llama8b.py`` (``:instruct
 ``python -m lawcat_jax.aot --config=configs/llama8b.py --topology=v5e:8x8`` says whether it fits a TPU slice. The teacher
 is gated on the Hugging Face hub: accept its licence and log in, or give ``--config.teacher.source=<directory>``.
 
-Hardware: v5e-64, v6e-16, a v5p slice, or one GPU with 80 GB. What the 8 sequences of a batch leave of a slice goes to
-the ``tensor`` axis. Data: 10,000 passkey samples of 870 words. No published number to compare with; expected from the
-7B model of the paper: passkey above 90 % at many times the training length.
+Hardware: v5e-64, v6e-16, a v5p slice, or one GPU with 80 GB. The batch of 8 sequences is split over 8
+chips; further chips of a slice go to the ``tensor`` axis. Data: 10,000 passkey samples of 870 words. There is no published
+8B number to compare with; the paper's 7B model has passkey above 90 % at many times the training length.
 """
 
 from lawcat_jax.config import (

@@ -9,8 +9,8 @@ import sys
 
 from absl import flags
 
-from lawcat_jax.command_line import no_arguments
-from lawcat_jax.errors import UserError, run_main
+from lawcat_jax.command_line import no_arguments, run_main
+from lawcat_jax.errors import UserError
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Model directory, folder of a run, Hugging Face directory or hub id, or asset:tiny_llama."
@@ -31,29 +31,23 @@ def main(argv: list[str]) -> None:
     if _PROMPT.value is None:
         raise UserError("--prompt is missing: the text to continue, or - to read it from standard input")
     prompt = sys.stdin.read() if _PROMPT.value == "-" else _PROMPT.value
-    from lawcat_jax.data.tokenize import encode_prompt, stream_text
-    from lawcat_jax.inference.generation import stream
     from lawcat_jax.inference.loading import load_for_inference
+    from lawcat_jax.inference.text import continue_text
 
     model = load_for_inference(
         _CHECKPOINT.value, revision=_REVISION.value, dtype=_DTYPE.value, tokenizer=_TOKENIZER.value
     )
-    ids = encode_prompt(model.tokenizer, prompt)
-    if not ids:
-        raise UserError("--prompt is empty, and this tokenizer has no bos token to start from")
-    if _ECHO.value:
-        print(prompt, end="", flush=True)
-    tokens = stream(
-        model.graphdef,
-        model.params,
-        ids,
+    pieces = continue_text(
+        model,
+        prompt,
         max_new_tokens=_MAX_NEW_TOKENS.value,
-        eos_ids=model.eos_ids,
         temperature=_TEMPERATURE.value,
         seed=_SEED.value,
-        as_teacher=_TEACHER.value or not model.is_student,
+        teacher=_TEACHER.value,
     )
-    for piece in stream_text(model.tokenizer, tokens, context=ids):
+    if _ECHO.value:
+        print(prompt, end="", flush=True)
+    for piece in pieces:
         print(piece, end="", flush=True)
     print(flush=True)
 

@@ -15,7 +15,7 @@ LANES = 128
 MAX_CHUNK = 128
 FORWARD_CHUNK = 256
 """Chunk of the forward kernel in bfloat16 with at most four reference blocks: 8-20 % fewer bundles than 128
-(BENCHMARKS.md); the backward kernel gains nothing from it."""
+(docs/kernels.md); the backward kernel gains nothing from it."""
 
 MAX_NATS = 80.0
 """Largest c |log_g| of one reference block (kernels must stay below e^88)."""

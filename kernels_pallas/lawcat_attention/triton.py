@@ -3,7 +3,7 @@
 A sequence takes two steps. ``_features_kernel`` forms what no token has to wait for (convolutions, Hedgehog features and
 gates, one program a head and tile of rows), then gated linear attention runs on them. K and V of a kv
 head are read in place by the query heads that share it; only features are stored, in the operand type. One kernel for both
-was measured and lost (BENCHMARKS.md): the state and the tiles of the feature map do not fit the registers together.
+was measured and lost (docs/kernels.md): the state and the tiles of the feature map do not fit the registers together.
 
 One token (decoding) is a single launch, of the kernel in ``triton_decode``.
 """

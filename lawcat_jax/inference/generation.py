@@ -37,8 +37,10 @@ def empty_cache(params, *, graphdef, batch: int, length: int, as_teacher: bool =
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher"), donate_argnames=("cache", "logits"))
 def prefill_chunk(params, cache, logits, tokens, lengths, *, graphdef, as_teacher: bool):
-    """One chunk; a sequence that has ended already keeps its cache and its logits. lengths None: all of it is valid, which
-    takes the fused kernels."""
+    """Consume one chunk of prompts, int32 [B, T]: (logits of the last valid token [B, V], cache).
+
+    ``lengths`` int32 [B] counts the valid tokens of each row; a prompt that has ended already (0) keeps its cache and its
+    logits. None says that all tokens are valid, for which there are faster kernels."""
     new, cache = bind(graphdef, params).prefill(tokens, cache, lengths=lengths, as_teacher=as_teacher)
     return new if lengths is None else jnp.where(lengths[:, None] > 0, new, logits), cache
 
@@ -53,7 +55,7 @@ def _choose(logits, step, keys, temperature):
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher"), donate_argnames=("cache",))
 def decode_step(params, cache, token, step, keys, temperature, *, graphdef, as_teacher: bool):
-    """One token more for every sequence [B]: (next tokens, cache)."""
+    """Consume one token of every sequence, int32 [B], and choose the next: (next tokens [B], cache)."""
     logits, cache = bind(graphdef, params).decode(token, cache, as_teacher=as_teacher)
     return _choose(logits, step, keys, temperature), cache
 
@@ -144,8 +146,8 @@ def generate(
       eos_ids: an answer ends with the first of these, which is its last token.
       temperature: 0 for the most likely token, else the softmax temperature of the draws.
       seed: of the draws; an answer depends on the seed and the prompt's number, not on the batch.
-      batch_size: prompts at a time; prompts of similar length go together.
-      prefill_chunk: prompt tokens a call; bounds the memory of a prefill.
+      batch_size: prompts continued at a time; prompts of similar length go together.
+      prefill_chunk: prompt tokens consumed at a time; bounds the memory that a long prompt takes.
 
     Raises:
       UserError: for an empty prompt, a token outside the vocabulary, or sizes below 1.
@@ -184,8 +186,8 @@ def stream(
     as_teacher: bool = False,
     prefill_chunk: int = 1024,
 ) -> Iterator[int]:
-    """Yield the tokens of one continuation as they are made, the end token included; the same as :func:`generate` of
-    that prompt.
+    """Yield the tokens of one continuation as they are made, the end token included: those that :func:`generate` gives
+    for this prompt alone.
 
     Raises:
       UserError: as :func:`generate`, at the first token asked for.

@@ -9,10 +9,40 @@ from typing import Any
 from lawcat_jax.data.tokenize import Tokenizer, load_tokenizer
 from lawcat_jax.errors import UserError
 
+_MODEL_FILES = ("model.json", "config.json")  # of a model directory, of a Hugging Face directory
+_IN_RUN = ("student", "teacher")
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundCheckpoint:
+    """What is known of a checkpoint before its weights are read.
+
+    Attributes:
+      source: what ``lawcat_jax.checkpoints.model_dir.load_model`` takes: the model directory of a run, or the name as
+        it was given.
+      run: the folder of the run that the model belongs to, which reports may be written into; None for all others.
+      tokenizer: as the checkpoint has it, or the one asked for.
+      extra: what the writer of a model directory left in it, e.g. ``training_length`` and ``eval``; {} for others.
+    """
+
+    source: str
+    run: Path | None
+    tokenizer: Tokenizer
+    extra: dict[str, Any]
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A decoder ready to run. ``directory`` is where reports go: the run's folder, or None for a hub id or asset."""
+    """A decoder ready to run.
+
+    Attributes:
+      graphdef, params: see ``lawcat_jax.models``; the parameters are on the device.
+      tokenizer: the checkpoint's, or the one asked for.
+      is_student: whether it has linear attention; a student's teacher is in the same parameters.
+      eos_ids: the tokens that end an answer.
+      extra: see :class:`FoundCheckpoint`.
+      directory: the folder of the run that the model belongs to, or None.
+    """
 
     graphdef: Any
     params: Any
@@ -23,62 +53,82 @@ class LoadedModel:
     directory: Path | None
 
 
-def load_for_inference(
-    checkpoint: str, *, revision: str | None = None, dtype: str = "auto", tokenizer: str | None = None
-) -> LoadedModel:
-    """Load a model directory, the working directory of a finished run, a Hugging Face directory or hub id, or
-    ``asset:<name>``, onto the default device.
-
-    Raises:
-      UserError: nothing loadable under that name, or no tokenizer beside it.
-    """
+def find_checkpoint(checkpoint: str, *, revision: str | None = None, tokenizer: str | None = None) -> FoundCheckpoint:
+    """Look a checkpoint up without reading its weights; arguments and errors as in :func:`load_for_inference`."""
     if not checkpoint:
         raise UserError(
             "--checkpoint is missing: a model directory, a Hugging Face directory or hub id, or asset:<name>"
         )
-    source, directory = _resolve(checkpoint)
+    source, run = _resolve(checkpoint)
+
+    from lawcat_jax.checkpoints.hf.read import TOKENIZER_FILES
+    from lawcat_jax.checkpoints.model_dir import MODEL_JSON, TOKENIZER, locate, read_model_json
+
+    directory = locate(source, revision)
+    own = (directory / MODEL_JSON).is_file()
+    extra = read_model_json(directory)[3] if own else {}
+    files = directory / TOKENIZER if own else directory
+    if not (tokenizer or any((files / name).is_file() for name in TOKENIZER_FILES)):
+        raise UserError(
+            f"{checkpoint}: no tokenizer in the checkpoint; name one with --tokenizer=<directory or hub id>"
+        )
+    return FoundCheckpoint(source, run, load_tokenizer(tokenizer or files), extra)
+
+
+def load_for_inference(
+    checkpoint: str, *, revision: str | None = None, dtype: str = "auto", tokenizer: str | None = None
+) -> LoadedModel:
+    """Load a checkpoint onto the default device.
+
+    Args:
+      checkpoint: a model directory, the folder of a finished run, a Hugging Face directory or hub id, or
+        ``asset:<name>``.
+      revision: of a hub repository.
+      dtype: of the pretrained weights: ``auto`` (bfloat16 on accelerators, float32 on CPU), ``float32``, ``bfloat16``.
+      tokenizer: directory or hub id of a tokenizer to use instead of the checkpoint's.
+
+    Raises:
+      UserError: nothing loadable under that name, no tokenizer beside it, or one that does not fit the vocabulary.
+    """
+    found = find_checkpoint(checkpoint, revision=revision, tokenizer=tokenizer)
 
     import jax
 
     from lawcat_jax.checkpoints.model_dir import load_model
     from lawcat_jax.models import abstract
 
-    bundle = load_model(source, revision=revision, dtype=dtype)
-    if not (tokenizer or bundle.tokenizer_path):
-        raise UserError(
-            f"{checkpoint}: no tokenizer in the checkpoint; name one with --tokenizer=<directory or hub id>"
-        )
+    bundle = load_model(found.source, revision=revision, dtype=dtype)
     graphdef, _ = abstract(bundle.model, bundle.attention, bundle.lora)
-    loaded = load_tokenizer(tokenizer or bundle.tokenizer_path)
-    eos_ids = tuple(bundle.model.eos_token_ids) or tuple(token for token in (loaded.eos_token_id,) if token is not None)
-    size = bundle.model.vocab_size
-    if (
-        loaded.vocab_size > size
-    ):  # without added tokens, which some checkpoints have beyond the vocabulary and never use
+    size, end = bundle.model.vocab_size, found.tokenizer.eos_token_id
+    # Added tokens do not count: some checkpoints have them beyond the vocabulary and never use them.
+    if found.tokenizer.vocab_size > size:
         raise UserError(
-            f"{checkpoint}: the tokenizer has {loaded.vocab_size} tokens, the model's vocabulary only {size}"
+            f"{checkpoint}: the tokenizer has {found.tokenizer.vocab_size} tokens, the model's vocabulary only {size}"
         )
     return LoadedModel(
         graphdef,
         jax.device_put(bundle.params),
-        loaded,
+        found.tokenizer,
         bundle.attention is not None,
-        eos_ids,
+        tuple(bundle.model.eos_token_ids) or (() if end is None else (end,)),
         dict(bundle.extra or {}),
-        directory,
+        found.run,
     )
 
 
 def _resolve(checkpoint: str) -> tuple[str, Path | None]:
-    """The model directory of a working directory is ``student`` or ``teacher`` in it."""
+    """(what to load, folder of its run or None). The model of a run's folder is ``student`` or ``teacher`` in it."""
     path = Path(checkpoint).expanduser()
     if checkpoint.startswith("asset:") or not path.exists():
         return checkpoint, None
+    if path.suffix == ".gguf":
+        return checkpoint, None
     if not path.is_dir():
         raise UserError(f"checkpoint {checkpoint!r} is a file; give the directory of a model")
-    if not any((path / name).exists() for name in ("model.json", "config.json")):
-        for name in ("student", "teacher"):
-            if (path / name / "model.json").exists():
+    if not any((path / name).exists() for name in _MODEL_FILES):
+        for name in _IN_RUN:
+            if any((path / name / file).exists() for file in _MODEL_FILES):
                 return str(path / name), path
-    inside_run = path.resolve().name in ("student", "teacher") and (path.resolve().parent / "manifest.json").exists()
-    return str(path), path.resolve().parent if inside_run else path
+    parent = path.resolve().parent
+    inside_run = path.resolve().name in _IN_RUN and (parent / "manifest.json").exists()
+    return str(path), parent if inside_run else None

@@ -1,99 +1,68 @@
-"""Passkey accuracy by context length, for any function that continues token prompts greedily."""
+"""Passkey retrieval: a number hidden in filler text must be repeated."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from lawcat_jax.data.passkey import PasskeySample, eval_samples
+from lawcat_jax.config import EvalConfig
+from lawcat_jax.data.passkey import LANDMARK_NEEDLE, NEEDLE, PasskeySample, eval_samples
 from lawcat_jax.data.tokenize import Tokenizer, decode, encode
-from lawcat_jax.errors import UserError
+from lawcat_jax.tasks.task import GenerationTask, Sample
 
-Generate = Callable[[list[list[int]], int], list[list[int]]]
-"""(prompts, max_new_tokens) -> new tokens of each prompt, in order."""
-
-Progress = Callable[[int, int, int, int], None]
-"""(length in tokens, samples done at this length, samples at this length, hits so far)."""
+_WORDINGS = {"landmark": "evaluation wording (landmark)", "train": "training wording (train)"}
 
 
-@dataclasses.dataclass(frozen=True)
-class LengthResult:
-    """Result at one length: ``accuracy`` in [0, 1] over ``n`` samples of ``mean_tokens`` prompt tokens."""
+class Passkey(GenerationTask):
+    """Passkey retrieval in the wording ``settings.passkey_form``.
 
-    accuracy: float
-    n: int
-    mean_tokens: float
+    ``landmark``: the prompt of Landmark attention (arXiv 2305.16300) that LongLoRA and LAWCAT evaluate with, by the
+    rule of the LAWCAT authors' code: of len(answer) + 1 new tokens, the decoded answer is a substring of the decoded
+    last len(answer). That rule takes for granted that the space before a number is a token of its own (Llama,
+    Mistral). Where a vocabulary merges the space with digits it would reject the right answer, so all new tokens count
+    there. ``settings.seed`` has no part in these prompts.
 
-
-def _answer_in_text(answer: str, tokenizer: Tokenizer) -> tuple[list[int], bool]:
-    """Tokens of the answer as it follows a word, space included, and whether the space is a token of its own."""
-    tokens = encode(tokenizer, f"is {answer}")[len(encode(tokenizer, "is")) :]
-    return tokens, not decode(tokenizer, tokens[:1]).strip()
-
-
-def new_tokens(sample: PasskeySample, tokenizer: Tokenizer, form: str) -> int:
-    """How many tokens to generate for a sample.
-
-    ``landmark``: one more than the answer's tokens. ``train``: the answer's tokens, since the training prompt
-    ends with the space before it.
+    ``train``: the wording of the training samples, from seeds that training never draws; the answer is in the
+    len(answer) new tokens.
     """
-    if form == "train":
-        return sample.answer_end - sample.answer_start
-    in_text, own_space = _answer_in_text(sample.answer, tokenizer)
-    return (len(encode(tokenizer, sample.answer)) if own_space else len(in_text)) + 1
+
+    name = "passkey"
+    heading = "Passkey retrieval"
+    settings = ("samples", "passkey_form", "seed")
+
+    def wording(self, settings: EvalConfig) -> str:
+        return _WORDINGS[settings.passkey_form]
+
+    def variant(self, settings: EvalConfig) -> str:
+        return settings.passkey_form if settings.passkey_form == "landmark" else f"train_seed{settings.seed}"
+
+    def samples(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> list[Sample]:
+        form = settings.passkey_form
+        drawn = eval_samples(tokenizer, form=form, length=length, samples=settings.samples, seed=settings.seed)
+        return [_question(sample, tokenizer, form) for sample in drawn]
+
+    def score(self, sample: Sample, generated: Sequence[int], tokenizer: Tokenizer) -> float:
+        counted = list(generated)[: sample.max_new_tokens][-sample.meta["counted"] :]
+        return float(sample.answer in decode(tokenizer, counted))
 
 
-def is_hit(sample: PasskeySample, generated: Sequence[int], tokenizer: Tokenizer, form: str) -> bool:
-    """Whether new tokens answer the sample.
-
-    ``landmark`` is the rule of the LAWCAT authors' code: of len(answer) + 1 new tokens, the decoded answer is
-    a substring of the decoded last len(answer). It takes for granted that the space before a number is a token
-    of its own (Llama, Mistral). Where a vocabulary merges the space with digits the rule would reject the right
-    answer, so all new tokens count there.
-
-    ``train``: the answer is in the len(answer) new tokens.
-    """
-    generated = list(generated)[: new_tokens(sample, tokenizer, form)]
-    if form == "landmark" and _answer_in_text(sample.answer, tokenizer)[1]:
-        generated = generated[-len(encode(tokenizer, sample.answer)) :]
-    return sample.answer in decode(tokenizer, generated)
+def _question(sample: PasskeySample, tokenizer: Tokenizer, form: str) -> Sample:
+    """``meta["counted"]``: how many of the last new tokens may hold the answer."""
+    if form == "train":  # the prompt ends with the space before the answer
+        new = counted = sample.answer_end - sample.answer_start
+    else:
+        in_text = encode(tokenizer, f"is {sample.answer}")[len(encode(tokenizer, "is")) :]
+        own_space = not decode(tokenizer, in_text[:1]).strip()
+        alone = len(encode(tokenizer, sample.answer))
+        new = (alone if own_space else len(in_text)) + 1
+        counted = alone if own_space else new
+    return Sample(sample.prompt, sample.answer, new, {"depth": _depth(sample, form), "counted": counted})
 
 
-def evaluate_passkey(
-    generate: Generate,
-    tokenizer: Tokenizer,
-    *,
-    lengths: Sequence[int],
-    samples: int = 50,
-    batch_size: int = 10,
-    form: str = "landmark",
-    seed: int = 1_000_003,
-    add_bos: bool = True,
-    progress: Progress | None = None,
-) -> dict[int, LengthResult]:
-    """Accuracy at each length in tokens (prompt and answer together take at most that many).
+def _depth(sample: PasskeySample, form: str) -> float:
+    """Where the needle stands among the filler, from 0 (before all of it) to 1 (after it), by characters."""
+    needle = (LANDMARK_NEEDLE if form == "landmark" else NEEDLE).format(key=sample.answer)
+    hay = sample.text[sample.text.index("\n") + 1 : sample.text.rindex("\n")]
+    return round(hay.index(needle) / max(1, len(hay) - len(needle)), 4)
 
-    Batches hold samples of one length, so their prompts differ by a few tokens at most.
 
-    Raises:
-      UserError: for a length too short for the prompt's frame (before anything is generated), an unknown form,
-        or no lengths.
-    """
-    if not lengths:
-        raise UserError("passkey evaluation: name at least one length")
-    for length in lengths:  # a length that cannot work fails before the first is generated
-        eval_samples(tokenizer, form=form, length=length, samples=1, seed=seed, add_bos=add_bos)
-    results = {}
-    for length in sorted(set(lengths)):
-        drawn = eval_samples(tokenizer, form=form, length=length, samples=samples, seed=seed, add_bos=add_bos)
-        longest = max(new_tokens(sample, tokenizer, form) for sample in drawn)
-        hits = 0
-        for start in range(0, samples, batch_size):
-            batch = drawn[start : start + batch_size]
-            outputs = generate([sample.prompt for sample in batch], longest)
-            hits += sum(is_hit(s, out, tokenizer, form) for s, out in zip(batch, outputs, strict=True))
-            if progress is not None:
-                progress(length, start + len(batch), samples, hits)
-        mean = sum(sample.answer_start for sample in drawn) / samples
-        results[length] = LengthResult(hits / samples, samples, mean)
-    return results
+TASKS = (Passkey(),)

@@ -1,110 +1,63 @@
-"""Perplexity of text: mean negative log-likelihood per token, in nats, and its exponential."""
+"""Perplexity of text: the mean negative log-likelihood per token, in nats, and its exponential."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import math
-from collections.abc import Callable
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lawcat_jax.config import DataConfig
+from lawcat_jax.config import DataConfig, EvalConfig
 from lawcat_jax.data.pipeline import make_dataset
+from lawcat_jax.data.text import is_remote, local_files
 from lawcat_jax.data.tokenize import Tokenizer
 from lawcat_jax.errors import UserError
-
-_CHUNK = 512  # tokens whose logits exist at once: T x V in float32 is 8 GB at 16K tokens and a 128K vocabulary
-
-
-@dataclasses.dataclass(frozen=True)
-class TextResult:
-    """``nats`` per predicted token, over ``n`` tokens; ``perplexity`` = exp(nats)."""
-
-    nats: float
-    n: int
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.nats, 700.0))
+from lawcat_jax.tasks.task import LikelihoodTask
 
 
-NllSum = Callable[[dict[str, np.ndarray]], tuple[float, float]]
-"""A batch -> (weighted sum of negative log-likelihoods in nats, sum of weights)."""
+class Perplexity(LikelihoodTask):
+    """Perplexity of the first ``settings.samples`` sequences of each length of ``settings.text``."""
+
+    name = "perplexity"
+    heading = "Perplexity"
+    settings = ("samples", "text", "text_key")
+
+    def wording(self, settings: EvalConfig) -> str:
+        return f"text {settings.text}"
+
+    def variant(self, settings: EvalConfig) -> str:
+        return re.sub(r"[^A-Za-z0-9.]+", "-", settings.text).strip("-.")[-40:]
+
+    def identity(self, settings: EvalConfig) -> dict[str, Any]:
+        """Of a local text also the size and time of its files: a text that was changed is measured anew."""
+        files = [] if is_remote(settings.text) else local_files(settings.text)
+        stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        return super().identity(settings) | {"files": stats}
+
+    def check(self, settings: EvalConfig, tokenizer: Tokenizer) -> None:
+        super().check(settings, tokenizer)
+        if not settings.text:
+            raise UserError("perplexity: name a text (--text=tfds:..., hf:..., or a path)")
+        self.batches(tokenizer, max(settings.lengths), settings)  # reads and tokenizes the text, once for all lengths
+
+    def batches(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> Iterable[Mapping[str, np.ndarray]]:
+        data = DataConfig(
+            kind="text",
+            source=settings.text,
+            validation_source=settings.text,
+            validation_samples=settings.samples,
+            text_key=settings.text_key,
+        )
+        return make_dataset(
+            data,
+            tokenizer,
+            seq_length=length,
+            batch_size=settings.batch_size,
+            seed=0,
+            split="validation",
+            repeat=False,
+        )
 
 
-def model_nll(graphdef, params, *, as_teacher: bool) -> NllSum:
-    """Negative log-likelihood of a batch under a decoder (see :class:`lawcat_jax.models.Decoder`)."""
-    from lawcat_jax.models import bind
-    from lawcat_jax.runtime.sharding import mesh_of
-
-    @functools.partial(jax.jit, static_argnames="chunk")
-    def nll(params, tokens, targets, weights, lengths, chunk):
-        model = bind(graphdef, params)
-        hidden = model(tokens, lengths=lengths, as_teacher=as_teacher, return_hidden=True)
-
-        def part(args):
-            hidden, targets, weights = args
-            logits = model.head(hidden).astype(jnp.float32)
-            picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-            return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weights)
-
-        rows, length = tokens.shape
-
-        def split(x):  # [B, T, ...] -> [chunks, B, chunk, ...]
-            return jnp.moveaxis(x.reshape(rows, length // chunk, chunk, *x.shape[2:]), 1, 0)
-
-        return jnp.sum(jax.lax.map(part, (split(hidden), split(targets), split(weights)))), jnp.sum(weights)
-
-    def call(batch: dict[str, np.ndarray]) -> tuple[float, float]:
-        length = batch["tokens"].shape[1]
-        chunk = max(size for size in range(1, min(_CHUNK, length) + 1) if length % size == 0)
-        names = ("tokens", "targets", "loss_weights", "lengths")
-        with mesh_of(params):
-            total, weight = nll(params, *(batch[name] for name in names), chunk=chunk)
-        return float(total), float(weight)
-
-    return call
-
-
-def evaluate_perplexity(
-    nll: NllSum,
-    tokenizer: Tokenizer,
-    *,
-    source: str,
-    length: int,
-    samples: int = 50,
-    batch_size: int = 10,
-    text_key: str = "text",
-    add_bos: bool = True,
-    progress: Callable[[int, int, int], None] | None = None,
-) -> TextResult:
-    """Perplexity of the first ``samples`` sequences of ``length`` tokens of a text source.
-
-    ``progress(length, samples done, samples)`` is called after each batch.
-
-    Raises:
-      UserError: when the source cannot be read, or is shorter than one sequence.
-    """
-    if not source:
-        raise UserError("perplexity: name a text (--text=tfds:..., hf:..., or a path)")
-    data = DataConfig(
-        kind="text",
-        source=source,
-        validation_source=source,
-        validation_samples=samples,
-        text_key=text_key,
-        add_bos=add_bos,
-    )
-    batches = make_dataset(
-        data, tokenizer, seq_length=length, batch_size=batch_size, seed=0, split="validation", repeat=False
-    )
-    total = weight = 0.0
-    for number, batch in enumerate(batches, 1):
-        batch_total, batch_weight = nll(batch)
-        total, weight = total + batch_total, weight + batch_weight
-        if progress is not None:
-            progress(length, min(number * batch_size, samples), samples)
-    return TextResult(total / weight, round(weight))
+TASKS = (Perplexity(),)

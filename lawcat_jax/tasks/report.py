@@ -1,127 +1,217 @@
-"""What an evaluation leaves behind: JSON files, a table on the terminal, a PNG plot. All writes are atomic."""
+"""What an evaluation leaves behind: JSON and Markdown files, a table on the terminal, pictures. All writes are atomic.
+
+Of a task, with one or more models in one table and one figure::
+
+    <task>.json           the first model of a single checkpoint; <task>_teacher.json is its teacher
+    <task>_<label>.json   each model, where several checkpoints are compared
+    <task>.md             the table, with what was measured and how
+    <task>.png            the value against length
+    <task>_depth.png      the mean score by depth and length, where samples have a depth
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
+import importlib.metadata
 import json
 import os
+import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from lawcat_jax.files import atomic_file
-from lawcat_jax.tasks.passkey import LengthResult
-from lawcat_jax.tasks.perplexity import TextResult
+from lawcat_jax import __version__
+from lawcat_jax.config import EvalConfig
+from lawcat_jax.errors import UserError
+from lawcat_jax.files import atomic_file, read_json
+from lawcat_jax.tasks.figures import TEACHER_SUFFIX, plot_depths, plot_lengths
+from lawcat_jax.tasks.registry import task_named
+from lawcat_jax.tasks.task import Task
 
-# one look a curve, told apart without colour as well; the colours are safe for colour-blind readers
-_LOOKS = (
-    {"color": "#0072B2", "marker": "o", "linestyle": "-"},
-    {"color": "#D55E00", "marker": "s", "linestyle": "--"},
-    {"color": "#009E73", "marker": "^", "linestyle": "-."},
-    {"color": "#CC79A7", "marker": "D", "linestyle": ":"},
-)
-
-
-def write_passkey_json(path: str | os.PathLike, model: str, results: Mapping[int, LengthResult]) -> None:
-    """``{"task": "passkey", "model": ..., "results": {"<length>": {"accuracy": x, "n": n}}}``."""
-    rows = {str(length): {"accuracy": r.accuracy, "n": r.n} for length, r in sorted(results.items())}
-    _write_json(path, {"task": "passkey", "model": model, "results": rows})
+_PACKAGES = ("jax", "flax", "numpy", "transformers", "tokenizers")
 
 
-def write_perplexity_json(path: str | os.PathLike, model: str, results: Mapping[int, TextResult]) -> None:
-    """``{"task": "perplexity", "model": ..., "results": {"<length>": {"perplexity": x, "nats": x, "n": tokens}}}``."""
-    rows = {
-        str(length): {"perplexity": r.perplexity, "nats": r.nats, "n": r.n} for length, r in sorted(results.items())
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Results of one model at one task, by position on the x axis."""
+
+    label: str
+    name: str
+    role: str
+    results: Mapping[int, Any]
+
+
+def rows(results: Mapping[str, Mapping[str, Mapping[int, Any]]]) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
+    """{task: {label: {length: result}}} with each result as its row in JSON."""
+    return {
+        name: {
+            label: {x: task_named(name).row(result) for x, result in by_length.items()}
+            for label, by_length in by_label.items()
+        }
+        for name, by_label in results.items()
     }
-    _write_json(path, {"task": "perplexity", "model": model, "results": rows})
 
 
-def _write_json(path: str | os.PathLike, value: dict) -> None:
-    with atomic_file(path) as out:
-        json.dump(value, out, indent=2)
-        out.write("\n")
-
-
-def table(title: str, results: Mapping[str, Mapping[int, object]], cell: Callable[[object], str]) -> str:
-    """A text table: one row a length, one column a model (``results[model][length]``)."""
-    lengths = sorted({length for by_length in results.values() for length in by_length})
-    rows = [["tokens", *results]]
-    for length in lengths:
-        rows.append([str(length), *(cell(by[length]) if length in by else "-" for by in results.values())])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([title, *lines])
-
-
-def passkey_cell(result: LengthResult) -> str:
-    """Accuracy in percent and the number of samples."""
-    return f"{100 * result.accuracy:.1f} % (n={result.n})"
-
-
-def perplexity_cell(result: TextResult) -> str:
-    """Perplexity and nats per token."""
-    return f"{result.perplexity:.3f} ({result.nats:.4f} nats)"
-
-
-def plot_passkey(
-    path: str | os.PathLike,
-    results: Mapping[str, Mapping[int, LengthResult]],
+def write_report(
+    task: Task,
+    settings: EvalConfig,
+    measured: Sequence[Measured],
+    output: str | os.PathLike,
     *,
-    title: str = "Passkey retrieval",
     training_length: int | None = None,
+    replace: bool = True,
+    echo: Callable[[str], None] = print,
 ) -> None:
-    """PNG of accuracy (percent) against context length (tokens, log2 axis), one curve a model.
+    """Write every file of one task and print its table.
 
-    ``training_length`` is marked with a vertical line.
+    Args:
+      task, settings: what was measured.
+      measured: of each model; all share the table and the figures.
+      output: folder, created when missing.
+      training_length: in tokens, marked in the figure.
+      replace: False keeps a report of another wording, seed, number of samples or lengths that is there already: the
+        new files then carry these in their names, e.g. ``passkey_train_seed7_n50_256-1024.json``.
+      echo: receives the table, then the files' names.
+
+    Raises:
+      UserError: a file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: it keeps global state
-    from matplotlib.figure import Figure
+    output = Path(output)
+    labels = [model.label for model in measured]
+    documents = [_document(task, settings, model, labels) for model in measured]
+    several = len({_base(model.label) for model in measured} - {"student", "teacher"}) > 0
+    names = [_suffix(model.label) if several or number else "" for number, model in enumerate(measured)]
+    stem = task.name
+    others = [_differs(output / f"{stem}{name}.json", new) for name, new in zip(names, documents, strict=True)]
+    if not replace and (any(others) or (several and (output / f"{stem}.json").exists())):
+        lengths = sorted({x for model in measured for x in model.results})
+        span = "-".join(map(str, dict.fromkeys((lengths[0], lengths[-1]))))
+        stem = f"{task.name}_{task.variant(settings)}_n{settings.samples}_{span}"
+    for name, document in zip(names, documents, strict=True):
+        write_document(output / f"{stem}{name}.json", document)
+    by_label = {model.label: model.results for model in measured}
+    title = task.title(settings)
+    heading = title if several else f"{title}, {measured[0].name}"
+    plot_lengths(output / f"{stem}.png", task, by_label, title=title, training_length=training_length)
+    pictures = [f"{stem}.png"]
+    if plot_depths(output / f"{stem}_depth.png", task, by_label, title=title):
+        pictures.append(f"{stem}_depth.png")
+    with atomic_file(output / f"{stem}.md") as out:
+        out.write(_markdown(task, settings, heading, by_label, pictures, documents[0]))
+    echo(table(heading, by_label, task.cell))
+    files = ", ".join(str(output / f"{stem}{name}.json") for name in names)
+    echo(f"wrote {files}, {output / stem}.md and {' and '.join(str(output / picture) for picture in pictures)}")
 
+
+def write_document(path: str | os.PathLike, document: Mapping[str, Any]) -> None:
+    """Write a JSON report: indented, with each row of ``results`` on one line.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    lines = [f"    {json.dumps(x)}: {json.dumps(row)}" for x, row in document["results"].items()]
+    fields = []
+    for key, value in document.items():
+        if key == "results":
+            text = "{\n" + ",\n".join(lines) + "\n  }" if lines else "{}"
+        else:
+            text = json.dumps(value, indent=2, ensure_ascii=False).replace("\n", "\n  ")
+        fields.append(f"  {json.dumps(key)}: {text}")
+    with atomic_file(path) as out:
+        out.write("{\n" + ",\n".join(fields) + "\n}\n")
+
+
+def table(title: str, results: Mapping[str, Mapping[int, Any]], cell: Callable[[Any], str]) -> str:
+    """A text table: one row for each length, one column for each model (``results[label][length]``)."""
+    lines = _cells(results, cell)
+    widths = [max(len(row[column]) for row in lines) for column in range(len(lines[0]))]
+    text = ["  ".join(item.rjust(width) for item, width in zip(row, widths, strict=True)) for row in lines]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([title, *text])
+
+
+def _cells(results: Mapping[str, Mapping[int, Any]], cell: Callable[[Any], str]) -> list[list[str]]:
     lengths = sorted({length for by_length in results.values() for length in by_length})
-    figure = Figure(figsize=(7.2, 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_xscale("log", base=2)
-    for number, (name, by_length) in enumerate(results.items()):
-        xs = sorted(by_length)
-        ys = [100 * by_length[x].accuracy for x in xs]
-        axes.plot(xs, ys, label=name, linewidth=2, markersize=6, **_LOOKS[number % len(_LOOKS)], clip_on=False)
-    if training_length:
-        axes.axvline(training_length, color="#555555", linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.annotate(
-            f"training length {_short(training_length)}",
-            (training_length, 0.5),
-            xycoords=("data", "axes fraction"),
-            xytext=(-4, 0),
-            textcoords="offset points",
-            rotation=90,
-            ha="right",
-            va="center",
-            fontsize=9,
-            color="#555555",
-        )
-    ticks = _spread(lengths)
-    axes.set_xticks(ticks, [_short(length) for length in ticks])
-    axes.minorticks_off()
-    shown = [*lengths, *([training_length] if training_length else [])]
-    axes.set_xlim(min(shown) / 1.3, max(shown) * 1.15)  # room for the label left of the line
-    axes.set_ylim(0, 102)
-    axes.set_xlabel("context length (tokens)")
-    axes.set_ylabel("accuracy (%)")
-    axes.set_title(title)
-    axes.grid(True, color="#DDDDDD", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.legend(loc="best", frameon=True)
-    with atomic_file(path, "wb") as out:
-        figure.savefig(out, format="png")
-
-
-def _short(tokens: int) -> str:
-    return f"{tokens // 1024}K" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
-
-
-def _spread(lengths: Sequence[int]) -> list[int]:
-    """Lengths whose labels do not run into each other on a log axis."""
-    kept: list[int] = []
+    lines = [["tokens", *results]]
     for length in lengths:
-        if not kept or length >= kept[-1] * max(1.15, (lengths[-1] / lengths[0]) ** (1 / 14)):
-            kept.append(length)
-    return kept
+        lines.append([str(length), *(cell(by[length]) if length in by else "-" for by in results.values())])
+    return lines
+
+
+def _document(task: Task, settings: EvalConfig, model: Measured, labels: Sequence[str]) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for x, result in sorted(model.results.items()):
+        results[str(x)] = task.row(result)
+        if records := task.records(result):
+            results[str(x)]["records"] = [list(record) for record in records]  # (depth, score) of each sample
+    return {
+        "task": task.name,
+        "model": model.name,
+        "role": model.role,
+        "table": list(labels),  # all models of the table and the figure that this one is in
+        "wording": task.wording(settings),
+        "seed": settings.seed,
+        "samples": settings.samples,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": _versions(),
+        "results": results,
+    }
+
+
+def _markdown(
+    task: Task,
+    settings: EvalConfig,
+    heading: str,
+    results: Mapping[str, Mapping[int, Any]],
+    pictures: Sequence[str],
+    document: Mapping[str, Any],
+) -> str:
+    head, *body = _cells(results, task.cell)
+    facts = [f"{settings.samples} samples of each length"]
+    facts += [f"{name} {getattr(settings, name)!r}" for name in task.settings if name != "samples"]
+    facts.append("in brackets: 95 % interval (Wilson)" if task.percent else "natural logarithms")
+    lines = [
+        f"# {heading}",
+        "",
+        *(f"| {' | '.join(row)} |" for row in (head, ["---:"] * len(head), *body)),
+        "",
+        f"{'; '.join(facts)}.",
+        f"Measured {document['date']} with {', '.join(f'{k} {v}' for k, v in document['versions'].items())}.",
+        "",
+        *(f"![{heading}]({picture})" for picture in pictures),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _differs(path: Path, new: Mapping[str, Any]) -> bool:
+    """Whether the report at ``path`` is of another evaluation: of other settings, or with models that are not measured
+    now. What an old report does not say is taken to be equal."""
+    if not path.is_file():
+        return False
+    try:
+        old = read_json(path)
+        same = all(old[key] == new[key] for key in ("wording", "seed", "samples", "role") if key in old)
+        same = same and set(old.get("table", ())) <= set(new["table"])
+        return not (same and old["results"].keys() == new["results"].keys())
+    except (UserError, KeyError, AttributeError):
+        return True
+
+
+def _base(label: str) -> str:
+    return label.removesuffix(TEACHER_SUFFIX)
+
+
+def _suffix(label: str) -> str:
+    return "_" + re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"lawcat_jax": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

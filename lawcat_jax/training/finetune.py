@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from lawcat_jax import models
 from lawcat_jax.config import StageConfig
+from lawcat_jax.data.batch import Batch
 from lawcat_jax.training import state_passing
-from lawcat_jax.training.step import Batch, LossFn, StepInputs, Sums
+from lawcat_jax.training.step import LossFn, StepInputs, Sums
 
 TokenSums = dict[str, jax.Array]
 

@@ -86,7 +86,12 @@ def test_evaluation_of_a_loaded_student(student, tmp_path):
     assert model.eos_ids == (1,)
     results = _evaluate(model, tmp_path / "eval", teacher=False)
     assert results["passkey"]["student"][150].n == 3
-    assert {file.name for file in (tmp_path / "eval").iterdir()} == {"passkey.json", "passkey.png"}
+    assert {file.name for file in (tmp_path / "eval").iterdir()} == {
+        "passkey.json",
+        "passkey.md",
+        "passkey.png",
+        "passkey_depth.png",
+    }
 
 
 @pytest.mark.slow
@@ -104,9 +109,13 @@ def test_every_task_with_the_teacher_and_generation(student, tmp_path):
     assert {file.name for file in (tmp_path / "eval").iterdir()} == {
         "passkey.json",
         "passkey_teacher.json",
+        "passkey.md",
         "passkey.png",
+        "passkey_depth.png",
         "perplexity.json",
         "perplexity_teacher.json",
+        "perplexity.md",
+        "perplexity.png",
     }
     prompt = encode_prompt(model.tokenizer, "The sky is")
     options = {"max_new_tokens": 12, "eos_ids": model.eos_ids}
@@ -129,6 +138,97 @@ def test_evaluate_command(student, tmp_path):
 
 
 @pytest.mark.slow
+def test_checkpoints_are_compared(student, tmp_path):
+    options = [
+        "--lengths=200",
+        "--samples=2",
+        "--checkpoint=mine=" + str(student.parent),
+        "--checkpoint=asset:tiny_llama",
+    ]
+    done = _run("evaluate", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (output,) = tmp_path.iterdir()
+    assert output.name == "eval_mine_tiny_llama"
+    assert {file.name for file in output.iterdir()} == {
+        "passkey.md",
+        "passkey.png",
+        "passkey_depth.png",
+        "passkey_mine.json",
+        "passkey_tiny_llama.json",
+    }
+    assert json.loads((output / "passkey_tiny_llama.json").read_text())["role"] == "teacher"
+    assert ["tokens", "mine", "tiny_llama"] in [line.split() for line in done.stdout.splitlines()]
+
+
+def test_checkpoint_names(tmp_path):
+    from lawcat_jax.tasks.compare import named_checkpoints
+
+    (tmp_path / "x=y").mkdir()
+    named = named_checkpoints(["a=runs/one,runs/two/student", "asset:tiny_llama", "org/model", f"{tmp_path}/x=y"])
+    assert named == {
+        "a": "runs/one",
+        "two": "runs/two/student",
+        "tiny_llama": "asset:tiny_llama",
+        "model": "org/model",
+        "x=y": f"{tmp_path}/x=y",
+    }
+    with pytest.raises(UserError, match="two models are named 'b'"):
+        named_checkpoints(["a/b", "c/b"])
+    with pytest.raises(UserError, match="--checkpoint is missing"):
+        named_checkpoints([""])
+
+
+def test_nothing_is_written_into_a_source(student, tmp_path):
+    """Reports go into the folder of a run, or into the current folder."""
+    import shutil
+
+    from lawcat_jax.inference.loading import find_checkpoint
+    from lawcat_jax.tasks.compare import default_output
+
+    run = find_checkpoint(str(student))
+    assert default_output({"a": run}) == student.parent / "eval"
+    assert run.extra["training_length"] == 200
+    shutil.copytree(student, tmp_path / "copied")
+    copied = find_checkpoint(str(tmp_path / "copied"))
+    assert copied.run is None
+    assert default_output({"copied": copied}) == Path("eval_copied")
+    assert default_output({"a": run, "org/b": copied}) == Path("eval_a_org-b")
+
+
+def test_settings_of_an_evaluation():
+    from lawcat_jax.tasks.compare import chosen_settings
+
+    stored = {"lengths": [200], "samples": 3, "teacher": True, "of_another_version": 1}
+    chosen = chosen_settings(stored, {"samples": 5, "seed": None, "teacher": False})
+    assert (chosen.lengths, chosen.samples, chosen.seed, chosen.teacher) == ((200,), 5, EvalConfig().seed, False)
+    assert chosen_settings({}, {"teacher": True}).teacher
+    with pytest.raises(UserError, match=r"^--tasks: 'x' is not one of"):
+        chosen_settings({}, {"tasks": ("x",)})
+
+
+def test_the_fingerprint_of_a_model_is_of_its_weights(student):
+    import jax
+
+    from lawcat_jax.inference.loading import load_for_inference
+    from lawcat_jax.tasks.decoder_model import decoder_models
+
+    model = load_for_inference(str(student))
+
+    def fingerprints(params):
+        options = {"name": "m", "is_student": True, "teacher": True, "batch_size": 1}
+        return [found.fingerprint for found in decoder_models(model.graphdef, params, model.tokenizer, **options)]
+
+    before = fingerprints(model.params)
+    assert len(set(before)) == 2  # student and teacher
+    assert fingerprints(jax.tree.map(lambda x: x + 0, model.params)) == before
+    changed = jax.tree.map(lambda x: x, model.params)
+    changed["embed"]["embedding"] = changed["embed"]["embedding"].at[7, 3].add(1e-3)
+    swapped = jax.tree.map(lambda x: x, model.params)
+    swapped["embed"]["embedding"] = swapped["embed"]["embedding"][::-1]
+    assert len({*before, *fingerprints(changed), *fingerprints(swapped)}) == 6
+
+
+@pytest.mark.slow
 def test_generate_command(student, tmp_path):
     done = _run("generate", f"--checkpoint={student}", "--prompt=The sky is", "--max_new_tokens=5", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -147,7 +247,7 @@ def test_generate_command(student, tmp_path):
         ),
         ("evaluate", ["--checkpoint=x", "--lengths=many"], "--lengths: 'many' is not a number of tokens"),
         ("generate", ["--checkpoint=x"], "--prompt is missing"),
-        ("data.train_tokenizer", ["--input=none/*.txt", "--target=t"], "no such file"),
+        ("train_tokenizer", ["--input=none/*.txt", "--target=t"], "no such file"),
     ],
 )
 def test_error_lines(module, arguments, message, tmp_path):

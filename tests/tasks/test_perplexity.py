@@ -10,9 +10,12 @@ import pytest
 
 from lawcat_jax.config import EvalConfig
 from lawcat_jax.errors import UserError
-from lawcat_jax.tasks.perplexity import evaluate_perplexity
+from lawcat_jax.tasks.registry import task_named
 from lawcat_jax.tasks.runner import run_evaluation
 from tests.data import tokenizers as small
+from tests.tasks.fakes import model
+
+PERPLEXITY = task_named("perplexity")
 
 
 def _uniform(batch):
@@ -29,15 +32,9 @@ def book(tmp_path, monkeypatch):
 
 def test_uniform_model(book):
     seen = []
-    result = evaluate_perplexity(
-        _uniform,
-        small.byte_level(),
-        source=book,
-        length=32,
-        samples=10,
-        batch_size=4,
-        progress=lambda *state: seen.append(state),
-    )
+    settings = EvalConfig(tasks=("perplexity",), text=book, samples=10, batch_size=4)
+    subject = model(small.byte_level(), nll=_uniform)
+    result = PERPLEXITY.measure(subject, 32, settings, lambda *state: seen.append(state))[32]
     assert result.perplexity == pytest.approx(50)
     assert result.nats == pytest.approx(math.log(50))
     assert result.n == 320  # filled-up rows do not count
@@ -49,11 +46,8 @@ def test_report(book, tmp_path):
     lines = []
     run_evaluation(
         settings,
-        small.byte_level(),
-        model="m",
+        [model(small.byte_level(), nll=_uniform)],
         output=tmp_path / "eval",
-        generators={},
-        nlls={"student": _uniform},
         echo=lines.append,
     )
     written = json.loads((tmp_path / "eval" / "perplexity.json").read_text())
@@ -65,4 +59,13 @@ def test_report(book, tmp_path):
 
 def test_no_text():
     with pytest.raises(UserError, match="name a text"):
-        evaluate_perplexity(_uniform, small.byte_level(), source="", length=32)
+        PERPLEXITY.check(EvalConfig(lengths=(32,)), small.byte_level())
+
+
+def test_a_changed_text_is_measured_anew(book):
+    settings = EvalConfig(tasks=("perplexity",), text=book)
+    before = PERPLEXITY.identity(settings)
+    assert PERPLEXITY.identity(settings) == before
+    with open(book, "a") as file:
+        file.write("More.")
+    assert PERPLEXITY.identity(settings) != before

@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 
 from lawcat_jax import command_line
-from lawcat_jax.config import Config, ConfigError
+from lawcat_jax.config import Config, ConfigError, DataConfig, StageConfig
 from lawcat_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +43,11 @@ def test_overrides_of_every_kind(parse):
         "--config.attention.gate_lower_bound=None",
         "--config.attention.gate_half_life_max=64",
         "--config.attention.softmax_layers=(1,)",
+        "--config.attention.implementation=scan",
+        "--config.stage1.schedule=plateau",
+        "--config.mesh.distributed=off",
+        "--config.eval.tasks=perplexity,passkey",
+        "--config.eval.text=book.txt",
         "--config.teacher.revision=main",
         "--config.teacher.architecture=build",
         "--config.teacher.architecture.head_dim=32",
@@ -55,6 +60,8 @@ def test_overrides_of_every_kind(parse):
     assert config.attention.gate_lower_bound is None
     assert config.attention.gate_half_life_max == 64
     assert config.attention.softmax_layers == (1,)
+    assert (config.attention.implementation, config.stage1.schedule) == ("scan", "plateau")
+    assert (config.mesh.distributed, config.eval.tasks) == ("off", ("perplexity", "passkey"))
     assert config.teacher.revision == "main"
     assert config.teacher.architecture.head_dim == 32
     assert config.dry_run is True
@@ -65,13 +72,18 @@ def test_overrides_of_every_kind(parse):
     ("override", "message"),
     [
         ("--config.stage1.foo=2", "unknown configuration field config.stage1.foo"),
-        ("--config.stage3.steps=2", "unknown configuration field config.stage3.steps"),
+        ("--config.stage3.steps=2", "unknown configuration field config.stage3.steps; did you mean 'stage2'?"),
+        ("--config.stage1.learningrate=2", "unknown configuration field config.stage1.learningrate; did you mean"),
         ("--config.stage1.steps=abc", "config.stage1.steps=abc"),
         ("--config.stage1.steps=1.5", "config.stage1.steps=1.5"),
         ("--config.dry_run=maybe", "config.dry_run=maybe"),
         ("--config.stage1.steps=None", "config.stage1.steps: None is not a int"),
         ("--config.eval.lengths=a,b", "config.eval.lengths"),
         ("--config.stage1.schedule=linear", "'linear' is not one of 'cosine', 'constant', 'plateau'"),
+        ("--config.stage1.schedule=None", "config.stage1.schedule: None is not one of 'cosine', 'constant', 'plateau'"),
+        ("--config.attention.implementation=triton", "'triton' is not one of 'reference', 'scan', 'pallas_mosaic_gpu'"),
+        ("--config.eval.tasks=passkey,poetry", "config.eval.tasks: 'poetry' is not one of 'passkey', 'perplexity'"),
+        ("--config.lora.targets=q_proj,gate_proj", "config.lora.targets: 'gate_proj' is not one of 'q_proj', 'k_proj'"),
         ("--config.stage1.batch_size=-1", "config.stage1.batch_size: -1 must be at least 1"),
         ("--bogus=1", "bogus"),
     ],
@@ -105,10 +117,66 @@ def test_every_experiment_file_is_valid(parse, name):
     parse(f"--config={ROOT / 'configs' / name}.py")
 
 
+def test_a_tuple_of_one_name(parse):
+    assert parse(f"--config={TINY}", "--config.lora.targets=q_proj").lora.targets == ("q_proj",)
+
+
+def test_a_name_can_be_set_to_none(parse):
+    assert parse(f"--config={TINY}", "--config.attention.implementation=None").attention.implementation is None
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("c.stage1.learningrate = 5", "StageConfig has no field 'learningrate'; did you mean 'learning_rate'?"),
+        ("c.stage3 = StageConfig()", "Config has no field 'stage3'; did you mean 'stage2'?"),
+        ("c.eval.xyz = 1", "EvalConfig has no field 'xyz'"),
+        ("c.stage1 = StageConfig(batchsize=2)", "StageConfig has no field 'batchsize'; did you mean 'batch_size'?"),
+    ],
+)
+@pytest.mark.parametrize("override", [(), ("--config.seed=1",)])
+def test_misspelt_field_in_a_config_file(parse, tmp_path, line, message, override):
+    file = tmp_path / "c.py"
+    head = "from lawcat_jax.config import Config, StageConfig\ndef get_config():\n    c = Config()\n"
+    file.write_text(f"{head}    {line}\n    return c\n")
+    with pytest.raises(UserError) as caught:
+        parse(f"--config={file}", *override)
+    assert str(caught.value) == f"{file}, line 4 ({line}): {message}"
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "configs").glob("*.py"))])
+def test_an_override_of_one_stage_leaves_the_others_alone(parse, name):
+    """The recipes give both stages one DataConfig."""
+    before = parse(f"--config={ROOT / 'configs' / name}.py")
+    after = parse(f"--config={ROOT / 'configs' / name}.py", "--config.stage2.data.num_samples=77777")
+    assert after.stage2.data.num_samples == 77777
+    assert after.stage1 == before.stage1
+    assert after.pretrain == before.pretrain
+
+
+@pytest.mark.parametrize("line", ["c.stage2.data = c.stage1.data", "c.stage2 = dataclasses.replace(c.stage1)"])
+def test_fields_that_share_an_object_in_a_file(parse, tmp_path, line):
+    file = tmp_path / "c.py"
+    file.write_text(
+        "import dataclasses\nfrom lawcat_jax.config import Config\n"
+        f"def get_config():\n    c = Config()\n    {line}\n    return c\n"
+    )
+    config = parse(f"--config={file}", "--config.stage2.data.num_samples=77", "--config.stage1.data.num_workers=3")
+    assert (config.stage2.data.num_samples, config.stage1.data.num_samples) == (77, DataConfig().num_samples)
+    assert (config.stage2.data.num_workers, config.stage1.data.num_workers) == (0, 3)
+
+
+def test_fields_that_share_an_object_in_python():
+    data = DataConfig()
+    config = Config(stage1=StageConfig(data=data), stage2=StageConfig(data=data))
+    config.stage2.data.num_samples = 77
+    assert config.stage1.data.num_samples == data.num_samples == DataConfig().num_samples
+
+
 def test_exit_code_and_stderr():
     command = [sys.executable, "-m", "lawcat_jax.train", f"--config={TINY}", "--config.stage1.foo=1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ, timeout=60, check=False)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
-        "error: unknown configuration field config.stage1.foo (see lawcat_jax/config.py for all fields)"
+        "error: unknown configuration field config.stage1.foo (docs/config.md lists all fields)"
     ]

@@ -1,0 +1,215 @@
+"""A whole run: the teacher, the stages, devices, checkpoints, logging and evaluation."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from lawcat_jax.config.attention import AttentionConfig, LoraConfig, attention_problems, lora_problems
+from lawcat_jax.config.choices import Distributed, Dtype, PasskeyForm, Progress, TaskName
+from lawcat_jax.config.model import ModelConfig, model_problems
+from lawcat_jax.config.stage import StageConfig, stage_problems
+from lawcat_jax.config.tree import ConfigError, Node, choice_problems, type_problems, unshare
+
+
+@dataclasses.dataclass
+class TeacherConfig(Node):
+    """Where the pretrained weights come from."""
+
+    source: str = "asset:tiny_llama"
+    """Hugging Face directory or hub id, a directory written by ``lawcat_jax.convert``, or ``asset:tiny_llama``, the
+    embedded teacher."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub repository."""
+    dtype: Dtype = "auto"
+    """Number format of the frozen weights; what is trained is float32, and so is all of a teacher in pretraining."""
+    architecture: ModelConfig | None = None
+    """Shape of the model where there are no weights to read it from: a teacher trained from scratch
+    (``pretrain.enabled``), and dry runs, ``aot`` and ``throughput`` without the teacher's files."""
+    tokenizer: str | None = None
+    """Tokenizer directory or hub id; None is that of ``source``."""
+
+
+@dataclasses.dataclass
+class MeshConfig(Node):
+    """Devices along each axis of the mesh. Their product is the number of devices; -1, in one axis at most, takes what
+    the others leave. The batch is split over ``data`` and ``fsdp`` together."""
+
+    data: int = 1
+    """[devices] Split the batch only: every device of the axis has all weights."""
+    fsdp: int = -1
+    """[devices] Split the batch and one dimension of every large matrix."""
+    tensor: int = 1
+    """[devices] Split heads and the MLP."""
+    sequence: int = 1
+    """[devices] Split the tokens of a sequence."""
+    distributed: Distributed = "auto"
+    """Start ``jax.distributed``, for runs of several processes."""
+    heartbeat_seconds: int = 30
+    """[seconds] A process that has sent no heartbeat for so long counts as dead, and the others end."""
+
+
+@dataclasses.dataclass
+class CheckpointConfig(Node):
+    """Checkpoints of a run. A save happens at whichever of the two intervals is due first."""
+
+    every_steps: int = 500
+    """[optimizer steps] Between saves; 0 is off."""
+    every_minutes: float = 0.0
+    """[minutes] Between saves; 0 is off."""
+    keep: int = 2
+    """[checkpoints] Kept of a stage; older ones are deleted."""
+    directory: str = ""
+    """Where they go, which may be a bucket path; empty is ``<workdir>/checkpoints``."""
+
+
+@dataclasses.dataclass
+class LogConfig(Node):
+    """Metrics, progress and profiles."""
+
+    every_steps: int = 10
+    """[optimizer steps] Between rows of metrics."""
+    tensorboard: bool = True
+    """Write ``<workdir>/tensorboard`` beside ``metrics.jsonl``."""
+    wandb: bool = False
+    """Also send metrics to Weights & Biases."""
+    progress: Progress = "auto"
+    """How progress is shown on the terminal."""
+    profile_start: int = -1
+    """[optimizer steps] First step of a profiler trace, written to ``<workdir>/profile``; -1 is off."""
+    profile_steps: int = 5
+    """[optimizer steps] Length of the trace."""
+    diagnostics: bool = True
+    """At the end of a stage, write statistics of gates, denominators and convolutions for every layer."""
+
+
+@dataclasses.dataclass
+class EvalConfig(Node):
+    """Evaluation at the end of a run, and the defaults of ``lawcat_jax.evaluate`` for the model it makes."""
+
+    enabled: bool = True
+    """Evaluate when training is done."""
+    tasks: tuple[TaskName, ...] = ("passkey",)
+    """What is evaluated."""
+    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
+    """[tokens] Lengths of the prompts or texts."""
+    samples: int = 50
+    """[samples] Of each length."""
+    batch_size: int = 10
+    """[sequences] Evaluated together."""
+    passkey_form: PasskeyForm = "landmark"
+    """Wording of the passkey task."""
+    teacher: bool = True
+    """Evaluate the teacher beside the student."""
+    seed: int = 1_000_003
+    """[1] Of the passkey samples in the wording ``train``; they never coincide with training samples."""
+    text: str = ""
+    """Text whose perplexity is measured, written as ``data.source`` of a stage."""
+    text_key: str = "text"
+    """The field of a row that holds its text."""
+
+    def problems(self, path: str = "config.eval") -> list[str]:
+        """Values that cannot be, one line each; types are taken as right."""
+        problems = choice_problems(self, path)
+        if self.samples < 1 or self.batch_size < 1 or any(n < 1 for n in self.lengths):
+            problems.append(f"{path}: samples, batch_size and every length must be at least 1")
+        if not self.lengths:
+            problems.append(f"{path}.lengths: name at least one length")
+        if "perplexity" in self.tasks and not self.text:
+            problems.append(f"{path}.text: name a text (tfds:..., hf:..., or a path) for the perplexity task")
+        return problems
+
+
+@dataclasses.dataclass
+class Config(Node):
+    """A whole run: pretraining of a teacher, or attention transfer (stage 1) and LoRA finetuning (stage 2).
+
+    Fields do not share objects: where both stages are given one ``data``, the second gets a copy, when the config is
+    built and again when a config file is read. So an override of one stage's data leaves the other's alone.
+    """
+
+    seed: int = 0
+    """[1] Of initial values, data order and dropout."""
+    workdir: str = ""
+    """Folder of the run; empty is ``runs/<name of the config file>``. ``--workdir`` takes precedence."""
+    dry_run: bool = False
+    """Print shapes, data and memory, and train nothing."""
+    max_bad_steps: int = 10
+    """[optimizer steps] Stop after so many bad steps (not finite, or a spike) in a row."""
+    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
+    """Where the pretrained weights come from."""
+    attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
+    """What replaces softmax attention."""
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    """Adapters of stage 2."""
+    pretrain: StageConfig = dataclasses.field(default_factory=lambda: StageConfig(enabled=False))
+    """Training of a teacher from scratch, in a run of its own."""
+    stage1: StageConfig = dataclasses.field(
+        default_factory=lambda: StageConfig(learning_rate=1e-2, trainable=(r"^mixers/",))
+    )
+    """Attention transfer: fit each new layer to the outputs of the softmax attention it replaces."""
+    stage2: StageConfig = dataclasses.field(
+        default_factory=lambda: StageConfig(learning_rate=1e-4, trainable=(r"^lora/",))
+    )
+    """Finetuning of the whole model on next tokens."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """How devices are used."""
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    """When a run is saved."""
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    """What a run writes and shows."""
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    """Evaluation at the end."""
+
+    def __post_init__(self) -> None:
+        unshare(self)
+
+    def validate(self) -> None:
+        """Check types, ranges and combinations.
+
+        Raises:
+          ConfigError: with every problem found, one per line, each naming the field.
+        """
+        problems = type_problems(self, "config")
+        if not problems:  # range checks assume right types
+            problems = list(_range_problems(self))
+        if problems:
+            separator = " " if len(problems) == 1 else "\n  "
+            raise ConfigError("invalid configuration:" + separator + separator.join(problems))
+
+    def stages(self) -> list[tuple[str, StageConfig]]:
+        """Enabled stages in the order they run."""
+        named = [("pretrain", self.pretrain), ("stage1", self.stage1), ("stage2", self.stage2)]
+        return [(name, stage) for name, stage in named if stage.enabled]
+
+
+def _range_problems(c: Config) -> Iterator[str]:
+    yield from attention_problems(c.attention)
+    if c.teacher.architecture is not None:
+        yield from model_problems(c.teacher.architecture, "config.teacher.architecture")
+    yield from choice_problems(c.teacher, "config.teacher")
+    if c.pretrain.enabled and c.teacher.architecture is None:
+        yield "config.teacher.architecture: pretraining needs one"
+    if c.pretrain.enabled and (c.stage1.enabled or c.stage2.enabled):
+        yield "config.pretrain.enabled: pretrain in a run of its own (disable stage1 and stage2)"
+    if not c.stages():
+        yield "config: no stage is enabled"
+    for name, stage in c.stages():
+        yield from stage_problems(stage, f"config.{name}")
+    yield from lora_problems(c.lora)
+    axes = dataclasses.asdict(c.mesh)
+    if axes.pop("heartbeat_seconds") < 5:
+        yield f"config.mesh.heartbeat_seconds: {c.mesh.heartbeat_seconds} must be at least 5"
+    axes.pop("distributed")
+    if sum(size == -1 for size in axes.values()) > 1:
+        yield "config.mesh: at most one axis may be -1"
+    for name, size in axes.items():
+        if size != -1 and size < 1:
+            yield f"config.mesh.{name}: {size} must be at least 1, or -1 for the rest"
+    yield from choice_problems(c.mesh, "config.mesh")
+    if c.checkpoint.every_steps < 0 or c.checkpoint.every_minutes < 0:
+        yield "config.checkpoint: intervals must not be negative"
+    if c.checkpoint.keep < 1:
+        yield f"config.checkpoint.keep: {c.checkpoint.keep} must be at least 1"
+    if c.log.every_steps < 1:
+        yield f"config.log.every_steps: {c.log.every_steps} must be at least 1"
+    yield from choice_problems(c.log, "config.log")
+    yield from c.eval.problems()

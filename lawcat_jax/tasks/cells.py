@@ -1,0 +1,71 @@
+"""Finished cells of a table that is not finished: what lets an interrupted evaluation go on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from lawcat_jax import __version__
+from lawcat_jax.config import EvalConfig
+from lawcat_jax.errors import UserError
+from lawcat_jax.files import read_json, write_json
+from lawcat_jax.tasks.task import Model, Task
+
+FOLDER = "unfinished"
+
+
+class Cells:
+    """One small file for each finished (task, settings, model, length), in ``unfinished/`` of the output folder.
+
+    Args:
+      output: the folder of the reports.
+      enabled: False keeps nothing and finds nothing (processes that do not write).
+    """
+
+    def __init__(self, output: Path, *, enabled: bool = True):
+        self._folder, self._enabled = output / FOLDER, enabled
+        self._used: set[Path] = set()
+
+    def load(self, task: Task, settings: EvalConfig, model: Model, length: int) -> dict[int, Any] | None:
+        """The result of a cell that was finished before, else None; a damaged file counts as none."""
+        path = self._path(task, settings, model, length)
+        if path is None or not path.is_file():
+            return None
+        self._used.add(path)
+        try:
+            rows = read_json(path)["results"]
+            return {int(x): task.result(**row) for x, row in rows.items()}
+        except (UserError, KeyError, TypeError, ValueError, AttributeError):
+            return None
+
+    def save(self, task: Task, settings: EvalConfig, model: Model, length: int, results: dict[int, Any]) -> None:
+        """Keep a finished cell.
+
+        Raises:
+          UserError: the output folder cannot be written.
+        """
+        path = self._path(task, settings, model, length)
+        if path is not None:
+            self._used.add(path)
+            rows = {str(x): dataclasses.asdict(result) for x, result in results.items()}
+            write_json(path, {"task": task.name, "model": model.name, "length": length, "results": rows})
+
+    def clear(self) -> None:
+        """Remove the cells that were loaded or saved here; those of another evaluation stay."""
+        for path in self._used:
+            path.unlink(missing_ok=True)
+            for partial in self._folder.glob(f".{path.name}.*"):  # left by a process that was killed while it wrote
+                partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty, or never made
+            self._folder.rmdir()
+
+    def _path(self, task: Task, settings: EvalConfig, model: Model, length: int) -> Path | None:
+        if not self._enabled or not model.fingerprint:
+            return None
+        facts = [__version__, task.name, task.identity(settings), model.fingerprint, length]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+        return self._folder / f"{task.name}_{length}_{digest[:16]}.json"

@@ -1,0 +1,139 @@
+"""Evaluate one checkpoint, or compare several, as the command line does it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lawcat_jax.config import EvalConfig, from_dict
+from lawcat_jax.errors import UserError
+from lawcat_jax.inference.loading import FoundCheckpoint, find_checkpoint, load_for_inference
+from lawcat_jax.tasks.registry import task_named
+from lawcat_jax.tasks.runner import Results, run_evaluation
+from lawcat_jax.tasks.task import Model
+
+
+def named_checkpoints(items: Sequence[str]) -> dict[str, str]:
+    """Name -> checkpoint, of items like ``name=path`` or ``path`` (which is named by its last part).
+
+    Raises:
+      UserError: none at all, or two of one name.
+    """
+    found: dict[str, str] = {}
+    for item in (part.strip() for text in items for part in text.split(",")):
+        name, equals, checkpoint = item.partition("=")
+        if not equals or "/" in name or Path(item).expanduser().exists():  # a path may hold "=" as well
+            name, checkpoint = _short_name(item), item
+        if not checkpoint or not name:
+            continue
+        if name in found:
+            raise UserError(f"--checkpoint: two models are named {name!r}; name them, as in --checkpoint=name=path")
+        found[name] = checkpoint
+    if not found:
+        raise UserError(
+            "--checkpoint is missing: a model directory, a Hugging Face directory or hub id, or asset:<name>"
+        )
+    return found
+
+
+def chosen_settings(stored: Mapping[str, Any], given: Mapping[str, Any]) -> EvalConfig:
+    """``given`` settings (those that are not None) over those ``stored`` with a checkpoint over the defaults. The
+    teacher of a student is evaluated only where ``given`` says so.
+
+    Raises:
+      UserError: values that cannot run; names are those of the flags.
+    """
+    known = {field.name for field in dataclasses.fields(EvalConfig)}
+    settings = from_dict(EvalConfig, {name: value for name, value in stored.items() if name in known}, "eval")
+    settings = dataclasses.replace(
+        settings,
+        teacher=False,
+        **{name: value for name, value in given.items() if value is not None and name != "teacher"},
+    )
+    settings.teacher = bool(given.get("teacher"))
+    problems = settings.problems("--")
+    if problems:
+        raise UserError("; ".join(problem.replace("--.", "--") for problem in problems))
+    return settings
+
+
+def evaluate_checkpoints(
+    checkpoints: Sequence[str],
+    given: Mapping[str, Any],
+    *,
+    output: str | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    tokenizer: str | None = None,
+    training_length: int | None = None,
+) -> Results:
+    """Evaluate checkpoints one after the other and report on them in one table and one figure.
+
+    Every checkpoint is looked up, and every setting checked against its tokenizer, before the first weights are read.
+
+    Args:
+      checkpoints: see :func:`named_checkpoints`.
+      given: fields of ``EvalConfig``; those that are missing or None are the first checkpoint's, else the defaults.
+      output: folder of the reports. Default: ``eval/`` in the folder of a run, ``./eval_<name>/`` for anything else,
+        so that nothing is written into a source. A report of other settings that lies there is kept.
+      revision, dtype, tokenizer: see :func:`lawcat_jax.inference.loading.load_for_inference`.
+      training_length: in tokens, marked in the figure; default: the first checkpoint's.
+
+    Raises:
+      UserError: a checkpoint that is missing or damaged, settings that do not fit, an output that cannot be written.
+    """
+    named = named_checkpoints(checkpoints)
+    chosen_settings({}, given)  # mistakes in the flags show before anything is looked up
+    found = {name: find_checkpoint(path, revision=revision, tokenizer=tokenizer) for name, path in named.items()}
+    first = next(iter(found.values()))
+    settings = chosen_settings(first.extra.get("eval") or {}, given)
+    for checkpoint in found.values():
+        for task in settings.tasks:
+            task_named(task).check(settings, checkpoint.tokenizer)
+    options = {"revision": revision, "dtype": dtype, "tokenizer": tokenizer}
+    return run_evaluation(
+        settings,
+        _models(named, settings, options),
+        output=output or default_output(found),
+        training_length=training_length or first.extra.get("training_length"),
+        replace=False,
+    )
+
+
+def default_output(found: Mapping[str, FoundCheckpoint]) -> Path:
+    """Folder of the reports on these checkpoints: ``<run>/eval`` for a single one of a run, else ``eval_<names>`` in
+    the current folder."""
+    (first, *others) = found.values()
+    if first.run is not None and not others:
+        return first.run / "eval"
+    return Path("eval_" + "_".join(re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-") for name in found)[:100])
+
+
+def _models(named: Mapping[str, str], settings: EvalConfig, options: Mapping[str, Any]) -> Iterator[Model]:
+    from lawcat_jax.tasks.decoder_model import decoder_models
+
+    for name, checkpoint in named.items():
+        loaded = load_for_inference(checkpoint, **options)
+        single = len(named) == 1
+        models = decoder_models(
+            loaded.graphdef,
+            loaded.params,
+            loaded.tokenizer,
+            name=checkpoint if single else name,
+            label="" if single else name,
+            is_student=loaded.is_student,
+            teacher=settings.teacher,
+            batch_size=settings.batch_size,
+        )
+        del loaded  # the next one needs the room
+        while models:
+            yield models.pop(0)
+
+
+def _short_name(checkpoint: str) -> str:
+    path = Path(checkpoint.removeprefix("asset:"))
+    parts = [part for part in path.parts if part not in ("/", "..", ".")] or [Path.cwd().name]
+    return parts[-2] if len(parts) > 1 and parts[-1] in ("student", "teacher") else parts[-1]

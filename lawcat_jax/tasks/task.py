@@ -1,0 +1,249 @@
+"""The protocol of an evaluation task, and the two families that tasks belong to.
+
+:class:`GenerationTask` asks a model to continue prompts and scores the answers; :class:`LikelihoodTask` averages the
+negative log-likelihood of text. A new task is one file in this folder: a subclass, and ``TASKS = (MyTask(),)``.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from lawcat_jax.config import EvalConfig
+from lawcat_jax.data.tokenize import Tokenizer
+from lawcat_jax.errors import UserError
+from lawcat_jax.tasks.results import Accuracy, Likelihood
+
+Generate = Callable[[list[list[int]], int], list[list[int]]]
+"""(prompts as token ids, max_new_tokens) -> the new tokens of each prompt, in order."""
+
+NllSum = Callable[[Mapping[str, np.ndarray]], tuple[float, float]]
+"""A batch as of :func:`lawcat_jax.data.pipeline.make_dataset` -> (weighted sum of negative log-likelihoods in nats,
+sum of weights)."""
+
+Progress = Callable[..., None]
+"""Called as (length, samples done, samples of this length), and with the sum of the scores so far where there are
+scores."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model under evaluation.
+
+    Attributes:
+      label: its name in tables and figures, different from that of every other model beside it.
+      name: its name in the JSON report, usually where it was loaded from.
+      role: ``student``, or ``teacher`` for softmax attention.
+      tokenizer: a fast Hugging Face tokenizer.
+      generate: greedy continuation of prompts.
+      nll: likelihood of a batch.
+      fingerprint: differs for models that may answer differently; "" where unknown, and then nothing is resumed.
+    """
+
+    label: str
+    name: str
+    role: str
+    tokenizer: Tokenizer
+    generate: Generate
+    nll: NllSum
+    fingerprint: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One question: ``prompt`` token ids (at least one), and the ``answer`` that is asked for.
+
+    ``meta`` is what else the task knows of it: ``depth``, from 0 to 1, is where in the context the answer stands.
+    """
+
+    prompt: list[int]
+    answer: str
+    max_new_tokens: int
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Task(abc.ABC):
+    """What the runner, the report and the command line need to know of a task.
+
+    A task has no state: what a user chooses is in the :class:`lawcat_jax.config.EvalConfig` that every method takes.
+
+    Attributes:
+      name: of the task: its option in ``config.eval.tasks`` and the stem of its files.
+      heading: the start of titles, e.g. "Passkey retrieval".
+      settings: the fields of ``EvalConfig``, ``lengths`` and ``batch_size`` apart, that its results depend on.
+      x_label, y_label: of the plot.
+      percent: whether the plotted value is a share in [0, 1], shown in percent.
+      result: the dataclass of one result; its fields are JSON values.
+    """
+
+    name: ClassVar[str]
+    heading: ClassVar[str]
+    settings: ClassVar[tuple[str, ...]]
+    x_label: ClassVar[str] = "context length (tokens)"
+    y_label: ClassVar[str]
+    percent: ClassVar[bool]
+    result: ClassVar[type]
+
+    @abc.abstractmethod
+    def wording(self, settings: EvalConfig) -> str:
+        """Which of its variants is measured, for titles and JSON: the prompt's wording, the haystack, or the text."""
+
+    @abc.abstractmethod
+    def variant(self, settings: EvalConfig) -> str:
+        """The same in a few characters fit for a file name."""
+
+    def title(self, settings: EvalConfig) -> str:
+        """Heading of tables and figures; names the wording."""
+        return f"{self.heading}, {self.wording(settings)}"
+
+    def check(self, settings: EvalConfig, tokenizer: Tokenizer) -> None:
+        """Find every mistake that can be found before a model is asked anything.
+
+        Raises:
+          UserError: for lengths that are missing or do not fit, a missing source, an unfit tokenizer.
+        """
+        if not settings.lengths:
+            raise UserError(f"{self.name} evaluation: name at least one length")
+
+    def identity(self, settings: EvalConfig) -> dict[str, Any]:
+        """What makes two evaluations of a model the same, as JSON values: an interrupted one resumes if it is equal."""
+        return {name: getattr(settings, name) for name in self.settings}
+
+    def lengths(self, settings: EvalConfig) -> list[int]:
+        """Lengths in tokens that are measured one after the other, each a cell of the table that is kept when done."""
+        return sorted(set(settings.lengths))
+
+    @abc.abstractmethod
+    def measure(
+        self, model: Model, length: int, settings: EvalConfig, progress: Progress | None = None
+    ) -> dict[int, Any]:
+        """Measure one length: position on the x axis (usually the length itself) -> result."""
+
+    @abc.abstractmethod
+    def cell(self, result: Any) -> str:
+        """The result in a table."""
+
+    @abc.abstractmethod
+    def row(self, result: Any) -> dict[str, Any]:
+        """The result in the JSON report."""
+
+    @abc.abstractmethod
+    def point(self, result: Any) -> tuple[float, float, float]:
+        """The result in a plot: (value, lower end, upper end of its 95 % interval)."""
+
+    def records(self, result: Any) -> Sequence[tuple[float | None, float]]:
+        """(depth, score) of single samples, from which a heat map is made; empty where there are none."""
+        return ()
+
+
+class GenerationTask(Task):
+    """Prompts are continued greedily and every answer gets a score; the result is the mean score.
+
+    A subclass gives ``name``, ``heading``, ``settings``, ``wording``, ``variant``, ``samples`` and ``score``.
+    """
+
+    y_label = "accuracy (%)"
+    percent = True
+    result = Accuracy
+
+    @abc.abstractmethod
+    def samples(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> list[Sample]:
+        """The ``settings.samples`` samples of a length, the same ones whenever they are asked for. Prompt and answer
+        take at most ``length`` tokens.
+
+        Raises:
+          UserError: the length is below what the frame takes, or the source has too little text.
+        """
+
+    @abc.abstractmethod
+    def score(self, sample: Sample, generated: Sequence[int], tokenizer: Tokenizer) -> float:
+        """Score in [0, 1] of the new tokens; there may be more of them than the sample asks for."""
+
+    def check(self, settings: EvalConfig, tokenizer: Tokenizer) -> None:
+        super().check(settings, tokenizer)
+        one = dataclasses.replace(settings, samples=1)
+        for length in self.lengths(settings):  # a length that cannot work fails before the first is generated
+            self.samples(tokenizer, length, one)
+
+    def measure(
+        self, model: Model, length: int, settings: EvalConfig, progress: Progress | None = None
+    ) -> dict[int, Accuracy]:
+        samples = self.samples(model.tokenizer, length, settings)
+        longest = max(sample.max_new_tokens for sample in samples)
+        scores: list[float] = []
+        for start in range(0, len(samples), settings.batch_size):
+            batch = samples[start : start + settings.batch_size]
+            outputs = model.generate([sample.prompt for sample in batch], longest)
+            scores += [
+                float(self.score(sample, output, model.tokenizer))
+                for sample, output in zip(batch, outputs, strict=True)
+            ]
+            if progress is not None:
+                progress(length, len(scores), len(samples), sum(scores))
+        tokens = sum(len(sample.prompt) for sample in samples) / len(samples)
+        depths = [sample.meta.get("depth") for sample in samples]
+        return {
+            length: Accuracy(sum(scores) / len(scores), len(scores), tokens, tuple(zip(depths, scores, strict=True)))
+        }
+
+    def cell(self, result: Accuracy) -> str:
+        low, high = result.interval
+        return f"{100 * result.accuracy:.1f} % [{100 * low:.0f}, {100 * high:.0f}] (n={result.n})"
+
+    def row(self, result: Accuracy) -> dict[str, Any]:
+        interval = [round(end, 4) for end in result.interval]
+        return {
+            "accuracy": result.accuracy,
+            "n": result.n,
+            "interval": interval,
+            "mean_tokens": result.mean_tokens,
+        }
+
+    def point(self, result: Accuracy) -> tuple[float, float, float]:
+        return result.accuracy, *result.interval
+
+    def records(self, result: Accuracy) -> Sequence[tuple[float | None, float]]:
+        return result.records
+
+
+class LikelihoodTask(Task):
+    """Text is scored by its negative log-likelihood per token; the result is the mean over all tokens of a length.
+
+    A subclass gives ``name``, ``heading``, ``settings``, ``wording``, ``variant`` and ``batches``.
+    """
+
+    y_label = "perplexity"
+    percent = False
+    result = Likelihood
+
+    @abc.abstractmethod
+    def batches(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> Iterable[Mapping[str, np.ndarray]]:
+        """Batches of ``settings.batch_size`` sequences of ``length`` tokens; rows of weight zero fill the last one up.
+
+        Raises:
+          UserError: the source cannot be read, or is shorter than one sequence.
+        """
+
+    def measure(
+        self, model: Model, length: int, settings: EvalConfig, progress: Progress | None = None
+    ) -> dict[int, Likelihood]:
+        total = weight = 0.0
+        for number, batch in enumerate(self.batches(model.tokenizer, length, settings), 1):
+            batch_total, batch_weight = model.nll(batch)
+            total, weight = total + batch_total, weight + batch_weight
+            if progress is not None:
+                progress(length, min(number * settings.batch_size, settings.samples), settings.samples)
+        return {length: Likelihood(total / weight, round(weight))}
+
+    def cell(self, result: Likelihood) -> str:
+        return f"{result.perplexity:.3f} ({result.nats:.4f} nats)"
+
+    def row(self, result: Likelihood) -> dict[str, Any]:
+        return {"perplexity": result.perplexity, "nats": result.nats, "n": result.n}
+
+    def point(self, result: Likelihood) -> tuple[float, float, float]:
+        return (result.perplexity,) * 3

@@ -1,0 +1,178 @@
+"""Every task through the runner: oracles, resumption of an interrupted evaluation, several models side by side."""
+
+from __future__ import annotations
+
+import json
+import typing
+import zlib
+
+import pytest
+
+from lawcat_jax.config import EvalConfig, TaskName
+from lawcat_jax.errors import UserError
+from lawcat_jax.tasks import figures, report
+from lawcat_jax.tasks.registry import task_named, tasks
+from lawcat_jax.tasks.runner import run_evaluation
+from lawcat_jax.tasks.task import GenerationTask
+from tests.data import tokenizers as small
+from tests.tasks.fakes import Oracle, constant, model
+
+GENERATION = [name for name, task in tasks().items() if isinstance(task, GenerationTask)]
+
+
+@pytest.fixture(autouse=True)
+def _no_drawing(monkeypatch):
+    """Files instead of pictures, which take most of the time; what is in them is tested elsewhere."""
+    for name in ("plot_lengths", "plot_depths"):
+        monkeypatch.setattr(report, name, lambda path, *_, **__: path.write_bytes(b"PNG"))
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_after(generate, calls):
+    """The same answers, until it is killed."""
+    left = [calls]
+
+    def call(*arguments):
+        if not left[0]:
+            raise Interrupted
+        left[0] -= 1
+        return generate(*arguments)
+
+    return call
+
+
+def numbers(folder):
+    """All that the JSON reports of a folder say, but for when."""
+    return {
+        path.name: {key: value for key, value in json.loads(path.read_text()).items() if key != "date"}
+        for path in folder.glob("*.json")
+    }
+
+
+def test_the_configuration_lists_the_tasks_there_are():
+    assert set(typing.get_args(TaskName)) == set(tasks())
+    fields = EvalConfig.__dataclass_fields__
+    assert all(set(task.settings) <= set(fields) for task in tasks().values())
+    with pytest.raises(UserError, match="not one of passkey"):
+        task_named("x")
+
+
+@pytest.mark.parametrize("name", GENERATION)
+def test_an_oracle_scores_everything_and_a_constant_nothing(name, tmp_path):
+    tokenizer = small.byte_level()
+    settings = EvalConfig(tasks=(name,), lengths=(300, 700), samples=5, batch_size=2)
+    models = [
+        model(tokenizer, Oracle(tokenizer), label="oracle"),
+        model(tokenizer, constant(tokenizer), label="constant"),
+    ]
+    results = run_evaluation(settings, models, output=tmp_path, echo=lambda text: None)[name]
+    assert [row.accuracy for row in results["oracle"].values()] == [1.0, 1.0]
+    assert [row.accuracy for row in results["constant"].values()] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("calls", [1, 2, 5])
+def test_an_interrupted_evaluation_goes_on_and_gives_the_same_report(calls, tmp_path):
+    tokenizer = small.byte_level()
+    settings = EvalConfig(lengths=(250, 300, 400), samples=4, batch_size=2)
+
+    def models(left):
+        limited = interrupt_after(Oracle(tokenizer, reach=200), left)
+        return [model(tokenizer, limited), model(tokenizer, limited, label="teacher")]
+
+    quiet = {"echo": lambda text: None}
+    straight = run_evaluation(settings, models(-1), output=tmp_path / "straight", **quiet)
+    again = tmp_path / "again"
+    with pytest.raises(Interrupted):
+        run_evaluation(settings, models(calls), output=again, **quiet)
+    finished = calls // 2  # two batches make a cell
+    kept = list(again.glob("unfinished/*.json"))
+    assert len(kept) == finished
+    for cell in kept:
+        cell.with_name(f".{cell.name}.abc123").write_text("{")  # as kill -9 leaves behind
+    with pytest.raises(Interrupted):  # nothing that is finished is asked for again: it gets no further without calls
+        run_evaluation(settings, models(11 - 2 * finished), output=again, **quiet)
+    resumed = run_evaluation(settings, models(2), output=again, **quiet)
+    assert resumed == straight
+    assert numbers(again) == numbers(tmp_path / "straight")
+    assert not (again / "unfinished").exists()
+
+
+def test_other_settings_other_weights_and_damaged_files_are_not_taken_from_before(tmp_path):
+    tokenizer = small.byte_level()
+    settings = EvalConfig(lengths=(250, 300), samples=2, batch_size=2)
+    quiet = {"output": tmp_path, "echo": lambda text: None}
+
+    def interrupted():
+        with pytest.raises(Interrupted):
+            run_evaluation(settings, [model(tokenizer, interrupt_after(constant(tokenizer), 1))], **quiet)
+
+    def answers(settings=settings, **fields):
+        return run_evaluation(settings, [model(tokenizer, Oracle(tokenizer), **fields)], **quiet)["passkey"]["student"]
+
+    interrupted()
+    assert answers(fingerprint="other weights")[250].accuracy == 1.0
+    assert answers(EvalConfig(lengths=(250, 300), samples=3, batch_size=2))[250].accuracy == 1.0
+    assert list(tmp_path.glob("unfinished/*.json"))  # of the other evaluation, which may still go on
+    assert answers()[250].accuracy == 0.0
+    interrupted()
+    (cell,) = tmp_path.glob("unfinished/*.json")
+    cell.write_text('{"results": {"250": {"accur')
+    assert answers()[250].accuracy == 1.0
+
+
+def test_two_models_are_compared_in_one_table_and_figure(tmp_path):
+    tokenizer = small.byte_level()
+    lines = []
+    settings = EvalConfig(lengths=(250, 300), samples=3)
+    names = {"long": Oracle(tokenizer), "short": constant(tokenizer)}
+    models = (model(tokenizer, generate, label=name, name=name) for name, generate in names.items())
+    run_evaluation(settings, models, output=tmp_path, echo=lines.append)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "passkey.md",
+        "passkey.png",
+        "passkey_depth.png",
+        "passkey_long.json",
+        "passkey_short.json",
+    ]
+    assert "| tokens | long | short |" in (tmp_path / "passkey.md").read_text()
+    assert lines[0].splitlines()[1].split() == ["tokens", "long", "short"]
+    assert json.loads((tmp_path / "passkey_short.json").read_text())["table"] == ["long", "short"]
+
+
+def test_another_evaluation_does_not_replace_a_report(tmp_path):
+    tokenizer = small.byte_level()
+
+    def run(*, roles=("student", "teacher"), replace=False, **settings):
+        models = [model(tokenizer, Oracle(tokenizer), label=role) for role in roles]
+        settings = {"lengths": (250, 300), "samples": 2} | settings
+        run_evaluation(EvalConfig(**settings), models, output=tmp_path, replace=replace, echo=lambda text: None)
+        return {file.name for file in tmp_path.glob("*.json")}
+
+    own = {"passkey.json", "passkey_teacher.json"}
+    assert run() == own
+    assert run() == own  # the same again
+    first = (tmp_path / "passkey.json").read_bytes()
+    found = run(roles=("student",))  # it would leave the teacher out of table and figure
+    assert found == own | {"passkey_landmark_n2_250-300.json"}
+    found = run(passkey_form="train", seed=7, samples=3, lengths=(250,))
+    assert {"passkey_train_seed7_n3_250.json", "passkey_train_seed7_n3_250_teacher.json"} < found
+    assert run(roles=("a", "b")) > {"passkey_landmark_n2_250-300_a.json", "passkey_landmark_n2_250-300_b.json"}
+    assert (tmp_path / "passkey.json").read_bytes() == first
+    run(samples=3, replace=True)
+    assert (tmp_path / "passkey.json").read_bytes() != first
+
+
+def test_a_model_has_its_colour_by_its_name():
+    alone = figures.looks(["mine"])["mine"]
+    assert alone["color"] == figures._COLOURS[zlib.crc32(b"mine") % len(figures._COLOURS)]
+    together = figures.looks(["mine", "mine (teacher)", "student", "teacher"])
+    assert together["mine"]["color"] == together["mine (teacher)"]["color"]
+    assert together["mine"]["linestyle"] != together["mine (teacher)"]["linestyle"]
+    assert together["student"] == figures.looks(["teacher", "student"])["student"]
+    assert figures.looks(["a", "b", "c"]) == dict(reversed(figures.looks(["c", "b", "a"]).items()))
+    eight = figures.looks([f"model {number}" for number in range(8)])
+    assert len({look["color"] for look in eight.values()}) == 8
+    assert len(figures.looks([f"model {number}" for number in range(20)])) == 20
