@@ -6,11 +6,22 @@ A field that holds a name has one of these ``Literal`` types; validation reads t
 
 from typing import Literal
 
-Family = Literal["llama", "mistral"]
-"""Model family: which Hugging Face architecture a checkpoint is read as and written back to."""
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "phi3"]
+"""Model family: which Hugging Face architecture a checkpoint is read as and written back to. Each is described in the
+file of its name in ``lawcat_jax/checkpoints/hf/families``."""
 
-RopeKind = Literal["none", "linear", "llama3"]
-"""Scaling of the rotary frequencies; ``llama3`` is that of Llama 3.1 and later."""
+RopeKind = Literal["none", "linear", "dynamic", "yarn", "longrope", "llama3"]
+"""Scaling of the rotary frequencies, by transformers' names; ``llama3`` is that of Llama 3.1 and later."""
+
+QkNorm = Literal["none", "head", "projection"]
+"""RMS norm of q and k before the rotary embedding: none, over each head (Qwen3), or over all heads of a token together
+(OLMo 2)."""
+
+NormPosition = Literal["before", "after"]
+"""Where the norms of a layer stand: before attention and MLP, or behind them (OLMo 2)."""
+
+LayerProjection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""Matrix of a decoder layer."""
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 """Number format; ``auto`` is bfloat16 on accelerators and float32 on CPU."""

@@ -14,8 +14,9 @@ import math
 import numpy as np
 
 from lawcat_jax.config import DataConfig
+from lawcat_jax.data.batch import Batch
 from lawcat_jax.data.pieces import PieceStream
-from lawcat_jax.data.rows import Row, join_rows, make_row, pack
+from lawcat_jax.data.rows import join_rows, make_row, pack
 from lawcat_jax.data.sources import Source, make_source
 from lawcat_jax.data.tokenize import Tokenizer
 from lawcat_jax.errors import UserError
@@ -35,15 +36,7 @@ def make_dataset(
 ):
     """Batches of one stage, as a ``grain.IterDataset``.
 
-    A batch is a dict of numpy arrays, with B = ``batch_size`` / ``process_count`` and T = ``seq_length``:
-      tokens        int32 [B, T]    inputs, padded on the right
-      targets       int32 [B, T]    tokens shifted left by one
-      loss_weights  float32 [B, T]  weight of predicting targets[:, t]
-      lengths       int32 [B]       valid inputs of each row
-      mask          bool [B, T]     valid and not eos (positions of attention transfer)
-      segment_ids   int32 [B, T]    with ``data.pack``: 1, 2, ... for the documents of a row, 0 for padding
-      continues     bool [B]        with ``data.pieces`` (training): whether a row goes on with the same row of the batch
-                                    before, so that its state is to be passed on
+    A batch is a :class:`Batch` of numpy arrays with B = ``batch_size`` / ``process_count`` and T = ``seq_length``.
 
     Process p of P takes every P-th sample, so that all processes together see the same global batches
     whatever P is. ``train`` is shuffled anew in each pass, ``validation`` keeps its order. With ``repeat``
@@ -101,7 +94,7 @@ class Samples:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Batch:
         if index >= len(self):
             blank = self[0]
             return blank | {name: np.zeros_like(blank[name]) for name in ("loss_weights", "mask")}
