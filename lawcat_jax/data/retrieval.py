@@ -8,6 +8,7 @@ the paper's NIAH wording (frame of the authors' code; needle and value kinds are
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -120,6 +121,31 @@ class RetrievalGenerator:
                 f"with this tokenizer this one needs {len(sample.tokens)} tokens"
             )
         return sample
+
+    @functools.cached_property
+    def minimum_tokens(self) -> int:
+        """A length in tokens that holds any sample: the longest task, needle, question and value, and a word of hay."""
+        longest = functools.partial(max, key=lambda text: len(encode(self._tokenizer, text)))
+        uuid = "88888888-8888-4888-8888-888888888888"
+        if self._wording == "paper":
+            key = "-".join(longest(sorted(words, key=len)[-20:]) for words in niah.key_words())
+            needle = niah.NEEDLE.format(t="number", key=key, value=uuid)
+            texts = [(TASK, needle, (PAPER_QUESTION + PAPER_LEAD).format(t="number"), uuid)]
+        else:
+            wording, named = wordings.WORDINGS[self._wording], self._task == "niah"
+            name = f"{longest(wordings.ADJECTIVES)}-{longest(wordings.NOUNS)}"
+            needles = wording.named_needles if named else wording.needles
+            questions = wording.named_questions if named else wording.questions
+            texts = []
+            for kind, value in (("digits", "88888888"), ("word", name), ("uuid", uuid)):
+                facts = {"what": longest(wording.whats[kind]), "name": name, "value": value}
+                filled = [
+                    longest([text.format(**facts) for text in group])
+                    for group in (wording.tasks, needles, [f"{question}\n{lead} " for question, lead in questions])
+                ]
+                texts.append((*filled, value))
+        sizes = [sum(len(encode(self._tokenizer, part)) for part in parts) for parts in texts]
+        return max(sizes) + self._specials + 10  # newlines, the word, and what tokens at the joints may add
 
     def _hay_for(
         self, frame: _Frame, place: float, budget: int, books: bool, seed: int

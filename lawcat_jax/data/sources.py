@@ -79,7 +79,7 @@ def make_source(data: DataConfig, tokenizer: Tokenizer, *, seq_length: int, seed
     if data.kind == "instruction":
         return InstructionSource(data, tokenizer, seq_length=seq_length, split=split)
     source = GeneratedSource(data, tokenizer, seq_length=seq_length, seed=seed, split=split)
-    source.document(0)  # a length that does not fit fails here, not in the middle of a run
+    source.check()  # a length that does not fit fails here, not in the middle of a run
     return source
 
 
@@ -127,6 +127,15 @@ class GeneratedSource:
             target = math.ceil(self._seq_length * share)
             sample = self._generator.sample_tokens(rng, self._seq_length, target_tokens=target)
         return _weighted(self._data, sample)
+
+    def check(self) -> None:
+        """Raise a UserError where ``seq_length`` is too short for samples."""
+        if isinstance(self._generator, RetrievalGenerator) and self._seq_length < self._generator.minimum_tokens:
+            raise UserError(
+                f"{self._data.kind} samples of {self._seq_length} tokens are too short for their longest frame: with this "
+                f"tokenizer the minimum is {self._generator.minimum_tokens} tokens"
+            )
+        self.document(0)
 
     def bound(self, index: int) -> int:
         if self._words:

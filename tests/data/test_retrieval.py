@@ -7,10 +7,12 @@ import re
 import numpy as np
 import pytest
 
+from lawcat_jax.config import DataConfig
 from lawcat_jax.data import retrieval, wordings
 from lawcat_jax.data.haystack import NOISE, Haystack
 from lawcat_jax.data.passkey import TASK
 from lawcat_jax.data.samples import fit, sample_rng
+from lawcat_jax.data.sources import make_source
 from lawcat_jax.data.tokenize import decode, encode
 from lawcat_jax.errors import UserError
 from tests.data import tokenizers as small
@@ -121,6 +123,15 @@ def test_bad_requests():
         _generator(haystack=None)
     with pytest.raises(UserError, match=r"too short for its frame.*needs \d+ tokens"):
         _generator().sample_tokens(sample_rng("train", 0, 0), 30)
+
+
+@pytest.mark.parametrize(("task", "wording"), [("passkey", "varied"), ("niah", "varied"), ("passkey", "selection")])
+def test_the_minimum_holds_every_sample(task, wording):
+    generator = _generator(task=task, wording=wording, hay="noise")
+    assert max(len(s.tokens) for s in _draw(generator, 150, generator.minimum_tokens)) <= generator.minimum_tokens
+    data = DataConfig(kind=task, wording="varied", num_samples=4)
+    with pytest.raises(UserError, match=r"too short for their longest frame.*minimum is \d+ tokens"):
+        make_source(data, small.byte_level(), seq_length=100, seed=0, split="train")
 
 
 @pytest.mark.parametrize("slack", [0, 7])
