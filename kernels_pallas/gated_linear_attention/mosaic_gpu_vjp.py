@@ -25,9 +25,9 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kernels_pallas.chunking import Split
 from kernels_pallas.common import LOG2E, fold_vmap
 from kernels_pallas.gated_linear_attention import mosaic_gpu, triton, triton_vjp
-from kernels_pallas.gated_linear_attention.block_sizes import Split
 from kernels_pallas.gated_linear_attention.mosaic_gpu_tiles import (
     CHUNK,
     WIDTH,
@@ -235,7 +235,7 @@ def chunk_gradients(
 
 
 def backward(residuals, do, dstate, *, normalize: bool, lower_bound: float | None) -> Any:
-    """See ``kernels_pallas.gated_linear_attention`` for the signature."""
+    """See ``kernels_pallas.contract``."""
     q, _, v, log_g = residuals[:4]
     if q.shape[1] <= triton.SHORT:  # as in forward
         return triton_vjp.backward(residuals, do, dstate, normalize=normalize, lower_bound=lower_bound)

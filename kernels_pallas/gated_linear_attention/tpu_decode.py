@@ -186,7 +186,7 @@ def step_of(q, v, log_g) -> Step:
 
 
 def decode(q, k, v, log_g, state, *, normalize: bool, interpret):
-    """S <- e^g S + k v^T; z <- e^g z + k; o = S^T q / (z.q + eps); shapes as ``kernels_pallas.gated_linear_attention`` says."""
+    """S <- e^g S + k v^T; z <- e^g z + k; o = S^T q / (z.q + eps); shapes as in ``kernels_pallas.contract``."""
     step = step_of(q, v, log_g)
     batch, heads, features = q.shape
     v_group, g_group = heads // v.shape[1], heads // log_g.shape[1]

@@ -19,6 +19,7 @@ rounded A and q^ that the numerator uses.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -27,9 +28,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.common import EPS, LOG2E, interpret_mode, out_struct, strong_gates
+from kernels_pallas.chunking import Split, reference_rows, split_sequence, strong_gates
+from kernels_pallas.common import EPS, LOG2E, interpret_mode, out_struct
 from kernels_pallas.gated_linear_attention import block_sizes
-from kernels_pallas.gated_linear_attention.block_sizes import BlockSizes, Split
+from kernels_pallas.gated_linear_attention.block_sizes import BlockSizes
 from kernels_pallas.gated_linear_attention.triton_tiles import (
     LANES,
     causal,
@@ -68,6 +70,9 @@ class State(NamedTuple):
     pending: tuple[jax.Array, ...]
 
 
+MAX_CHUNK = 128
+"""Tokens."""
+
 SHORT = 64
 """With strong gates, and up to this many tokens, a differentiated call also keeps o in float32. Rounded to bfloat16 it
 put dq off by 14 % at gates of -5, by 2.4 % at two tokens and -1.25, by 0.5 % at 17 and more."""
@@ -90,18 +95,16 @@ def supports(q, k, v, log_g, *, normalize: bool, lower_bound: float | None, diff
     # The three TF32 passes of a float32 product leave 1.2e-5 at gates of -5 (measured on an H200), where 1e-5 is promised.
     if differentiated and q.dtype == jnp.float32 and strong_gates(lower_bound):
         return f"float32 gradients take a gate_lower_bound of at least -1.25, got {lower_bound}"
-    if block_sizes.single_reference_limit(lower_bound) < 16:
+    if reference_rows(lower_bound, MAX_CHUNK) < 16:
         return f"it needs a gate_lower_bound of at least -5, got {lower_bound}"
     return None
 
 
 def sizes_for(kernel: str, q: Any, v: Any, lower_bound: float | None) -> BlockSizes:
     """Block sizes of the table, with the chunk cut to what the gate bound and the length allow."""
-    import dataclasses
-
     sizes = block_sizes.lookup(kernel, q.dtype, q.shape[-1], v.shape[-1])
     length = max(16, 1 << (q.shape[1] - 1).bit_length())
-    chunk = min(sizes.chunk, block_sizes.single_reference_limit(lower_bound), length)
+    chunk = min(sizes.chunk, reference_rows(lower_bound, MAX_CHUNK), length)
     return dataclasses.replace(sizes, chunk=chunk, block_v=min(sizes.block_v, v.shape[-1]))
 
 
@@ -196,7 +199,7 @@ def add_chunk(before: Pair, k: tuple[jax.Array, ...], v: jax.Array, r: tuple[jax
     return State(S, z, r)
 
 
-def _segment_state_kernel(k_ref, v_ref, g_ref, *refs, split: Split, dtype: Any, per_chunk: bool, bound: float | None):
+def segment_state_kernel(k_ref, v_ref, g_ref, *refs, split: Split, dtype: Any, per_chunk: bool, bound: float | None):
     """P1: summary of a segment. With ``per_chunk`` (the backward pass) the scaled state before every chunk, from a given state."""
     segment = pl.program_id(2)
     chunk, limit = split.chunk, split.length if split.ragged else None
@@ -349,7 +352,7 @@ def segment_states(k, v, log_g, heads: int, split: Split, sizes: BlockSizes, bou
     vectors, matrices = (batch, heads, count, features), (batch, heads, count, features, values)
     width = sizes.block_v
     return pl.pallas_call(
-        functools.partial(_segment_state_kernel, split=split, dtype=k.dtype, per_chunk=False, bound=bound),
+        functools.partial(segment_state_kernel, split=split, dtype=k.dtype, per_chunk=False, bound=bound),
         grid=(heads, values // width, count - 1, batch),
         in_specs=[token_spec(k, heads), token_spec(v, heads, width), token_spec(log_g, heads)],
         out_specs=[segment_spec(vectors), segment_spec(matrices, width), segment_spec(vectors)],
@@ -383,11 +386,11 @@ def combine(L, S, z, initial, *, reverse: bool = False):
 def plan_forward(q, v, lower_bound: float | None, kernel: str = "forward") -> tuple[BlockSizes, Split]:
     sizes = sizes_for(kernel, q, v, lower_bound)
     programs = q.shape[0] * q.shape[2] * (v.shape[3] // sizes.block_v)
-    return sizes, block_sizes.split_sequence(q.shape[1], sizes.chunk, programs, sizes.programs)
+    return sizes, split_sequence(q.shape[1], sizes.chunk, programs, sizes.programs)
 
 
 def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: float | None, save_residuals: bool) -> Any:
-    """See ``kernels_pallas.gated_linear_attention`` for the signature. Residuals: (q, k, v, log_g, initial_state, o, den, segment states)."""
+    """See ``kernels_pallas.contract``. Residuals: (q, k, v, log_g, initial_state, o, den, segment states)."""
     sizes, split = plan_forward(q, v, lower_bound)
     states, summaries, given = "zero", (), None
     if initial_state is not None:
@@ -415,8 +418,6 @@ def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: floa
 
 def sizes_for_segments(q, v, sizes: BlockSizes) -> BlockSizes:
     """P1 cuts the sequence as P2 does, with its own warps, stages and columns."""
-    import dataclasses
-
     own = block_sizes.lookup("segment_state", q.dtype, q.shape[-1], v.shape[-1])
     return dataclasses.replace(own, chunk=sizes.chunk, block_v=min(own.block_v, v.shape[-1]))
 

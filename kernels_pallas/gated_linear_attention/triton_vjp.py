@@ -29,12 +29,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kernels_pallas.chunking import Split
 from kernels_pallas.common import interpret_mode, out_struct
 from kernels_pallas.gated_linear_attention import block_sizes
-from kernels_pallas.gated_linear_attention.block_sizes import BlockSizes, Split
+from kernels_pallas.gated_linear_attention.block_sizes import BlockSizes
 from kernels_pallas.gated_linear_attention.triton import (
     State,
-    _segment_state_kernel,
     chunks_of,
     combine,
     exponents,
@@ -43,6 +43,7 @@ from kernels_pallas.gated_linear_attention.triton import (
     plan_forward,
     read_state,
     scaled,
+    segment_state_kernel,
     settled,
     write_state,
     write_totals,
@@ -242,7 +243,7 @@ def _states(k, v, log_g, given, heads: int, split: Split, sizes: BlockSizes, sha
         inputs += list(given)
         specs += [segment_spec(given[0].shape, width), segment_spec(given[1].shape)]
     return pl.pallas_call(
-        functools.partial(_segment_state_kernel, split=split, dtype=k.dtype, per_chunk=True, bound=bound),
+        functools.partial(segment_state_kernel, split=split, dtype=k.dtype, per_chunk=True, bound=bound),
         grid=(heads, values // width, split.segments, batch),
         in_specs=specs,
         out_specs=[sequence_spec(shapes[0], width), sequence_spec(shapes[1])],
@@ -371,7 +372,7 @@ def backward(
     split: Split | None = None,
     gradients: Callable[..., Any] | None = None,
 ) -> Any:
-    """See ``kernels_pallas.gated_linear_attention`` for the signature. ``split``: how the forward cut the sequence, if not as ``triton`` does;
+    """See ``kernels_pallas.contract``. ``split``: how the forward cut the sequence, if not as ``triton`` does;
     ``gradients``: instead of :func:`chunk_gradients`."""
     q, k, v, log_g, initial_state, o, den, segment_state = residuals
     heads = q.shape[2]
