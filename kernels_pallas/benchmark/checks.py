@@ -46,8 +46,8 @@ class Case(NamedTuple):
 def cases(levels: bool = False) -> Iterator[Case]:
     """Gate regimes, lengths, groups, states, normalisation, number types; ``levels``: also gates without a bound."""
     for d in (64, 128):
-        for kind in ("one", "weak", "initial", "gla", "memory", "bound", "below", "mixed"):
-            yield Case(1, 200, 4, 1, 1, d, d, "bfloat16", kind)
+        for regime in ("one", "weak", "initial", "gla", "memory", "bound", "below", "mixed"):
+            yield Case(1, 200, 4, 1, 1, d, d, "bfloat16", regime)
         yield Case(1, 200, 2, 2, 2, d, d, "bfloat16", "saturated")
         yield Case(1, 200, 2, 2, 2, d, d, "bfloat16", "mix")
         for length in (1, 17, 64, 1000):
@@ -75,18 +75,18 @@ def draw(case: Case, seed: int) -> dict[str, Any]:
         x = np.exp(rng.normal(size=shape))
         return (2 * x / x.sum(-1, keepdims=True)).astype(dtype)
 
-    def normal(*shape: int, kind: Any = np.float32) -> np.ndarray:
-        return rng.normal(size=shape).astype(kind)
+    def normal(*shape: int, dtype: Any = np.float32) -> np.ndarray:
+        return rng.normal(size=shape).astype(dtype)
 
     B, T, H, K, V = case.batch, case.length, case.heads, case.features, case.values
     state = (np.abs(normal(B, H, K, V)), np.abs(normal(B, H, K)) + 1) if case.state else None
     return {
         "q": soft(B, T, H, K),
         "k": soft(B, T, H, K),
-        "v": normal(B, T, case.value_heads, V, kind=dtype),
+        "v": normal(B, T, case.value_heads, V, dtype=dtype),
         "log_g": draw_gates(case.regime, rng, (B, T, case.gate_heads, K)),
         "state": state,
-        "cotangents": (normal(B, T, H, V, kind=dtype), normal(B, H, K, V), normal(B, H, K)),
+        "cotangents": (normal(B, T, H, V, dtype=dtype), normal(B, H, K, V), normal(B, H, K)),
     }
 
 

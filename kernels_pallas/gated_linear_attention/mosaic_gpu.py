@@ -51,9 +51,12 @@ PARTS = 16
 
 
 class Ring(NamedTuple):
-    """Chunks of a head in shared memory: of k and q, which stay until the outputs of a chunk are done; of the gates, which only
-    the preparing warpgroup reads; of v, whose slot then holds the outputs. Of keys, and of v with outputs, at least two: one is
-    loaded while the next is read."""
+    """How many chunks of a head shared memory holds at a time.
+
+    ``keys`` of k and q, which stay until the outputs of a chunk are done; ``gates``, which only the preparing warpgroup reads;
+    ``values`` of v, whose slot then holds the outputs. At least two of keys, and of values where there are outputs: one is
+    loaded while the other is read.
+    """
 
     keys: int
     gates: int
@@ -61,17 +64,18 @@ class Ring(NamedTuple):
 
 
 RINGS = {True: Ring(3, 2, 2), False: Ring(4, 4, 4)}
-"""With outputs and without. A slot is taken for as long as a chunk is loaded, prepared and read. With outputs at d = 128 these fill
-the shared memory. The summary of a segment has little to do between two chunks: with two, loads would not be hidden."""
+"""By whether a kernel writes outputs. A slot is taken while its chunk is loaded, prepared and read. With outputs, and d = 128,
+these fill the shared memory. The summary of a segment does little per chunk: two slots would not hide its loads."""
 
 REGISTERS = (80, 176)
-"""A thread of a preparing and of a recurrent warpgroup, where there are two of each: the state alone takes 64."""
+"""Of a thread in a preparing and in a recurrent warpgroup, where there are two of each: the state alone takes 64."""
 
 PROGRAMS = 120
-"""Programs below which a sequence is cut into segments: an H100 or H200 runs 132 at a time, one a multiprocessor."""
+"""With fewer programs than this a sequence is cut into segments: an H100 or H200 runs 132 at a time, one on each
+multiprocessor."""
 
 APPLIES_BOUND = True
-"""As in ``triton``."""
+"""Gates below the bound are raised on load, as in ``triton``."""
 
 
 def supports(q, k, v, log_g, *, normalize: bool, lower_bound: float | None, differentiated: bool) -> str | None:
@@ -93,7 +97,7 @@ def supports(q, k, v, log_g, *, normalize: bool, lower_bound: float | None, diff
 
 
 def plan(q, v) -> tuple[int, Split]:
-    """(heads a program, how the sequence is cut)."""
+    """How a call is divided: (heads that one program takes, how the sequence is cut)."""
     batch, length, heads, features = q.shape
     per_program = 2 if features == v.shape[-1] == WIDTH and heads % 2 == 0 else 1
     return per_program, split_sequence(length, CHUNK, batch * heads // per_program, PROGRAMS)

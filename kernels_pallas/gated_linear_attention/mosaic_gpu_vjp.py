@@ -1,8 +1,8 @@
 """Backward of gated linear attention for NVIDIA Hopper GPUs.
 
 The states and their cotangents before every chunk come from ``triton_vjp``'s two sweeps; the gradients of a chunk, which is most of the
-work, from a Mosaic GPU kernel: a program a chunk and head, a warpgroup for 64 features (and as many value columns), every product a
-``wgmma`` on tiles in shared memory. With S~, z~ = 2^r (S, z) before the chunk, dS~, dz~ = 2^r (dS, dz) after it, dn = do / den,
+work, from a Mosaic GPU kernel: one program for each chunk and head, one warpgroup for 64 features (and as many value columns), every
+product a ``wgmma`` on tiles in shared memory. With S~, z~ = 2^r (S, z) before the chunk, dS~, dz~ = 2^r (dS, dz) after it, dn = do / den,
 delta = -dn.o and L the lower triangle of ones:
 
     A  = L q^ k^T                    dA = L (dn v^T + delta)              dv = A^T dn + k^ dS~

@@ -35,7 +35,8 @@ CPU_STATE_BUDGET_BYTES = 2**20
 
 
 class Plan(NamedTuple):
-    """Static sizes: ``chunk`` rows, diagonal ``block`` of one reference, ``group`` chunks a step, ``steps`` groups."""
+    """Static sizes: ``chunk`` rows, the diagonal ``block`` of rows that share a reference, ``group`` chunks that are computed
+    together, and ``steps``, the number of groups."""
 
     chunk: int
     block: int
@@ -191,8 +192,8 @@ def _scores(q, k, q_in, k_out, decay: _Decay, plan: Plan, dtype) -> jax.Array:
 
 
 def _scores_vjp(dA, q, k, q_in, k_out, decay: _Decay, plan: Plan, dtype) -> tuple[jax.Array, jax.Array]:
-    """Sum_j dA_ij k_j e^(b_i - b_j) and Sum_i dA_ij q_i e^(b_i - b_j) for dA below the diagonal; of one reference still
-    without the factor of its own row."""
+    """Sum_j dA_ij k_j e^(b_i - b_j) and Sum_i dA_ij q_i e^(b_i - b_j) for dA below the diagonal. Where a chunk has one
+    reference, the factor of a result's own row is left to the caller."""
     if plan.block == plan.chunk:
         return einsum("bhnij,bhnjc->bhnic", dA, k_out), einsum("bhnij,bhnic->bhnjc", dA, q_in)
     dq, dk = jnp.zeros_like(q), jnp.zeros_like(k)
@@ -436,10 +437,9 @@ def backward(residuals, do, dstate, *, normalize: bool, lower_bound: float | Non
 
 
 def segment_state(k, v, log_g, *, lower_bound: float | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Summary of a segment with respect to an empty state: (L [B, Hg, K], S [B, H, K, V], z [B, H, K]), float32, L =
-    sum of log_g.
+    """The state after these tokens alone, and the sum of their log_g: (L [B, Hg, K], S [B, H, K, V], z [B, H, K]), float32.
 
-    Computed as a forward pass of which XLA keeps only the state.
+    A forward pass of which XLA keeps only the state.
     """
     _, (S, z), _ = forward(k, k, v, log_g, None, normalize=False, lower_bound=lower_bound, save_residuals=False)
     return jnp.sum(log_g.astype(jnp.float32), axis=1), S, z

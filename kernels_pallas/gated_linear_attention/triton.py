@@ -13,7 +13,7 @@ Algebra of a chunk of C rows (b inclusive cumulative sum of lg = log2(e) log_g; 
     q^ = q 2^(b - r)     k^ = k 2^(r - b)     A = where(i >= j, q^ k^T, 0)     S~ = e S     z~ = e z
     o = (A v + q^ S~) / (sum_j A + q^ z~ + eps)              S' = e (S~ + k^T v)     z' = e (z~ + sum_j k^)
 
-since b_C - r = r: two exponentials an element and one a feature. Within |log_g| C <= 80 nothing overflows. The denominator sums the same
+since b_C - r = r: two exponentials per element and one per feature. Within |log_g| C <= 80 nothing overflows. The denominator sums the same
 rounded A and q^ that the numerator uses.
 """
 
@@ -59,7 +59,8 @@ APPLIES_BOUND = True
 """Gates below the bound are raised to it on load, and get no gradient: a pass of its own over them would cost more."""
 
 Pair = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
-"""(S [K, V], z [K, 8]) in blocks of features, float32. Features are rows: a decay is two registers a thread, not sixteen."""
+"""(S [K, V], z [K, 8]) in blocks of features, float32. Features are rows: a decay then takes two registers of a thread,
+not sixteen."""
 
 
 class State(NamedTuple):
@@ -74,11 +75,11 @@ MAX_CHUNK = 128
 """Tokens."""
 
 SHORT = 64
-"""With strong gates, and up to this many tokens, a differentiated call also keeps o in float32. Rounded to bfloat16 it
-put dq off by 14 % at gates of -5, by 2.4 % at two tokens and -1.25, by 0.5 % at 17 and more."""
+"""Tokens. With strong gates, and up to so many tokens, a differentiated call also keeps o in float32. When it was rounded to
+bfloat16, dq was off by 14 % at gates of -5, by 2.4 % at two tokens and -1.25, and by 0.5 % at 17 and more."""
 
 PREFIX_SEGMENTS = 8
-"""Up to this many segments each program adds up the earlier ones itself (from L2); more go through a ``combine`` launch."""
+"""Up to so many segments, each program adds up the earlier ones itself (from L2); more take a ``combine`` launch."""
 
 
 def supports(q, k, v, log_g, *, normalize: bool, lower_bound: float | None, differentiated: bool) -> str | None:
@@ -136,6 +137,7 @@ def chunks_of(split: Split, segment: Any) -> Any:
 
 
 def zero_state(values: int, features: int) -> State:
+    """The state before the first token when none is given."""
     widths = [n for _, n in feature_blocks(features)]
     lane = tuple(jnp.zeros((n, LANES), f32) for n in widths)
     return State(tuple(jnp.zeros((n, values), f32) for n in widths), lane, lane)
@@ -157,11 +159,13 @@ def write_state(S_ref: Any, z_ref: Any, state: Pair, index: Any = None) -> None:
 
 
 def write_totals(L_ref: Any, L: tuple[jax.Array, ...]) -> None:
+    """Writes sums of gates, in blocks of features, to a ref [K]."""
     for (at, n), total in zip(feature_blocks(L_ref.shape[0]), L, strict=True):
         L_ref[pl.ds(at, n)] = column(total)
 
 
 def zero_totals(features: int) -> tuple[jax.Array, ...]:
+    """Sums of no gates."""
     return tuple(jnp.zeros((n, LANES), f32) for _, n in feature_blocks(features))
 
 
@@ -200,7 +204,8 @@ def add_chunk(before: Pair, k: tuple[jax.Array, ...], v: jax.Array, r: tuple[jax
 
 
 def segment_state_kernel(k_ref, v_ref, g_ref, *refs, split: Split, dtype: Any, per_chunk: bool, bound: float | None):
-    """P1: summary of a segment. With ``per_chunk`` (the backward pass) the scaled state before every chunk, from a given state."""
+    """P1: the summary of a segment. With ``per_chunk``, for the backward pass: the scaled state before every chunk, from a given
+    state."""
     segment = pl.program_id(2)
     chunk, limit = split.chunk, split.length if split.ragged else None
     matrix = centred(chunk, dtype)
@@ -289,7 +294,7 @@ def _segment_out_kernel(
         r = tuple(half_total(g) for g in gates)
         before = scaled(state, r)
         rounded = tuple(round_to(x, dtype) for x in before[0])
-        # The state before q: its operands are gone before the tiles of the output come up.
+        # The state comes before q, so that its operands are dead when the tiles of the output are formed.
         x = [exponents(g, matrix) for g in gates]
         k = tuple(
             round_to(load_rows(k_ref, start, chunk, limit, block).astype(f32) * exp2(-y), dtype)
@@ -323,7 +328,7 @@ def scores(q: tuple[jax.Array, ...], k: tuple[jax.Array, ...], mask: jax.Array) 
 
 
 def denominator(A: jax.Array, q: tuple[jax.Array, ...], z: tuple[jax.Array, ...]) -> jax.Array:
-    """sum_j A + q^ z~ + eps [C] of the rounded A and q^; z~ [K, 8] per block."""
+    """sum_j A + q^ z~ + eps [C] from the rounded A and q^; z~ [K, 8] for each block."""
     den = dot(A, ones(A.shape[1], A.dtype))
     for x, y in zip(q, z, strict=True):
         den += dot_exact(x, y)

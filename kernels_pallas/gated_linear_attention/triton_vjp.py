@@ -6,8 +6,10 @@ Two light sweeps write what couples the chunks, then every chunk is one independ
 * ``dstates``: reverse sweep over q, gates, do, o, den, writes dS~ = e dS and dz~ = e dz after every chunk;
 * ``chunk_vjp`` (B1): recomputes A, writes dq, dk, dv, dlog_g of the chunk in one go, with no state in registers.
 
-With few heads both sweeps run by segments: the forward saved the state before every segment; ``dstates`` first sums up each segment, and
-``combine`` runs the same rule backwards. Notation of the forward (e = 2^r, r = b_C / 2, x = b - r), with P = dn v^T, R = dn S~^T:
+With few heads both sweeps run segment by segment, in parallel: the forward pass saved the state before every segment, ``dstates``
+first sums up each segment, and ``combine`` joins the sums from the last to the first.
+
+Notation of the forward (e = 2^r, r = b_C / 2, x = b - r), with P = dn v^T, R = dn S~^T:
 
     dn = do / den     delta = -dn o        dA = where(i >= j, P + delta, 0)
     dq = 2^x (dA k^ + R + delta z~)        dk* = 2^-x (v dS~^T + dz~)        dk = 2^-x dA^T q^ + dk*        dv = A^T dn + k^ dS~
@@ -324,8 +326,8 @@ def chunk_gradients(
     bound: float | None,
     sizes: BlockSizes,
 ) -> Any:
-    """(dq, dk, dv, dlog_g) of every query head [B, T, H, .], from the scaled (S~, z~) and (dS~, dz~) of every chunk; den and
-    delta [B, T, H] float32, read only when ``normalize``."""
+    """(dq, dk, dv, dlog_g) [B, T, H, .] for every query head, from the scaled (S~, z~) and (dS~, dz~) of every chunk. den and
+    delta are [B, T, H] float32, read only when ``normalize``."""
     batch, length, heads, _ = q.shape
     values = v.shape[-1]
     tokens = (q, k, v, log_g, do)

@@ -40,7 +40,7 @@ HALO = 16
 """Rows of the tile before that a program reads: the depth of one wgmma, more than the taps need."""
 
 TILES = 16
-"""Tiles a program: it reads its head's parameters once."""
+"""Tiles that a program takes, so that it reads its head's parameters once for all of them."""
 
 SLOTS = 2
 """Tiles of x in shared memory."""
@@ -66,8 +66,8 @@ def supports(
 
 
 def _features_kernel(*refs, tiles: int, count: int, taps: int, blocks: int, half: int, groups: int):
-    """A warpgroup for q and one for k of a head; ``blocks`` of 64 channels; ``tiles`` a program of ``count`` in all; query
-    head h reads head h // groups of k."""
+    """One warpgroup for q and one for k of a head. ``blocks`` of 64 channels; a program takes ``tiles`` of the ``count`` tiles;
+    query head h reads head h // groups of k."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     phi_ref = refs[0]

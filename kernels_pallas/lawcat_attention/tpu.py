@@ -1,7 +1,7 @@
 """LAWCAT attention from raw projections in one launch, on TPUs (Pallas, Mosaic).
 
 Prefill is the chunk loop of ``kernels_pallas.gated_linear_attention.tpu`` with q, k and gates formed in VMEM: nothing but q, k, v, the gate
-logits and o passes through HBM. A program holds the kv heads of its query heads once, as they are; each query head
+logits and o passes through HBM. A program holds the kv heads of its query heads once; each query head
 convolves them with its own taps. A chunk takes two passes over its tiles:
 
 1. convolution and scores u [phi, -phi] of q and k, kept in VMEM. Rows are shifted by loads that begin between tiles of
@@ -89,7 +89,7 @@ def supports(
         )
     need = vmem_bytes(plan, backward=False) + sum(4 * np.prod(x) for x in _scratch_shapes(plan))
     if need > VMEM_BUDGET_BYTES:
-        return f"{plan.heads_block} heads a program need about {int(need) >> 20} MiB of VMEM"
+        return f"a program with {plan.heads_block} heads needs about {int(need) >> 20} MiB of VMEM"
     return None
 
 

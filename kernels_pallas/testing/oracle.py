@@ -1,7 +1,7 @@
 """Float64 NumPy oracle of gated linear attention and of LAWCAT attention.
 
 Gated linear attention is a loop over tokens, and its gradient another one from the last token to the first, written by
-hand. Nothing here shares code with the kernels. Slow: milliseconds a token.
+hand. Nothing here shares code with the kernels. Slow: milliseconds per token.
 """
 
 from __future__ import annotations

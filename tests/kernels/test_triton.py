@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import subprocess
+import sys
 from typing import ClassVar
 
 import jax
@@ -127,6 +129,23 @@ def test_block_sizes(tmp_path, monkeypatch):
         assert block_sizes.lookup("forward", jnp.bfloat16, 64, 64) == SMALL
     with pytest.raises(ValueError, match="unknown kernel 'nothing'"), block_sizes.override(nothing=SMALL):
         pass
+
+
+@pytest.mark.slow
+def test_tuned_sizes_are_judged_by_the_oracle():
+    # In a process of its own: tune defines flags whose names other command lines have as well.
+    code = """
+import kernels_pallas
+from kernels_pallas import tune
+from kernels_pallas.gated_linear_attention import block_sizes
+from kernels_pallas.testing import oracle
+chosen = dict.fromkeys(block_sizes.KERNELS, block_sizes.BlockSizes(16, 32, 4, 1, 64))
+with kernels_pallas.interpret():
+    assert not tune.wrong(32, chosen, length=40, heads=1)
+    oracle.EPS = 0.5
+    assert "o" in tune.wrong(32, chosen, length=40, heads=1)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def lawcat_inputs(*, length, batch=1, heads=2, kv_heads=1, width=64, state=True, seed=0, dtype=jnp.bfloat16):
