@@ -31,12 +31,13 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
 GATHER_BELOW = 8
-"""Number of shards from which permutations move less than one all-gather."""
+"""With fewer shards than this one all-gather moves less than log2 P permutations."""
 
 
 def _exclusive(decay, S, z, axis_name: str, *, reverse: bool = False):
-    """State of all shards before this one (after it when ``reverse``), from the shards' summaries; zeros at the end
-    without any."""
+    """(S, z) of all shards before this one, or of all after it when ``reverse``, from the summaries of the shards.
+
+    The first shard (the last when ``reverse``) gets zeros."""
     size, index = lax.axis_size(axis_name), lax.axis_index(axis_name)
     if size == 1:
         return jnp.zeros_like(S), jnp.zeros_like(z)
@@ -65,7 +66,7 @@ def _exclusive(decay, S, z, axis_name: str, *, reverse: bool = False):
 
 
 def _spread(L: jax.Array, heads: int) -> jax.Array:
-    """e^L per query head; [B, Hg, K] is small, so the repeat does not matter."""
+    """e^L for every query head [B, H, K], from L [B, Hg, K]: small, so that the repeat costs nothing."""
     return jnp.repeat(jnp.exp(L), heads // L.shape[1], axis=1)
 
 
@@ -82,7 +83,7 @@ def _run(spec: AttentionSpec, axis_name: str, q, k, v, log_g, S0, z0, save_resid
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sharded(spec: AttentionSpec, axis_name: str, q, k, v, log_g, S0, z0):
-    """(o, state at the end of this shard); S0, z0 are added to the state at the start of this shard."""
+    """(o, the state at the end of this shard). S0 and z0 are added to the state at its start."""
     return _run(spec, axis_name, q, k, v, log_g, S0, z0, False)[0]
 
 
@@ -197,8 +198,8 @@ def causal_conv1d(
     axis_name: str,
     initial_state: Float[Array, "B W-1 *C"] | None = None,
 ) -> tuple[Float[Array, "B T ..."], Float[Array, "B W-1 *C"]]:
-    """``kernels_pallas.causal_conv1d`` of a sequence sharded over ``axis_name``; the rows returned are the whole
-    sequence's last.
+    """``kernels_pallas.causal_conv1d`` of a sequence sharded over ``axis_name``; the rows returned are
+    the last ones of the whole sequence.
 
     Every shard needs at least W - 1 tokens. Raises ValueError naming the argument.
     """

@@ -50,9 +50,7 @@ _local = threading.local()
 def check_name(implementation: str | None) -> None:
     """Raises ValueError for a name that is not in the table."""
     if implementation is not None and implementation not in BACKENDS:
-        raise ValueError(
-            f"implementation: unknown {implementation!r}, choose one of {', '.join(IMPLEMENTATIONS)} or None"
-        )
+        raise ValueError(f"implementation: unknown {implementation!r}, choose one of {', '.join(BACKENDS)} or None")
 
 
 @contextlib.contextmanager
@@ -152,7 +150,15 @@ def first_that_serves(op: str, platform: str, *args: Any, **options: Any) -> str
 
 
 def implementation_for(
-    q, k, v, log_g, *, normalize=True, gate_lower_bound=-1.25, implementation=None, platform=None
+    q: Any,
+    k: Any,
+    v: Any,
+    log_g: Any,
+    *,
+    normalize: bool = True,
+    gate_lower_bound: float | None = -1.25,
+    implementation: str | None = None,
+    platform: str | None = None,
 ) -> str:
     """The name of the implementation that gated_linear_attention uses for these arrays (or ShapeDtypeStructs).
 

@@ -39,8 +39,8 @@ def gated_linear_attention(
       normalize: divide by the denominator; when False o = S^T q (z is carried all the same).
       gate_lower_bound: nats a token, below 0, or None. Lower gates are raised to it, with zero gradient there. A bound
         >= -1.25 allows chunks of 64 tokens with one reference point; None costs more.
-      implementation: "reference", "scan", "pallas_mosaic_gpu", "pallas_triton", "pallas_tpu" or None, the best for the
-        platform (``kernels_pallas.implementation_for``).
+      implementation: one of ``kernels_pallas.IMPLEMENTATIONS``, such as "scan" or "pallas_triton", or None for the best
+        one on the platform (``kernels_pallas.implementation_for``).
 
     Returns:
       o in v.dtype and the state (S, z) after the last token, float32. Differentiable in every array argument, state

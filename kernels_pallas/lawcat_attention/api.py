@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
@@ -18,7 +18,17 @@ if TYPE_CHECKING:
 
 
 def kernel_for(
-    q, k, v, gate_logits, conv_q, conv_k, phi, *, normalize=True, gate_lower_bound=-1.25, implementation=None
+    q: Any,
+    k: Any,
+    v: Any,
+    gate_logits: Any,
+    conv_q: Any,
+    conv_k: Any,
+    phi: Any,
+    *,
+    normalize: bool = True,
+    gate_lower_bound: float | None = -1.25,
+    implementation: str | None = None,
 ) -> str | None:
     """The name of the implementation whose layer kernels ``lawcat_attention`` uses for these arrays without ``lengths``.
 

@@ -40,7 +40,7 @@ REGIMES = (
     Regime("unbounded", "rare -80", None),
     Regime("jumps", "jumps", None, slow=True),
 )
-"""What tests go through."""
+"""What tests go through; a bound of None allows any gate."""
 
 MIXED = Regime("mixed", "mix -1.25")
 MEMORY = Regime("memory", "exponents 1e-5 0.05")

@@ -194,8 +194,8 @@ def test_lawcat(monkeypatch, options, segments):
         assert oracle.error(np.asarray(a.astype(jnp.float32)), np.asarray(b)) < limit
 
 
-def fused(arrays: dict) -> tuple:
-    """lawcat_attention by the fused kernels, (o, (S, z), tails)."""
+def by_kernel(arrays: dict) -> tuple:
+    """lawcat_attention by the layer kernels, (o, (S, z), tails)."""
     with interpreted():
         run = jax.jit(lambda x: kp.lawcat_attention(**x, implementation="pallas_triton"), compiler_options=QUICK)
         return run(arrays)
@@ -230,21 +230,21 @@ def test_decode(options, given, sizes):
     arrays = lawcat_inputs(length=1, **options)
     arrays = {n: x for n, x in arrays.items() if n not in ("initial_state", "conv_state") or n in given}
     with block_sizes.override(**({} if sizes is None else {"decode": sizes})):
-        got = fused(arrays)
+        got = by_kernel(arrays)
     want = kp.lawcat_attention(**jax.tree.map(lambda x: x.astype(jnp.float32), arrays), implementation="scan")
     assert_lawcat(got, want, DECODE_LIMITS[arrays["q"].dtype.type])
 
 
 def test_prefill_and_decode_equal_the_whole():
     arrays = lawcat_inputs(length=6, width=32, heads=4, kv_heads=2, dtype=jnp.float32)
-    whole = fused(arrays)
+    whole = by_kernel(arrays)
     sequence = {n: arrays.pop(n) for n in ("q", "k", "v", "gate_logits")}
     start = {n: arrays.pop(n) for n in ("initial_state", "conv_state")}
-    o, state, tails = fused(arrays | start | {n: x[:, :3] for n, x in sequence.items()})
+    o, state, tails = by_kernel(arrays | start | {n: x[:, :3] for n, x in sequence.items()})
     parts = [o]
     for t in range(3, 6):
         one = {n: x[:, t : t + 1] for n, x in sequence.items()}
-        o, state, tails = fused(arrays | one | {"initial_state": state, "conv_state": tails})
+        o, state, tails = by_kernel(arrays | one | {"initial_state": state, "conv_state": tails})
         parts.append(o)
     assert_lawcat((jnp.concatenate(parts, axis=1), state, tails), whole, (1e-5, 1e-5, 1e-5))
 
