@@ -85,8 +85,8 @@ class RequiredCases(Backend):
     @pytest.mark.parametrize("size", [64, 128])
     def test_required(self, size, regime, batch, length, group, dtype):
         self._skip(regime, dtype)
-        # Of few tokens as many heads as a model has: dz0 of two heads, one or two numbers each, is no average (dz0 of
-        # 17 tokens was 1.09e-2 once with two heads, where -do . o happened to be small in both).
+        # With few tokens, take as many heads as a model has: with two heads the error of dz0 is hardly an average. (It was
+        # 1.09e-2 once, for 17 tokens and two heads, where -do . o happened to be small in both.)
         heads = 8 if length <= 64 else 4 if group > 1 else 2
         shared = {"value_heads": heads // group, "gate_heads": heads // group}
         case = make_case(regime, batch=batch, length=length, heads=heads, **shared, K=size, V=size, dtype=dtype)

@@ -250,7 +250,7 @@ def test_prefill_and_decode_equal_the_whole():
 
 
 def test_decode_gradient():
-    """Of everything a step returns, the tails among it, to everything it is given."""
+    """The gradient from all that a decode step returns, tails included, to all that it is given."""
     arrays = lawcat_inputs(length=1, width=32, heads=4, kv_heads=2, dtype=jnp.float32)
 
     def loss(implementation, arrays):
