@@ -98,7 +98,7 @@ def decode(
     """One token, T = 1: (o, (S, z), (q tail, k tail)), shapes as in ``kernels_pallas.contract.Layer``.
 
     S is updated in place when the caller donates it. The rest is not: other programs may still read the old z and rows, and
-    in a loop XLA answered those aliases with copies that cost more than they saved (18 instead of 10 us per step, BENCHMARKS.md).
+    in a loop XLA answered those aliases with copies that cost more than they saved (18 instead of 10 us per step, docs/kernels.md).
 
     Sizes of the kernel "decode": block_v, num_warps, and num_stages 2 to load the state before the features are formed, 1
     to load it after their scores, which takes fewer registers.

@@ -11,8 +11,7 @@ import functools
 
 import numpy as np
 
-from lawcat_jax.data.batch import Batch
-from lawcat_jax.data.rows import make_row
+from lawcat_jax.data.rows import Row, make_row
 from lawcat_jax.data.samples import sample_rng
 from lawcat_jax.data.sources import Document, InstructionSource, Source, TextSource
 from lawcat_jax.data.tokenize import Tokenizer
@@ -73,7 +72,7 @@ class PieceStream:
     def __len__(self) -> int:
         return 2**48
 
-    def __getitem__(self, element: int) -> Batch:
+    def __getitem__(self, element: int) -> Row:
         """The arrays of :func:`lawcat_jax.data.pipeline.make_dataset` and ``continues``, a bool."""
         step, row = divmod(element, self._batch_size)
         start, pieces = self._sample_at(step, row)

@@ -14,9 +14,8 @@ import math
 import numpy as np
 
 from lawcat_jax.config import DataConfig
-from lawcat_jax.data.batch import Batch
 from lawcat_jax.data.pieces import PieceStream
-from lawcat_jax.data.rows import join_rows, make_row, pack
+from lawcat_jax.data.rows import Row, join_rows, make_row, pack
 from lawcat_jax.data.sources import Source, make_source
 from lawcat_jax.data.tokenize import Tokenizer
 from lawcat_jax.errors import UserError
@@ -36,7 +35,7 @@ def make_dataset(
 ):
     """Batches of one stage, as a ``grain.IterDataset``.
 
-    A batch is a :class:`Batch` of numpy arrays with B = ``batch_size`` / ``process_count`` and T = ``seq_length``.
+    A batch is a :class:`lawcat_jax.data.batch.Batch` of numpy arrays with B = ``batch_size`` / ``process_count`` and T = ``seq_length``.
 
     Process p of P takes every P-th sample, so that all processes together see the same global batches
     whatever P is. ``train`` is shuffled anew in each pass, ``validation`` keeps its order. With ``repeat``
@@ -71,7 +70,7 @@ def make_dataset(
         dataset = dataset.slice(slice(process_index, None, process_count))
     absent = {"segment_ids", "continues", "kl_weights"} - set(optional_arrays(data, split))
 
-    def row(index: int) -> Batch:
+    def row(index: int) -> Row:
         return {name: array for name, array in samples[index].items() if name not in absent}
 
     dataset = dataset.map(row).batch(batch_size // process_count, drop_remainder=True)
@@ -80,7 +79,7 @@ def make_dataset(
 
 
 def optional_arrays(data: DataConfig, split: str = "train") -> tuple[str, ...]:
-    """Names of the arrays of :class:`Batch` that batches of this stream have and others do not."""
+    """Names of the arrays of a :class:`~lawcat_jax.data.batch.Batch` that batches of this stream have and others do not."""
     parts = [part for _, part in mixture_parts(data)] if data.kind == "mixture" else [data]
     present = {
         "segment_ids": data.pack,
@@ -110,7 +109,7 @@ class Samples:
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Row:
         if index >= len(self):
             blank = self[0]
             return blank | {name: np.zeros_like(blank[name]) for name in ("loss_weights", "kl_weights", "mask")}

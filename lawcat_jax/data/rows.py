@@ -8,14 +8,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lawcat_jax.data.batch import Batch
 from lawcat_jax.data.sources import Document
 from lawcat_jax.data.tokenize import Tokenizer, pad_id
+
+Row = dict[str, np.ndarray]
+"""The arrays of a :class:`~lawcat_jax.data.batch.Batch` without its axis B, optional ones included."""
 
 _OPEN_ROWS = 64  # rows that wait for another document while packing
 
 
-def make_row(document: Document, seq_length: int, tokenizer: Tokenizer, *, inputs: int | None = None) -> Batch:
+def make_row(document: Document, seq_length: int, tokenizer: Tokenizer, *, inputs: int | None = None) -> Row:
     """A document padded on the right, as the arrays of :func:`lawcat_jax.data.pipeline.make_dataset` for one row.
 
     Its first ``inputs`` tokens (default: as many as fit) are the row's inputs; a token after them is a target only.
@@ -29,7 +31,7 @@ def make_row(document: Document, seq_length: int, tokenizer: Tokenizer, *, input
     return _arrays(tokens[:inputs], targets, loss_weights, kl_weights, seq_length, tokenizer)
 
 
-def join_rows(documents: Sequence[Document], seq_length: int, tokenizer: Tokenizer) -> Batch:
+def join_rows(documents: Sequence[Document], seq_length: int, tokenizer: Tokenizer) -> Row:
     """Several documents in a row, with ``segment_ids`` int32 [seq_length]: 1, 2, ... for them, 0 for padding.
 
     Where a document joins several texts each is a segment. The first token of a segment is no label.
@@ -62,7 +64,7 @@ def _arrays(
     kl_weights: np.ndarray,
     seq_length: int,
     tokenizer: Tokenizer,
-) -> Batch:
+) -> Row:
     length, pad = len(tokens), pad_id(tokenizer)
     fill = functools.partial(np.pad, pad_width=(0, seq_length - length))
     mask = np.ones(length, bool)
