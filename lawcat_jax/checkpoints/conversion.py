@@ -13,7 +13,7 @@ from lawcat_jax.checkpoints.hf.mapping import flatten
 from lawcat_jax.checkpoints.hf.peft import write_adapter
 from lawcat_jax.checkpoints.hf.read import progress_bar
 from lawcat_jax.checkpoints.hf.write import MAX_SHARD_BYTES, write_hf
-from lawcat_jax.checkpoints.model_dir import MODEL_JSON, ModelBundle, load_model, locate, save_model
+from lawcat_jax.checkpoints.model_dir import MODEL_JSON, ModelBundle, load_model, locate, open_checkpoint, save_model
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import check_target
 
@@ -34,7 +34,7 @@ def convert(
     """Read ``source``, write ``target``, print what was done.
 
     Args:
-      source: HF directory, hub id, model directory or ``asset:...``.
+      source: HF directory, hub id, GGUF file, model directory, ``asset:...`` or ``package:...``.
       target: directory to create.
       to: ``model`` (model directory), ``hf`` (Hugging Face directory, LoRA merged) or ``peft`` (adapter).
       dtype: of the pretrained weights, ``keep`` for the stored one.
@@ -115,6 +115,8 @@ def _summary(bundle: ModelBundle) -> str:
 
 
 def _weight_bytes(directory: Path) -> int | None:
+    if directory.is_file():  # GGUF: what is counted are the bytes after dequantisation
+        return open_checkpoint(directory).nbytes
     return sum(file.stat().st_size for file in directory.glob("model*.safetensors")) or None
 
 
@@ -147,7 +149,7 @@ def _verify(source: Path, target: Path, *, to: str, exact: bool) -> None:
 
 
 def compare_with_transformers(ours: Path, reference: Path, *, seed: int = 0) -> dict[str, float]:
-    """Logits of the teacher in ``ours`` against ``transformers`` on the HF directory ``reference``, in float32.
+    """Logits of the teacher in ``ours`` against ``transformers`` on ``reference`` (HF directory or GGUF file), in float32.
 
     Returns:
       ``max_abs`` (largest absolute difference), ``scale`` (largest absolute logit), ``kl``
@@ -164,8 +166,9 @@ def compare_with_transformers(ours: Path, reference: Path, *, seed: int = 0) -> 
     import torch
     import transformers
 
+    where = (reference.parent, {"gguf_file": reference.name}) if reference.is_file() else (reference, {})
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        reference, dtype=torch.float32, attn_implementation="eager"
+        where[0], **where[1], dtype=torch.float32, attn_implementation="eager"
     ).eval()
     with torch.no_grad():
         there = model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()

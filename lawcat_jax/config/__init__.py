@@ -18,6 +18,7 @@ annotations`` in the files with dataclasses: config_flags needs the types of fie
 
 from lawcat_jax.config.attention import AttentionConfig, LoraConfig, attention_problems
 from lawcat_jax.config.choices import (
+    BabiTask,
     Conv,
     DataKind,
     Distributed,
@@ -25,6 +26,7 @@ from lawcat_jax.config.choices import (
     Family,
     FeatureMap,
     GateKind,
+    Hay,
     Implementation,
     Init,
     LayerProjection,
@@ -38,15 +40,19 @@ from lawcat_jax.config.choices import (
     Remat,
     RopeKind,
     Schedule,
+    SourceKind,
     TaskName,
+    ValidationWording,
+    Wording,
 )
 from lawcat_jax.config.model import ModelConfig, RopeScaling, model_problems
 from lawcat_jax.config.run import CheckpointConfig, Config, EvalConfig, LogConfig, MeshConfig, TeacherConfig
-from lawcat_jax.config.stage import DataConfig, StageConfig
+from lawcat_jax.config.stage import DataConfig, MixtureSource, StageConfig
 from lawcat_jax.config.tree import ConfigError, Node, choice_problems, from_dict, to_dict, type_problems
 
 __all__ = [
     "AttentionConfig",
+    "BabiTask",
     "CheckpointConfig",
     "Config",
     "ConfigError",
@@ -59,6 +65,7 @@ __all__ = [
     "Family",
     "FeatureMap",
     "GateKind",
+    "Hay",
     "Implementation",
     "Init",
     "LayerProjection",
@@ -67,6 +74,7 @@ __all__ = [
     "LossDenominator",
     "MeshConfig",
     "MixerKind",
+    "MixtureSource",
     "ModelConfig",
     "Node",
     "NormPosition",
@@ -78,9 +86,12 @@ __all__ = [
     "RopeKind",
     "RopeScaling",
     "Schedule",
+    "SourceKind",
     "StageConfig",
     "TaskName",
     "TeacherConfig",
+    "ValidationWording",
+    "Wording",
     "attention_problems",
     "choice_problems",
     "from_dict",

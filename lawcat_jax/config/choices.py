@@ -48,8 +48,25 @@ Implementation = Literal["reference", "scan", "pallas_mosaic_gpu", "pallas_trito
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj"]
 """Matrix of an attention layer that can carry a LoRA adapter."""
 
-DataKind = Literal["passkey", "text"]
-"""What a stage is trained on: generated passkey samples, or text packed to the stage's length."""
+DataKind = Literal["passkey", "text", "niah", "babilong", "instruction", "mixture"]
+"""What a stage is trained on: generated passkey samples, text packed to the stage's length, needles that belong to a name
+(S-NIAH), bAbI stories in book text (BABILong), instructions with answers, or several of these."""
+
+SourceKind = Literal["passkey", "text", "niah", "babilong", "instruction"]
+"""What one source of a mixture holds."""
+
+Wording = Literal["paper", "varied"]
+"""Wording of generated training samples: the paper's single one, or many templates and kinds of keys."""
+
+ValidationWording = Literal["", "paper", "varied", "selection"]
+"""Wording of generated validation samples; ``selection`` is never trained on. ``""`` is ``selection`` where the training
+wording is ``varied``, else the training wording."""
+
+Hay = Literal["noise", "books", "mixed"]
+"""What surrounds a needle: repeated filler sentences, book text, or either, half the samples each."""
+
+BabiTask = Literal["qa1", "qa2", "qa3", "qa4", "qa5"]
+"""bAbI task: one, two or three supporting facts, relations of two or three arguments."""
 
 Schedule = Literal["cosine", "constant", "plateau"]
 """Learning rate after the warm-up: down to 0, constant, or lowered when the validation loss stops falling."""

@@ -2,15 +2,62 @@
 
 import dataclasses
 
-from lawcat_jax.config.choices import DataKind, LossDenominator, Remat, Schedule
+from lawcat_jax.config.choices import (
+    BabiTask,
+    DataKind,
+    Hay,
+    LossDenominator,
+    Remat,
+    Schedule,
+    SourceKind,
+    ValidationWording,
+    Wording,
+)
 from lawcat_jax.config.tree import Node, choice_problems
 
 
 @dataclasses.dataclass
-class DataConfig(Node):
-    """One training stream: generated passkey samples (paper section 4), or text packed to the stage's ``seq_length``.
+class MixtureSource(Node):
+    """One source of a mixture, with its share and its loss weights."""
 
-    The loss weights tokens: answers of passkey samples 1, their other tokens ``prompt_weight`` (1 when
+    kind: SourceKind = "text"
+    """What the source holds."""
+    weight: float = 1.0
+    """[share, relative] Share of the mixture's samples."""
+    source: str = ""
+    """``text``, ``instruction``: where from, as in ``data.source``."""
+    text_key: str = "text"
+    """``text``: the field of a row that holds its text."""
+    validation_source: str = ""
+    """``text``, ``instruction``: what validation reads, written as ``source``."""
+    wording: Wording = "paper"
+    """Passkey and the other generated kinds: wording of training samples. ``varied`` samples fill ``seq_length``."""
+    validation_wording: ValidationWording = ""
+    """The same of validation samples."""
+    hay: Hay = "noise"
+    """``niah``, and ``passkey`` in the varied wording: what surrounds the needle."""
+    hay_source: str = ""
+    """Book text for ``hay`` and ``babilong``, written as ``source``."""
+    babi_source: str = ""
+    """``babilong``: directory of bAbI's en-10k files."""
+    babi_tasks: tuple[BabiTask, ...] = ("qa1", "qa2", "qa3")
+    """``babilong``: tasks to draw stories from; qa3 stories are simulated where there is no train file."""
+    min_length_fraction: float = 1.0
+    """[share] Below 1, lengths of generated samples are drawn between this share of the full length and all of it."""
+    answer_weight: float = 1.0
+    """[weight per token] Loss weight of answers."""
+    prompt_weight: float = 0.0
+    """[weight per token] Loss weight of what precedes an answer."""
+    text_weight: float = 1.0
+    """[weight per token] Loss weight of text."""
+
+
+@dataclasses.dataclass
+class DataConfig(Node):
+    """One training stream: generated samples (paper section 4), instructions, text packed to the stage's ``seq_length``, or a
+    mixture.
+
+    The loss weights tokens: answers ``answer_weight``, the other tokens of samples with an answer ``prompt_weight`` (1 when
     ``answer_only`` is off), text tokens ``text_weight``.
     """
 
@@ -31,8 +78,29 @@ class DataConfig(Node):
     num_samples: int = 10_000
     """[sequences] Size of a passkey set, and how many sequences of a remote text are read (local text is read
     whole)."""
+    wording: Wording = "paper"
+    """Passkey and the other generated kinds: wording of training samples. ``varied`` samples fill ``seq_length``."""
+    validation_wording: ValidationWording = ""
+    """The same of validation samples."""
+    hay: Hay = "noise"
+    """``niah``, and ``passkey`` in the varied wording: what surrounds the needle."""
+    hay_source: str = ""
+    """Book text for ``hay`` and ``babilong``, written as ``source``."""
+    babi_source: str = ""
+    """``babilong``: directory of bAbI's en-10k files."""
+    babi_tasks: tuple[BabiTask, ...] = ("qa1", "qa2", "qa3")
+    """``babilong``: tasks to draw stories from; qa3 stories are simulated where there is no train file."""
+    mixture: tuple[MixtureSource, ...] = ()
+    """``mixture``: the sources. A pass has ``num_samples`` samples of all of them."""
+    pack: bool = False
+    """Put several short samples into one row and add ``segment_ids`` to the batch."""
+    pieces: int = 0
+    """[sequences] At least 2: make long samples and cut each into at most so many pieces of ``seq_length`` tokens, which
+    follow each other in consecutive batches (states passed from step to step); 0 is off."""
     answer_only: bool = True
     """Passkey: only the answer counts in the loss of stage 2 and pretraining, but for ``prompt_weight``."""
+    answer_weight: float = 1.0
+    """[weight per token] Loss weight of answers."""
     prompt_weight: float = 0.0
     """[weight per token] Passkey: loss weight of the tokens in front of the answer when ``answer_only`` is on."""
     text_weight: float = 1.0
@@ -148,15 +216,38 @@ def stage_problems(stage: StageConfig, path: str) -> list[str]:
 
 
 def _data_problems(data: DataConfig, path: str) -> list[str]:
-    problems = choice_problems(data, path)
-    if data.kind == "text" and not data.source:
-        problems.append(f"{path}.source: name a text source (tfds:..., hf:..., or a path) for kind 'text'")
-    for name in ("passkey_fraction", "min_length_fraction"):
-        if not 0 <= getattr(data, name) <= 1:
-            problems.append(f"{path}.{name}: {getattr(data, name)} is outside [0, 1]")
+    problems = choice_problems(data, path) + _source_problems(data, path)
+    for index, source in enumerate(data.mixture):
+        name = f"{path}.mixture[{index}]"
+        problems += choice_problems(source, name) + _source_problems(source, name)
+        if source.weight < 0:
+            problems.append(f"{name}.weight: {source.weight} must not be negative")
+    if data.kind == "mixture" and not any(source.weight > 0 for source in data.mixture):
+        problems.append(f"{path}.mixture: name at least one source with a positive weight for kind 'mixture'")
+    if not 0 <= data.passkey_fraction <= 1:
+        problems.append(f"{path}.passkey_fraction: {data.passkey_fraction} is outside [0, 1]")
     if data.num_samples < 1:
         problems.append(f"{path}.num_samples: {data.num_samples} must be at least 1")
-    for name in ("validation_samples", "passkey_words", "prompt_weight", "text_weight", "num_workers"):
+    if data.pieces == 1 or (data.pieces and data.pack):
+        problems.append(f"{path}.pieces: {data.pieces} must be 0 (off) or at least 2, and does not go with pack")
+    for name in ("validation_samples", "passkey_words", "num_workers", "pieces"):
         if getattr(data, name) < 0:
             problems.append(f"{path}.{name}: {getattr(data, name)} must not be negative")
+    return problems
+
+
+def _source_problems(source: DataConfig | MixtureSource, path: str) -> list[str]:
+    problems = []
+    if source.kind in ("text", "instruction") and not source.source:
+        problems.append(f"{path}.source: name a text source (tfds:..., hf:..., or a path) for kind {source.kind!r}")
+    hay = source.kind == "niah" or (source.kind == "passkey" and source.wording != "paper")
+    if not source.hay_source and (source.kind == "babilong" or (hay and source.hay != "noise")):
+        problems.append(f"{path}.hay_source: name books (a path, hf:..., or tfds:...) for kind {source.kind!r}")
+    if source.kind == "babilong" and not source.babi_tasks:
+        problems.append(f"{path}.babi_tasks: name at least one task")
+    if not 0 <= source.min_length_fraction <= 1:
+        problems.append(f"{path}.min_length_fraction: {source.min_length_fraction} is outside [0, 1]")
+    for name in ("answer_weight", "prompt_weight", "text_weight"):
+        if getattr(source, name) < 0:
+            problems.append(f"{path}.{name}: {getattr(source, name)} must not be negative")
     return problems

@@ -121,6 +121,8 @@ def _resolve(checkpoint: str) -> tuple[str, Path | None]:
     path = Path(checkpoint).expanduser()
     if checkpoint.startswith("asset:") or not path.exists():
         return checkpoint, None
+    if path.suffix == ".gguf":
+        return checkpoint, None
     if not path.is_dir():
         raise UserError(f"checkpoint {checkpoint!r} is a file; give the directory of a model")
     if not any((path / name).exists() for name in _MODEL_FILES):

@@ -1,5 +1,7 @@
-"""The decoder of every model family, shared by the softmax teacher and the linear-attention student; the token mixer is what
-differs.
+"""The decoder of every model family, for the softmax teacher and its linear-attention student, which differ in how layers
+mix tokens.
+
+A pass is: embed, run the layers segment by segment (a segment is a run of layers of one kind), norm, head.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
 
 
 class Decoder(nnx.Module):
-    """Decoder of a pretrained checkpoint (Llama and its kin); with ``attention`` its linearised student, with ``lora`` adapters on
-    that.
+    """Decoder with the architecture ``config``; with ``attention`` the student in which token mixers stand for softmax
+    attention, with ``lora`` also adapters on the projections of those layers.
 
     Parameters are stacked over layers on axis 0 (see the module ``lawcat_jax.models``). Base parameters have ``dtype``;
     those of the mixers and adapters are float32. Activations have the dtype of the embedding.
@@ -94,29 +96,6 @@ class Decoder(nnx.Module):
         hidden = self.final_norm(x)
         return hidden if return_hidden else self.head(hidden)
 
-    def head_kernel(self) -> Float[Array, "V D"] | Float[Array, "D V"]:
-        """The matrix of :meth:`head` as it is stored (its dimensions: :attr:`head_axes`), gathered over ``fsdp``: for
-        loops over chunks, which would gather it each time.
-        """
-        if self.lm_head is None:
-            return parallel.whole_rows(self.embed.embedding[...])
-        return parallel.whole_rows(self.lm_head.kernel[...].T).T
-
-    @property
-    def head_axes(self) -> str:
-        """Dimensions of :meth:`head_kernel`: "vd" when it is the embedding, else "dv"."""
-        return "vd" if self.lm_head is None else "dv"
-
-    def head(
-        self, hidden: Float[Array, "*b D"], kernel: Float[Array, "V D"] | Float[Array, "D V"] | None = None
-    ) -> Float[Array, "*b V"]:
-        """Logits in float32 of final-normed hidden states; ``kernel``: see :meth:`head_kernel`."""
-        if kernel is None:
-            kernel = self.embed.embedding[...] if self.lm_head is None else self.lm_head.kernel[...]
-        # The embedding is not transposed first: in a loop over chunks that would be a copy of it.
-        spec = f"...d,{self.head_axes}->...v"
-        return jnp.einsum(spec, hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-
     def init_cache(self, batch_size: int, max_length: int, *, as_teacher: bool = False) -> caching.Cache:
         """An empty cache. ``max_length`` bounds the tokens of softmax layers; linearised layers have no limit."""
         config, dtype = self.config, self.embed.embedding[...].dtype
@@ -161,17 +140,43 @@ class Decoder(nnx.Module):
         """One more token for every sequence: (logits, new cache)."""
         return self.prefill(token[:, None], cache, as_teacher=as_teacher)
 
-    # Parts
+    def diagnostics(self, tokens: Int[Array, "B T"], *, lengths: Int[Array, " B"] | None = None) -> dict[str, Array]:
+        """The mixers' ``statistics`` in a forward pass of the student, stacked over the linearised layers."""
+        context = self.context(tokens, lengths=lengths)
+        x, collected = self.embedded(tokens), []
 
-    def embedded(self, tokens):
-        """Hidden states [B, T, D] before the first layer."""
+        def mix(mixer, index, state, *projections):
+            del state
+            own = self.layer_context(context, index)
+            return mixer(*projections, own)[0], mixer.statistics(*projections, own)
+
+        for segment in self.segments():
+            if segment.linear:
+                x, statistics = self.scan_linear(segment, x, mix)
+                collected.append(statistics)
+            else:
+                x, _ = self.run_softmax(segment, x, context)
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *collected) if collected else {}
+
+    # The first and the last step of every pass
+
+    def embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Hidden states before the first layer, in the dtype of the embedding."""
         table = self.embed.embedding[...]
         if tokens.size >= self.config.vocab_size // 16:  # for a few tokens the table is the larger thing to gather
             table = parallel.whole_rows(table)
         return parallel.constrain(jnp.take(table, tokens, axis=0))
 
-    def context(self, tokens, start=None, lengths=None, positions=None) -> Context:
-        """Rotary table and bookkeeping of one call; ``start`` [B] are the tokens before it."""
+    def context(
+        self,
+        tokens: Int[Array, "B T"],
+        start: Int[Array, " B"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> Context:
+        """What the layers know about the tokens of one call: rotary table, valid ``lengths``, and ``start``, the number
+        of tokens that each sequence had before (default 0). ``positions`` default to start .. start + T - 1.
+        """
         batch, length = tokens.shape
         start = jnp.zeros((batch,), jnp.int32) if start is None else start
         if positions is None:
@@ -179,8 +184,33 @@ class Decoder(nnx.Module):
         cos, sin = rope_table(positions, self.config, lengths)
         return Context(cos, sin, start, lengths)
 
+    def head_kernel(self) -> Float[Array, "V D"] | Float[Array, "D V"]:
+        """The matrix of :meth:`head` as it is stored (its dimensions: :attr:`head_axes`), gathered over ``fsdp``: for
+        loops over chunks, which would gather it each time.
+        """
+        if self.lm_head is None:
+            return parallel.whole_rows(self.embed.embedding[...])
+        return parallel.whole_rows(self.lm_head.kernel[...].T).T
+
+    @property
+    def head_axes(self) -> str:
+        """Dimensions of :meth:`head_kernel`: "vd" when it is the embedding, else "dv"."""
+        return "vd" if self.lm_head is None else "dv"
+
+    def head(
+        self, hidden: Float[Array, "*b D"], kernel: Float[Array, "V D"] | Float[Array, "D V"] | None = None
+    ) -> Float[Array, "*b V"]:
+        """Logits in float32 of final-normed hidden states; ``kernel``: see :meth:`head_kernel`."""
+        if kernel is None:
+            kernel = self.embed.embedding[...] if self.lm_head is None else self.lm_head.kernel[...]
+        # The embedding is not transposed first: in a loop over chunks that would be a copy of it.
+        spec = f"...d,{self.head_axes}->...v"
+        return jnp.einsum(spec, hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    # The layers between them
+
     def segments(self, as_teacher: bool = False) -> list[Segment]:
-        """Runs of layers of one kind."""
+        """Consecutive layers of one kind, softmax or linearised, in order; one softmax run ``as_teacher``."""
         layers = self.config.num_layers
         if as_teacher or self.mixers is None or self.attention_config is None:
             return split_segments(layers, tuple(range(layers)))
@@ -199,8 +229,17 @@ class Decoder(nnx.Module):
         still = _is_in(layer, self.config.nope_layers, self.config.num_layers)
         return context._replace(cos=jnp.where(still, 1.0, context.cos), sin=jnp.where(still, 0.0, context.sin))
 
-    def teacher_attention(self, context: Context, layer: Int[Array, ""], q, k, v):
-        """Causal softmax attention of one layer over a whole sequence, with rotary embedding and window."""
+    def teacher_attention(
+        self,
+        context: Context,
+        layer: Int[Array, ""],
+        q: Float[Array, "B T H d"],
+        k: Float[Array, "B T Hkv d"],
+        v: Float[Array, "B T Hkv d"],
+    ) -> Float[Array, "B T H d"]:
+        """Causal softmax attention of one layer over a whole sequence, from q and k before rotation, with rotary embedding
+        and window: the heads before Wo.
+        """
         context = self.layer_context(context, layer)
         q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
         return self._softmax_attention(layer, q, k, v)
@@ -215,8 +254,21 @@ class Decoder(nnx.Module):
         return jax.lax.cond(whole, lambda *x: full(*x, start=start), lambda *x: sliding(*x, start=start), q, k, v)
 
     def run_softmax(
-        self, segment, x, context, *, cache=None, remat="none", unroll=False, dropout_rng=None, as_teacher=False
-    ):
+        self,
+        segment: Segment,
+        x: Float[Array, "B T D"],
+        context: Context,
+        *,
+        cache: caching.Cache | None = None,
+        remat: str = "none",
+        unroll: bool = False,
+        dropout_rng: jax.Array | None = None,
+        as_teacher: bool = False,
+    ) -> tuple[Float[Array, "B T D"], caching.Cache | None]:
+        """The softmax layers of a segment under one scan: (hidden states, the cache with these tokens appended).
+
+        ``remat`` and ``unroll`` as in :meth:`__call__`; they serve passes without a cache.
+        """
         del dropout_rng  # adapters exist in linearised layers only
         layers = Stacked(self.layers, segment.start, segment.stop)
 
@@ -251,8 +303,18 @@ class Decoder(nnx.Module):
         return x, {**cache, "softmax": {"k": keys, "v": values}}
 
     def run_linear(
-        self, segment, x, context, *, cache=None, remat="none", unroll=False, dropout_rng=None, as_teacher=False
-    ):
+        self,
+        segment: Segment,
+        x: Float[Array, "B T D"],
+        context: Context,
+        *,
+        cache: caching.Cache | None = None,
+        remat: str = "none",
+        unroll: bool = False,
+        dropout_rng: jax.Array | None = None,
+        as_teacher: bool = False,
+    ) -> tuple[Float[Array, "B T D"], caching.Cache | None]:
+        """The linearised layers of a segment with their mixers: (hidden states, the cache with their next states)."""
         del as_teacher  # there are no linear segments then
 
         def mix(mixer, index, state, *projections):
@@ -271,19 +333,21 @@ class Decoder(nnx.Module):
     def scan_linear(
         self,
         segment: Segment,
-        x,
+        x: Float[Array, "B T D"],
         mix: Callable,
         *,
-        states=None,
-        remat="none",
+        states: Any = None,
+        remat: str = "none",
         unroll: bool = False,
-        dropout_rng=None,
+        dropout_rng: jax.Array | None = None,
         adapted: bool = True,
-    ):
-        """Run the linearised layers of a segment under one scan: (x, stacked extras).
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The linearised layers of a segment under one scan, with any token mixing: (hidden states, the extras of all
+        layers, stacked).
 
-        ``mix(mixer, index, state, h, q, k, v) -> (o, extra)`` is the token mixing of layer ``index`` with its module
-        and its slice of ``states``; ``adapted`` False leaves the adapters out.
+        ``mix(mixer, index, state, h, q, k, v) -> (o, extra)`` mixes the tokens of layer number ``index``: with the
+        layer's mixer, its slice of ``states``, the normed input and its projections it gives the heads' output.
+        ``adapted`` False leaves the adapters out.
         """
         layers = Stacked(self.layers, segment.start, segment.stop)
         mixers = Stacked(self.mixers, segment.mixers.start, segment.mixers.stop)
@@ -298,26 +362,6 @@ class Decoder(nnx.Module):
         indices = jnp.arange(segment.start, segment.stop)
         xs = (layers.params, mixers.params, adapters.params, indices, states)
         return jax.lax.scan(rematerialized(body, remat), x, xs, unroll=unroll)
-
-    def diagnostics(self, tokens: Int[Array, "B T"], *, lengths: Int[Array, " B"] | None = None) -> dict[str, Array]:
-        """Statistics of every linearised layer in a forward pass of the student, stacked over layers (see
-        ``statistics``).
-        """
-        context = self.context(tokens, lengths=lengths)
-        x, collected = self.embedded(tokens), []
-
-        def mix(mixer, index, state, *projections):
-            del state
-            own = self.layer_context(context, index)
-            return mixer(*projections, own)[0], mixer.statistics(*projections, own)
-
-        for segment in self.segments():
-            if segment.linear:
-                x, statistics = self.scan_linear(segment, x, mix)
-                collected.append(statistics)
-            else:
-                x, _ = self.run_softmax(segment, x, context)
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *collected) if collected else {}
 
 
 def _last_valid(x: Float[Array, "B T D"], lengths: Int[Array, " B"] | None) -> Float[Array, "B D"]:

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -62,7 +62,7 @@ def add_rules(rules: Iterable[Rule]) -> None:
 
 
 def common_rows(config: Config) -> int:
-    """The number of sequences that divides the micro-batches of all stages: so many ways a batch can be split."""
+    """The largest number of ways in which the micro-batches of all stages can be split by sequences."""
     return math.gcd(*(stage.batch_size // stage.grad_accum for _, stage in config.stages()))
 
 
@@ -162,7 +162,7 @@ def mesh_of(params: Any) -> contextlib.AbstractContextManager:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over data x fsdp."""
+    """How a batch lies on the mesh: its rows split over data x fsdp."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
@@ -205,8 +205,8 @@ def data_shard(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     return parts.index(tuple(sorted(held[process]))), len(parts)
 
 
-def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch (see :func:`data_shard`), as global arrays."""
+def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch (see :func:`data_shard`), numpy arrays by name, as arrays over all processes."""
     sharding, (_, parts) = batch_sharding(mesh), data_shard(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, value, (value.shape[0] * parts, *value.shape[1:]))

@@ -16,9 +16,10 @@ from flax import nnx
 
 from lawcat_jax import models
 from lawcat_jax.config import StageConfig
+from lawcat_jax.data.batch import Batch
 from lawcat_jax.errors import UserError
 from lawcat_jax.models import Decoder
-from lawcat_jax.training.step import Batch, LossFn, Sums
+from lawcat_jax.training.step import LossFn, Sums
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from lawcat_jax import models
 from lawcat_jax.config import StageConfig
-from lawcat_jax.training.step import Batch, LossFn, Sums
+from lawcat_jax.data.batch import Batch
+from lawcat_jax.training.step import LossFn, Sums
 
 TokenSums = dict[str, jax.Array]
 
@@ -148,7 +149,7 @@ def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
     """Cross entropy on ``batch["loss_weights"]``, plus ``kl_weight`` times KL to the teacher on the same tokens.
 
     The teacher is the same decoder with softmax attention and without LoRA (``as_teacher``), under stop_gradient.
-    Metrics: ``cross_entropy`` (nats a token), ``accuracy`` (no logit above the target's, a share of the weighted
+    Metrics: ``cross_entropy`` (nats per token), ``accuracy`` (no logit above the target's, a share of the weighted
     tokens) and, with a teacher, ``kl``.
     """
 

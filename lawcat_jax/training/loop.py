@@ -1,4 +1,4 @@
-"""The training loop: steps, metrics, validation, checkpoints, signals. It knows neither the data nor the model."""
+"""The training loop: steps, metrics, validation, checkpoints, signals. It knows neither data nor models."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class TrainingError(UserError):
 
 @dataclasses.dataclass
 class StageRun:
-    """What the loop drives.
+    """What the loop drives: one stage, as functions of its state.
 
     ``train_step(state, batch) -> (state, metrics)`` takes the host's batch and donates the state;
     ``evaluate(params) -> {"loss": ..., ...}`` or None; ``batches`` has ``__next__``, ``get_state`` (JSON values) and
     ``set_state``; ``tokens(batch)`` counts the tokens of a batch over all processes; ``diagnose(params)`` gives numbers
-    to log about the result; ``utilization(tokens a second)`` is the model FLOPs utilisation, None where unknown.
+    to log about the result; ``utilization`` maps tokens per second to the model FLOPs utilisation, or None if unknown.
     """
 
     name: str
@@ -137,7 +137,7 @@ class Loop:
         self._window: tuple[float, int] | None = None  # (start, tokens) of the interval being timed
 
     def run(self, stop: StopSignal) -> Params:
-        """Train; returns the trainables (of the best validation loss, with ``keep_best``).
+        """Train to the last step; returns the trained parameters (with ``keep_best`` those of the best validation loss).
 
         Raises:
           InterruptedRunError: a signal came; everything is saved.

@@ -1,8 +1,9 @@
-"""From a configuration to the jitted steps of a stage. Works on shapes alone, so that dry runs need no weights."""
+"""The jitted steps of a stage, built from a configuration. Shapes suffice for that, so a dry run needs no weights."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig, Config, LoraConfig, ModelConfig, StageConfig
+from lawcat_jax.data.batch import batch_shapes
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import sharding
 from lawcat_jax.training import attention_transfer, finetune, optim, pretrain
@@ -28,7 +30,7 @@ STREAMS = {"pretrain": 0, "stage1": 1, "stage2": 2}
 
 @dataclasses.dataclass
 class Stage:
-    """The compiled form of a stage. ``state`` and ``frozen`` are the shapes (with shardings) that the steps take."""
+    """One stage, ready to run. ``state`` and ``frozen`` are the shapes (with shardings) that the steps take."""
 
     name: str
     config: StageConfig
@@ -42,7 +44,7 @@ class Stage:
     mesh: Mesh
 
     def key(self, seed: int) -> jax.Array:
-        """Root of the stage's random streams."""
+        """The random key from which the keys of the stage's steps are derived."""
         # Computed on every device: an array of one process cannot be put on the devices of others.
         make = jax.jit(jax.random.fold_in, out_shardings=sharding.replicated(self.mesh))
         return make(jax.random.key(seed), STREAMS[self.name])
@@ -56,6 +58,25 @@ class Stage:
 
     def _parts(self) -> set[str]:
         return set(self.state.params) | set(self.frozen)
+
+    def diagnostics(self, frozen: optim.Params, batch: Any) -> Callable[[optim.Params], dict[str, Any]] | None:
+        """The decoder's own statistics (gates, denominators, ...) on ``batch``, as a function of the trainables that
+        gives ``diagnostics/<name>`` -> values; None for pretraining, whose decoder has none.
+        """
+        if self.name == "pretrain":
+            return None
+
+        @functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
+        def statistics(trainable, frozen, batch):
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                decoder = models.bind(self.graphdef, optim.merge(trainable, frozen))
+                return decoder.diagnostics(batch["tokens"], lengths=batch["lengths"])
+
+        def diagnose(trainable: optim.Params) -> dict[str, Any]:
+            values = jax.tree_util.tree_leaves_with_path(jax.device_get(statistics(trainable, frozen, batch)))
+            return {f"diagnostics/{sharding.path_name(path)}": value for path, value in values}
+
+        return diagnose
 
     def merged(self, trainable: optim.Params, params: optim.Params) -> optim.Params:
         """``params`` with the stage's result in it."""
@@ -110,17 +131,14 @@ def build(name: str, config: Config, model: ModelConfig, mesh: Mesh, *, dtype: A
         in_shardings=(state_shardings.params, frozen_shardings, rows),
         out_shardings=everywhere,
     )
-    batch = batch_shapes(stage, mesh)
+    batch = global_batch(stage, mesh)
     return Stage(name, stage, steps, graphdef, state, frozen, batch, train_step, eval_step, mesh)
 
 
-def batch_shapes(stage: StageConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A global batch (see :func:`lawcat_jax.data.pipeline.make_dataset`)."""
-    rows = sharding.batch_sharding(mesh)
-    size = (stage.batch_size, stage.seq_length)
-    kinds = {"tokens": jnp.int32, "targets": jnp.int32, "loss_weights": jnp.float32, "mask": jnp.bool_}
-    shapes = {name: jax.ShapeDtypeStruct(size, kind, sharding=rows) for name, kind in kinds.items()}
-    return shapes | {"lengths": jax.ShapeDtypeStruct(size[:1], jnp.int32, sharding=rows)}
+def global_batch(stage: StageConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the batch of one step over all processes, with its rows split over the mesh."""
+    rows, shapes = sharding.batch_sharding(mesh), batch_shapes(stage.batch_size, stage.seq_length)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in shapes.items()}
 
 
 def place(params: optim.Params, mesh: Mesh) -> optim.Params:

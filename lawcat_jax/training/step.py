@@ -1,4 +1,4 @@
-"""One optimizer step, whatever the stage: micro-batches, token-weighted mean, AdamW, non-finite guard.
+"""One optimizer step of any stage: micro-batches, token-weighted mean, AdamW, and a guard against bad gradients.
 
 A stage supplies a loss function that returns *sums* over tokens. Sums and weights are added over micro-batches and
 divided once, so that accumulation equals the big batch however unevenly the tokens fall.
@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from lawcat_jax.config import StageConfig
+from lawcat_jax.data.batch import Batch
 from lawcat_jax.training import optim
-
-Batch = dict[str, jax.Array]
 
 
 class Sums(NamedTuple):
@@ -47,7 +46,7 @@ class TrainState(NamedTuple):
     norm_mean: jax.Array  # f32, running mean of the gradient norms of good steps
 
 
-# The spike guard compares with a mean over so many steps, and waits for some before it judges.
+# The spike guard compares with a mean over _SPIKE_MEMORY steps, and judges none of the first _SPIKE_PATIENCE.
 _SPIKE_MEMORY, _SPIKE_PATIENCE = 50, 10
 
 
@@ -92,9 +91,9 @@ def make_train_step(loss_fn: LossFn, stage: StageConfig, steps: int):
     """``step(state, frozen, batch, stage_key) -> (state, metrics)``, to be jitted with the state donated.
 
     The random key of a step is ``fold_in(stage_key, state.step)``: a resumed run draws what a straight run draws.
-    A bad step changes no parameter and no optimizer state; it is counted. Bad are a loss or gradient that is not
-    finite, and with ``spike_factor``, after the warm-up, a gradient norm of more than that times its running mean
-    (over the last 50 good steps).
+    A bad step changes no parameter and no optimizer state; it is counted. A step is bad if its loss or gradient is not
+    finite, or, after the warm-up, if its gradient norm exceeds ``spike_factor`` (where set) times the running mean over
+    the last 50 good steps.
     Metrics are f32: loss, learning_rate, grad_norm (before clipping, total and per group), bad_in_row, bad_total,
     weight (of the loss, usually tokens), and the loss function's own.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +94,20 @@ class Checkpoint:
         missing, unexpected or wrongly shaped tensors by name.
     """
 
-    def __init__(self, path: Path):
+    def __init__(
+        self, path: Path, *, values: dict[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None
+    ):
+        """``values`` and ``tensors`` are given by other file formats, which then name ``path`` in messages."""
         self.path = path
-        self.values = read_json(path / "config.json")
-        generation = stated_ids(path / GENERATION)
-        self.config: ModelConfig = model_config_from_hf(self.values, str(path / "config.json"), generation)
-        self.tensors: dict[str, Tensor] = _collect(path)
+        own = values is None
+        self._where = "config.json" if own else "its configuration"
+        self.values = read_json(path / "config.json") if own else values
+        self.config: ModelConfig = model_config_from_hf(
+            self.values,
+            str(path / "config.json" if own else path),
+            stated_ids(path / GENERATION) if own else {},
+        )
+        self.tensors: dict[str, Tensor] = _collect(path) if tensors is None else dict(tensors)
         if self.config.tie_embeddings and _EMBEDDING not in self.tensors and _HEAD in self.tensors:
             self.tensors[_EMBEDDING] = self.tensors.pop(_HEAD)  # one matrix, stored under the name of its other use
         self.slots: dict[str, Slot] = hf_slots(self.config)
@@ -135,13 +143,17 @@ class Checkpoint:
         }
         parts = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
         if parts:
-            raise UserError(f"{self.path}: tensors do not fit config.json: {'; '.join(parts)}")
+            raise UserError(f"{self.path}: tensors do not fit {self._where}: {'; '.join(parts)}")
         head, embedding = self.tensors.get(_HEAD), self.tensors[_EMBEDDING]
         if self.config.tie_embeddings and head is not None and not _same_values(head, embedding):
             raise UserError(
                 f"{self.path}: config.json ties the embeddings, but lm_head.weight differs from "
                 "model.embed_tokens.weight; set tie_word_embeddings to false to use both"
             )
+
+    def tokenizer_directory(self) -> str | None:
+        """The directory of the tokenizer's files; None when there are none."""
+        return str(self.path) if any((self.path / name).is_file() for name in TOKENIZER_FILES) else None
 
     def params(
         self, *, dtype: np.dtype | None = None, shardings: Shardings | None = None, progress: Progress = lambda n: None
