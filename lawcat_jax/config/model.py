@@ -78,7 +78,7 @@ class ModelConfig(Node):
     nope_layers: tuple[int, ...] = ()
     """[layer number, from 0] Layers without a rotary embedding (SmolLM3)."""
     partial_rotary_factor: float = 1.0
-    """[share] How much of each head is rotated, its first dimensions."""
+    """[share] How much of each head is rotated, its first dimensions (Phi-4)."""
     projection_biases: tuple[LayerProjection, ...] = ()
     """Projections with a bias."""
     qk_norm: QkNorm = "none"

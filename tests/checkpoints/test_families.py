@@ -353,6 +353,24 @@ def test_generation_config_wins_and_is_written_back(tmp_path):
             Checkpoint(source)
 
 
+def test_model_directories_from_before_a_field_existed(tmp_path):
+    """model.json without the fields that only newer families need."""
+    source = hf_models.make(tmp_path / "hf", "llama3_tied_sharded")
+    convert(str(source), str(tmp_path / "model"))
+    before = load_model(tmp_path / "model", dtype="keep")
+    file = tmp_path / "model" / "model.json"
+    values = json.loads(file.read_text())
+    architecture = ["full_attention_layers", "nope_layers", "partial_rotary_factor"]
+    for name in (*architecture, "projection_biases", "qk_norm", "norm_position"):
+        del values["model"][name]
+    for name in ("attention_factor", "beta_fast", "beta_slow", "truncate", "short_factor", "long_factor"):
+        del values["model"]["rope_scaling"][name]
+    file.write_text(json.dumps(values))
+    after = load_model(tmp_path / "model", dtype="keep")
+    assert after.model == before.model == Checkpoint(source).config
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+
+
 def test_export_mends_a_tokenizer_folder_of_another_model(tmp_path):
     """The ids that are written beside the weights are the model's, in both files."""
     source = hf_models.make(tmp_path / "hf")

@@ -37,7 +37,7 @@ def write_hf(
 ) -> None:
     """Write config.json, generation_config.json, safetensors and tokenizer files.
 
-    The linear-attention mixers have no place in a Llama or Mistral and are left out; LoRA, when ``params``
+    The linear-attention mixers have no place in a pretrained architecture and are left out; LoRA, when ``params``
     has it, is merged in float32 and rounded once: W + (alpha / r) a b.
 
     Args:
