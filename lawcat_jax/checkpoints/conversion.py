@@ -116,7 +116,7 @@ def _summary(bundle: ModelBundle) -> str:
 
 def _weight_bytes(directory: Path) -> int | None:
     if directory.is_file():  # GGUF: what is counted are the bytes after dequantisation
-        return open_checkpoint(directory).nbytes
+        return open_checkpoint(directory).reader.nbytes
     return sum(file.stat().st_size for file in directory.glob("model*.safetensors")) or None
 
 
