@@ -62,7 +62,7 @@ def with_entries(source: str, table: str, entries: str) -> str:
     before, bracket, after = source[: end - 1].rstrip(), source[end - 1], source[end:]
     assert bracket in "])}", f"{table} is no list"
     comma = "" if before.endswith((",", "[", "(", "{")) else ","
-    return f"{before}{comma}\n{textwrap.indent(entries, '    ')}{bracket}{after}"
+    return f"{before}{comma}\n{textwrap.indent(entries.rstrip().rstrip(','), '    ')},\n{bracket}{after}"
 
 
 def section(title: str) -> str:
@@ -149,7 +149,7 @@ def test_recipe(outcomes, recipe):
 
 
 def test_entries_go_to_the_end_of_a_table():
-    assert with_entries('A = L["x"]\nB = 1\n', "A", '"y",\n') == 'A = L["x",\n    "y",\n]\nB = 1\n'
+    assert with_entries('A = L["x"]\nB = 1\n', "A", '"y"\n') == 'A = L["x",\n    "y",\n]\nB = 1\n'
     assert with_entries("A: D = {\n    1: 2,\n}\n", "A", "3: 4,\n") == "A: D = {\n    1: 2,\n    3: 4,\n}\n"
 
 
