@@ -63,6 +63,19 @@ def test_files_in_commands_exist():
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
+def test_files_in_the_text_exist():
+    """Paths in backticks; those of the recipes' toys are made by ``test_contributing.py``."""
+    missing = [
+        f"{page.name}: {name}"
+        for page in PAGES
+        for name in re.findall(
+            r"`((?:lawcat_jax|kernels_pallas|configs|launch|tests|docs)/[\w/.-]*)`", page.read_text(encoding="utf-8")
+        )
+        if not (ROOT / name).exists() and "toy" not in name
+    ]
+    assert not missing
+
+
 @pytest.mark.parametrize("line", TRAINING)
 def test_training_commands_are_valid(line, monkeypatch):
     arguments = [word for word in shlex.split(line, comments=True) if word.startswith("--config")]
