@@ -28,7 +28,8 @@ def commands() -> list[str]:
     return found
 
 
-TRAINING = [line for line in commands() if "-m lawcat_jax.train " in line and "--config=" in line]
+# Those with a toy of CONTRIBUTING.md are valid where it was added only.
+TRAINING = [line for line in commands() if re.search(r"-m lawcat_jax\.train (?!.*toy).*--config=", line)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
