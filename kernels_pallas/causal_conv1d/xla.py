@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -13,5 +15,5 @@ def causal_conv1d(x: jax.Array, w: jax.Array, initial_state: jax.Array | None) -
         initial_state = jnp.zeros_like(x[:, :1], shape=(x.shape[0], taps - 1, *x.shape[2:]))
     rows = jnp.concatenate([initial_state.astype(x.dtype), x], axis=1)
     # Products of bfloat16 numbers are exact in float32, so the result is rounded once, at the end.
-    y = sum(w[j].astype(jnp.float32) * rows[:, j : j + length].astype(jnp.float32) for j in range(taps))
+    y: Any = sum(w[j].astype(jnp.float32) * rows[:, j : j + length].astype(jnp.float32) for j in range(taps))
     return y.astype(x.dtype), rows[:, length:]
