@@ -99,9 +99,9 @@ def _check(graphdef, params, prompts: Sequence[Sequence[int]], max_new_tokens: i
 
 def _has_softmax(graphdef, params, as_teacher: bool) -> bool:
     model = bind(graphdef, params)
-    return (
-        as_teacher or model.mixers is None or num_linear(model.config, model.attention_config) < model.config.num_layers
-    )
+    if as_teacher or model.mixers is None or model.attention_config is None:
+        return True
+    return num_linear(model.config, model.attention_config) < model.config.num_layers
 
 
 def _consume(graphdef, params, prompts, new_tokens: int, chunk: int, as_teacher: bool):

@@ -90,6 +90,12 @@ def build_norm(config: ModelConfig, path: str, stack: Stack, dtype) -> RMSNorm:
 class DecoderLayer(nnx.Module):
     """Attention and SwiGLU, each with a norm before it (Llama) or behind it (OLMo 2); the decoder hands in the mixer."""
 
+    if TYPE_CHECKING:  # set by name, the two of its position
+        input_norm: RMSNorm
+        post_attention_norm: RMSNorm
+        attention_output_norm: RMSNorm
+        mlp_output_norm: RMSNorm
+
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Stack, dtype):
         self.norm_after = config.norm_position == "after"
         for path in projections.norms(config):
@@ -133,9 +139,12 @@ def rematerialized(function: Callable, remat: str) -> Callable:
 
 
 class Stacked:
-    """The stacked parameters of a module, cut to some layers, and the way back from one layer's slice to the module."""
+    """The stacked parameters of a module, cut to some layers, and the way back from one layer's slice to the module.
 
-    def __init__(self, module: nnx.Module | None, start: int = 0, stop: int | None = None):
+    ``module``: an ``nnx.Module`` (a ``TokenMixer`` is one), or None.
+    """
+
+    def __init__(self, module: Any, start: int = 0, stop: int | None = None):
         if module is None:
             self.graphdef, self.params = None, None
             return

@@ -200,6 +200,7 @@ def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
             values = jax.lax.stop_gradient(decoder(tokens, as_teacher=True, **options))
             held = batch.get("kl_weights", weights)
             teacher = Teacher(values, held, stage.kl_temperature, stage.kl_direction == "reverse")
+        sums: Any  # custom_vjp hides what frozen_head_sums returns
         kernel = decoder.head_kernel()
         if teacher is None and _head_is_frozen(decoder, stage):
             kernel = jax.lax.stop_gradient(kernel)
