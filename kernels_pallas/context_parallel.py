@@ -239,9 +239,10 @@ def lawcat_attention(
     _, index = _check_axis(axis_name)
     rows = conv_q.shape[1] - 1
     initial = conv_state or (None, None)
-    before = tuple(
+    before_q, before_k = (
         _rows_before(x, tail, rows, axis_name, name) for name, x, tail in zip("qk", (q, k), initial, strict=True)
     )
+    before = (before_q, before_k)
     valid = None if lengths is None else lawcat_xla.valid_tokens(lengths, q.shape[1], index * q.shape[1])
     features_q, features_k, log_g = lawcat_xla.prepare(
         q, k, gate_logits, conv_q, conv_k, phi, before, valid, gate_normalizer

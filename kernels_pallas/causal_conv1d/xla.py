@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
-def causal_conv1d(x: jax.Array, w: jax.Array, initial_state: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+
+def causal_conv1d(
+    x: Float[Array, "B T *c"], w: Float[Array, "W ..."], initial_state: Float[Array, "B W-1 *c"] | None
+) -> tuple[Float[Array, "B T ..."], Float[Array, "B W-1 *c"]]:
     """(y, tail): y_t = sum_j w_j x_(t - (W - 1) + j), accumulated in float32, and the last W - 1 rows of [initial_state ; x]."""
     length, taps = x.shape[1], w.shape[0]
     if initial_state is None:

@@ -71,12 +71,16 @@ class Attention(nnx.Module):
             return y.reshape(heads)
         return norm(y.reshape(heads)) if self.config.qk_norm == "head" else norm(y).reshape(heads)
 
-    def qkv(self, x: Float[Array, "B T D"], adapter: Lora | None = None, dropout_key: jax.Array | None = None):
+    def qkv(
+        self, x: Float[Array, "B T D"], adapter: Lora | None = None, dropout_key: jax.Array | None = None
+    ) -> tuple[Float[Array, "B T H d"], Float[Array, "B T Hkv d"], Float[Array, "B T Hkv d"]]:
         """q [B, T, H, d], k and v [B, T, Hkv, d], with bias and norms, before any rotation."""
         q, k, v = (self._apply(name, x, adapter, dropout_key) for name in ("q_proj", "k_proj", "v_proj"))
         return self._heads(q, self.q_norm), self._heads(k, self.k_norm), self._heads(v)
 
-    def output(self, o: Float[Array, "B T H d"], adapter: Lora | None = None, dropout_key: jax.Array | None = None):
+    def output(
+        self, o: Float[Array, "B T H d"], adapter: Lora | None = None, dropout_key: jax.Array | None = None
+    ) -> Float[Array, "B T D"]:
         """Concatenated heads through Wo."""
         return self._apply("o_proj", o.reshape(*o.shape[:2], -1), adapter, dropout_key)
 
@@ -104,7 +108,13 @@ class DecoderLayer(nnx.Module):
         self.attention = Attention(config, rngs=rngs, stack=stack, dtype=dtype)
         self.mlp = SwiGLU(config, rngs=rngs, stack=stack, dtype=dtype)
 
-    def __call__(self, x, mix: Callable, adapter: Lora | None = None, dropout_key: jax.Array | None = None):
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        mix: Callable,
+        adapter: Lora | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
         """(next hidden state, what ``mix(h, q, k, v) -> (o, extra)`` returned beside its output)."""
         h = x if self.norm_after else self.input_norm(x)
         o, extra = mix(h, *self.attention.qkv(h, adapter, dropout_key))

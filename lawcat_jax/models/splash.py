@@ -18,7 +18,7 @@ BLOCK = 512
 """Most queries and keys of one tile."""
 
 
-def serves(q: jax.Array) -> bool:
+def serves(q: Float[Array, "B T H d"]) -> bool:
     """Whether the kernel takes these queries [B, T, H, d]: on a TPU, and long enough to fill its tiles."""
     return target_platform(q) == "tpu" and q.shape[1] >= LANES
 
