@@ -32,14 +32,14 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an existing target")
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; use --source= and --target=")
-    for name, value in (("source", _SOURCE.value), ("target", _TARGET.value)):
-        if not value:
-            raise UserError(f"--{name} is missing; see python -m lawcat_jax.convert --help")
+    source, target = _SOURCE.value, _TARGET.value
+    if not source or not target:
+        raise UserError(f"--{'target' if source else 'source'} is missing; see python -m lawcat_jax.convert --help")
     from lawcat_jax.checkpoints.conversion import convert
 
     convert(
-        _SOURCE.value,
-        _TARGET.value,
+        source,
+        target,
         to=_TO.value,
         dtype=_DTYPE.value,
         revision=_REVISION.value,

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     from lawcat_jax.inference.text import continue_text
 
     model = load_for_inference(
-        _CHECKPOINT.value, revision=_REVISION.value, dtype=_DTYPE.value, tokenizer=_TOKENIZER.value
+        _CHECKPOINT.value or "", revision=_REVISION.value, dtype=_DTYPE.value, tokenizer=_TOKENIZER.value
     )
     pieces = continue_text(
         model,

@@ -116,7 +116,8 @@ def _summary(bundle: ModelBundle) -> str:
 
 def _weight_bytes(directory: Path) -> int | None:
     if directory.is_file():  # GGUF: what is counted are the bytes after dequantisation
-        return open_checkpoint(directory).reader.nbytes
+        reader = open_checkpoint(directory).reader
+        return None if reader is None else reader.nbytes
     return sum(file.stat().st_size for file in directory.glob("model*.safetensors")) or None
 
 

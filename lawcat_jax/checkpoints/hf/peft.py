@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from lawcat_jax.checkpoints.hf import families
 from lawcat_jax.checkpoints.hf.mapping import flatten, linearised_layers, unflatten
 from lawcat_jax.checkpoints.hf.tensors import open_tensors, write_tensors
 from lawcat_jax.checkpoints.hf.write import check_leaves
-from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig
+from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig, Projection
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import new_directory, read_json, write_json
 from lawcat_jax.projections import LORA_TARGETS, PROJECTIONS
@@ -170,5 +170,5 @@ def _lora_config(values: dict[str, Any], source: Path) -> LoraConfig:
     rank, alpha = values.get("r"), values.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise UserError(f"{where}: r {rank!r} and lora_alpha {alpha!r} should be numbers, r at least 1")
-    ordered = tuple(name for name in LORA_TARGETS if name in (targets or ()))
+    ordered: tuple[Projection, ...] = tuple(cast(Projection, name) for name in LORA_TARGETS if name in (targets or ()))
     return LoraConfig(rank=rank, alpha=float(alpha), dropout=float(values.get("lora_dropout") or 0.0), targets=ordered)

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -26,6 +26,37 @@ DTYPES: dict[str, np.dtype] = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors library
 BLOCK_BYTES = 32 << 20  # of one read: small beside any large tensor, large enough for full disk speed
+
+
+class StoredTensor(Protocol):
+    """A tensor in a file of any format, as :class:`Tensor` and the GGUF reader's give it."""
+
+    file: Path
+    name: str
+    code: str
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype | None:
+        """What reads give; None for a dtype that cannot be read."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what reads give."""
+        ...
+
+    def part(self, start: int, stop: int) -> StoredTensor:
+        """Rows [start, stop) of axis 0 as a tensor of their own."""
+        ...
+
+    def rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Rows [start, stop) of axis 0, read into ``out`` (C-contiguous, same dtype) when given."""
+        ...
+
+    def blocks(self, start: int, stop: int) -> Iterable[tuple[int, np.ndarray]]:
+        """(first row, rows) of [start, stop) in pieces of about :data:`BLOCK_BYTES`."""
+        ...
 
 
 class Tensor:
@@ -54,7 +85,7 @@ class Tensor:
         width = math.prod(self.shape[1:])
         if out is None:
             out = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        buffer = memoryview(out.reshape(-1).view(np.uint8))
+        buffer = out.reshape(-1).view(np.uint8).data
         try:
             with open(self.file, "rb", buffering=0) as stream:
                 stream.seek(self._offset + start * width * self.dtype.itemsize)
@@ -149,7 +180,7 @@ def write_tensors(
             array = np.ascontiguousarray(make())
             if array.shape != shape or array.dtype != dtype:
                 raise ValueError(f"{name} is {array.dtype}{array.shape}, announced as {dtype}{shape}")
-            stream.write(memoryview(array.reshape(-1).view(np.uint8)))
+            stream.write(array.reshape(-1).view(np.uint8).data)
             on_bytes(array.nbytes)
         stream.flush()
         os.fsync(stream.fileno())
