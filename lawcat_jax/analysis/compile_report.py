@@ -161,7 +161,7 @@ def architecture(config: Config) -> ModelConfig:
     from lawcat_jax.training.run import read_architecture
 
     try:
-        return read_architecture(config.teacher.source, config.teacher.revision)[0]
+        return read_architecture(config.teacher.source, config.teacher.revision, config.teacher.base)[0]
     except UserError as problem:
         raise UserError(f"{problem}; or declare config.teacher.architecture") from problem
 

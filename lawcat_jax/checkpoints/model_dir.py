@@ -12,31 +12,25 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 
+from lawcat_jax.checkpoints.delta import Delta, cast, is_delta, is_trained
 from lawcat_jax.checkpoints.hf.mapping import base_shapes, flatten, unflatten
 from lawcat_jax.checkpoints.hf.read import TOKENIZER_FILES, Checkpoint, Progress, Shardings, resolve_source
 from lawcat_jax.checkpoints.hf.write import check_leaves, copy_tokenizer
-from lawcat_jax.config import (
-    AttentionConfig,
-    ConfigError,
-    LoraConfig,
-    ModelConfig,
-    attention_problems,
-    from_dict,
-    model_problems,
-    to_dict,
-    type_problems,
-)
+from lawcat_jax.checkpoints.stored_configs import configs_from_json, configs_to_json
+from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig
 from lawcat_jax.errors import UserError, unraisable
 from lawcat_jax.files import new_directory, read_json, write_json
 
 FORMAT_VERSION = 1
 _RESTORE_BYTES = 256 << 20
 MODEL_JSON, PARAMS, TOKENIZER = "model.json", "params", "tokenizer"
+_MODEL_FILES = (MODEL_JSON, "config.json")  # of a model directory, of a Hugging Face directory
+_IN_RUN = ("student", "teacher")
 ASSETS = Path(__file__).parents[1] / "assets"
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -122,9 +116,7 @@ def save_model(
     check_leaves(leaves, expected_shapes(model, attention, lora), f"cannot write {target}")
     values = {
         "format_version": FORMAT_VERSION,
-        "model": to_dict(model),
-        "attention": None if attention is None else to_dict(attention),
-        "lora": None if lora is None else to_dict(lora),
+        **configs_to_json(model, attention, lora),
         "extra": dict(extra or {}),
         # So that a load can check every array without opening it, and so that a reader sees what is inside.
         "params": {path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in leaves.items()},
@@ -138,19 +130,143 @@ def save_model(
     _barrier("save_model")
 
 
+class Reader(Protocol):
+    """What reads the parameters of a checkpoint that is no model directory, e.g. a Hugging Face ``Checkpoint``."""
+
+    def params(self, *, dtype: np.dtype | None, shardings: Shardings | None, progress: Progress) -> dict[str, Any]:
+        """Every parameter as a plain nested dict; for the arguments see :func:`load_model`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A model directory, Hugging Face checkpoint or student's small file whose configurations are read and whose parameters are not.
+
+    ``directory`` is where it lies on this machine. ``model``, ``attention``, ``lora``, ``tokenizer_path`` and
+    ``extra`` are those of :class:`ModelBundle`. Made by :func:`open_checkpoint`.
+    """
+
+    directory: Path
+    model: ModelConfig
+    attention: AttentionConfig | None
+    lora: LoraConfig | None
+    tokenizer_path: str | None
+    extra: dict[str, Any]
+    reader: Reader | None = dataclasses.field(default=None, repr=False)  # of another format than model directories
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of every parameter by '/'-joined path."""
+        return expected_shapes(self.model, self.attention, self.lora)
+
+    def params(
+        self,
+        *,
+        dtype: str | None = "auto",
+        shardings: Shardings | None = None,
+        progress: Progress = lambda count: None,
+    ) -> dict[str, Any]:
+        """Read every parameter into a plain nested dict; for the arguments see :func:`load_model`.
+
+        Raises:
+          UserError: damaged files, or parameters that are missing, unexpected or wrongly shaped.
+        """
+        cast = resolve_dtype(dtype)
+        if self.reader is not None:
+            return self.reader.params(dtype=cast, shardings=shardings, progress=progress)
+        return unflatten(_restore_params(self.directory, self.shapes, cast, shardings))
+
+
+class _JoinedReader:
+    """A student's small file with its teacher. The teacher passes through the host's memory whole, to be compared."""
+
+    def __init__(self, delta: Delta, base: OpenedCheckpoint, where: str):
+        self._delta, self._base, self._where = delta, base, where
+
+    def params(self, *, dtype: np.dtype | None, shardings: Shardings | None, progress: Progress) -> dict[str, Any]:
+        """As :meth:`Reader.params`."""
+        base = dict(flatten(self._base.params(dtype="keep", progress=progress)))
+        leaves: dict[str, Any] = self._delta.join(base, self._where)
+        check_leaves(
+            leaves, expected_shapes(self._delta.model, self._delta.attention, self._delta.lora), str(self._delta.path)
+        )
+        for path, leaf in leaves.items():
+            if dtype is not None and not is_trained(path):
+                leaf = cast(leaf, dtype, path)
+            sharding = None if shardings is None else shardings(path)
+            if sharding is not None:
+                import jax
+
+                leaf = jax.make_array_from_callback(leaf.shape, sharding, lambda index, leaf=leaf: leaf[index])
+            leaves[path] = leaf
+        return unflatten(leaves)
+
+
+def open_checkpoint(
+    source: str | os.PathLike, revision: str | None = None, base: str | os.PathLike | None = None
+) -> OpenedCheckpoint:
+    """Find ``source`` and read its configurations and the list of its tensors, but no parameter.
+
+    Args:
+      source: a model directory, an HF directory, a hub id (its files are downloaded), ``asset:tiny_llama``, or a
+        student's small file (:mod:`lawcat_jax.checkpoints.delta`).
+      revision: of a hub repository.
+      base: the teacher that a student's small file belongs to; by default the one that it names.
+
+    Raises:
+      UserError: nothing there, a configuration that is damaged or not supported, tensors that do not fit it, or a
+        ``base`` that is missing, superfluous, or of another architecture.
+    """
+    if is_delta(source):
+        return _open_delta(Delta(os.fspath(source)), revision, None if base is None else os.fspath(base))
+    if base is not None:
+        raise UserError(f"--base belongs to a student's small file (convert --to=delta), and {source} is none")
+    directory = locate(source, revision)
+    if (directory / MODEL_JSON).is_file():
+        model, attention, lora, extra = read_model_json(directory)
+        return OpenedCheckpoint(directory, model, attention, lora, _tokenizer_path(directory / TOKENIZER), extra)
+    checkpoint, extra = Checkpoint(directory), {"source": str(source)}
+    return OpenedCheckpoint(directory, checkpoint.config, None, None, _tokenizer_path(directory), extra, checkpoint)
+
+
+def _open_delta(delta: Delta, revision: str | None, base: str | None) -> OpenedCheckpoint:
+    source = base or delta.teacher
+    if source is None:
+        raise UserError(f"{delta.path} does not say which teacher it belongs to; name it with --base")
+    try:
+        opened = open_checkpoint(source, (None if base else delta.revision) or revision)
+    except UserError as problem:
+        if base:
+            raise
+        raise UserError(
+            f"{delta.path} needs its teacher {source}, which cannot be opened here: name it with --base ({problem})"
+        ) from problem
+    delta.check_architecture(opened.model, source)
+    # The token ids are the student's: a run may have changed them.
+    return OpenedCheckpoint(
+        opened.directory,
+        delta.model,
+        delta.attention,
+        delta.lora,
+        opened.tokenizer_path,
+        delta.extra,
+        _JoinedReader(delta, opened, source),
+    )
+
+
 def load_model(
     source: str | os.PathLike,
     *,
     revision: str | None = None,
+    base: str | os.PathLike | None = None,
     dtype: str | None = "auto",
     shardings: Shardings | None = None,
     progress: Progress = lambda count: None,
 ) -> ModelBundle:
-    """Load a model directory, an HF directory, a hub id, or ``asset:tiny_llama``.
+    """Open and read what :func:`open_checkpoint` takes.
 
     Args:
-      source: where from.
-      revision: of a hub repository.
+      source, revision, base: see :func:`open_checkpoint`.
       dtype: of the pretrained part: ``float32``, ``bfloat16``, ``float16``, ``auto`` (bfloat16 on
         accelerators, float32 on CPU), or ``keep``. Mixers and LoRA keep the dtype they were saved in.
       shardings: path -> jax.sharding.Sharding or None; see :meth:`lawcat_jax.checkpoints.hf.read.Checkpoint.params`.
@@ -159,13 +275,26 @@ def load_model(
     Raises:
       UserError: nothing there, damaged files, or parameters that are missing, unexpected or wrongly shaped.
     """
-    cast = resolve_dtype(dtype)
-    directory = locate(source, revision)
-    if (directory / MODEL_JSON).is_file():
-        return _load_own(directory, cast, shardings)
-    checkpoint = Checkpoint(directory)
-    params = checkpoint.params(dtype=cast, shardings=shardings, progress=progress)
-    return ModelBundle(checkpoint.config, None, None, params, _tokenizer_path(directory), {"source": str(source)})
+    resolve_dtype(dtype)  # an unknown name shows before anything is downloaded
+    found = open_checkpoint(source, revision, base)
+    params = found.params(dtype=dtype, shardings=shardings, progress=progress)
+    return ModelBundle(found.model, found.attention, found.lora, params, found.tokenizer_path, found.extra)
+
+
+def in_run(source: str | os.PathLike) -> tuple[str, Path | None]:
+    """(model, folder of its run or None) for ``source``, which may be the folder of a run: its model is ``student/`` or
+    ``teacher/`` in it. Anything else is returned as it is.
+    """
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return os.fspath(source), None
+    if not any((path / name).exists() for name in _MODEL_FILES):
+        for name in _IN_RUN:
+            if any((path / name / file).exists() for file in _MODEL_FILES):
+                return str(path / name), path
+    parent = path.resolve().parent
+    inside = path.resolve().name in _IN_RUN and (parent / "manifest.json").exists()
+    return str(path), parent if inside else None
 
 
 def locate(source: str | os.PathLike, revision: str | None = None) -> Path:
@@ -182,7 +311,7 @@ def locate(source: str | os.PathLike, revision: str | None = None) -> Path:
             raise UserError(f"no embedded model {text!r}; this installation has: {', '.join(known) or 'none'}")
     else:
         directory = resolve_source(text, revision)
-    if not any((directory / name).is_file() for name in (MODEL_JSON, "config.json")):
+    if not any((directory / name).is_file() for name in _MODEL_FILES):
         raise UserError(f"{directory} is not a model directory: neither {MODEL_JSON} nor config.json is in it")
     return directory
 
@@ -202,32 +331,7 @@ def read_model_json(
             f"{path}: format version {values.get('format_version')!r}, but this program reads {FORMAT_VERSION}; "
             "convert again"
         )
-    kinds = {"model": ModelConfig, "attention": AttentionConfig, "lora": LoraConfig}
-    parsed: dict[str, Any] = {}
-    for name, kind in kinds.items():
-        value = values.get(name)
-        if value is None and name != "model":
-            parsed[name] = None
-            continue
-        if not isinstance(value, dict):
-            raise UserError(f"{path}: {name} should be an object")
-        try:
-            parsed[name] = from_dict(kind, value, name)
-        except (ConfigError, TypeError) as problem:
-            raise UserError(f"{path}: {problem}") from None
-        problems = type_problems(parsed[name], name)
-        if not problems:
-            checks = {"model": model_problems, "attention": attention_problems}
-            problems = checks[name](parsed[name], name) if name in checks else []
-        if problems:
-            raise UserError(f"{path}: {'; '.join(problems)}")
-    return parsed["model"], parsed["attention"], parsed["lora"], values.get("extra") or {}
-
-
-def _load_own(directory: Path, cast: np.dtype | None, shardings: Shardings | None) -> ModelBundle:
-    model, attention, lora, extra = read_model_json(directory)
-    leaves = _restore_params(directory, expected_shapes(model, attention, lora), cast, shardings)
-    return ModelBundle(model, attention, lora, unflatten(leaves), _tokenizer_path(directory / TOKENIZER), extra)
+    return *configs_from_json(values, str(path)), values.get("extra") or {}
 
 
 def _tokenizer_path(directory: Path) -> str | None:
@@ -317,7 +421,7 @@ def _restore_params(
         raise UserError(f"{directory}: incomplete, {PARAMS}/ is missing; convert or save it again")
 
     def restore_args(name: str, stored: Any) -> Any:
-        base = not name.startswith(("mixers/", "lora/"))  # the trainable part stays in its own precision
+        base = not is_trained(name)  # the trainable part stays in its own precision
         dtype = cast if base and cast is not None else np.dtype(stored.dtype)
         sharding = shardings(name) if shardings is not None else None
         if sharding is None:

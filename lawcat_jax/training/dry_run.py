@@ -59,7 +59,9 @@ def _architecture(config: Config) -> tuple[ModelConfig, str]:
         return config.teacher.architecture, "declared in the config; weights not looked at"
     source = config.teacher.source
     try:
-        return run.read_architecture(source, config.teacher.revision)[0], "read from its config.json"
+        return run.read_architecture(source, config.teacher.revision, config.teacher.base)[
+            0
+        ], "read from its config.json"
     except UserError as problem:
         raise UserError(f"{problem}; or declare config.teacher.architecture to check without it") from problem
 
@@ -70,11 +72,10 @@ def _tokenizer(config: Config, model: ModelConfig) -> Tokenizer | None:
     local = _is_local(path)
     try:
         if local and config.teacher.tokenizer is None:
-            directory = model_dir.locate(path, config.teacher.revision)
-            own = (
-                directory / model_dir.TOKENIZER
-            )  # of a model directory; Hugging Face puts the files beside the weights
-            path = str(own if own.is_dir() else directory)
+            found = model_dir.open_checkpoint(path, config.teacher.revision, config.teacher.base).tokenizer_path
+            if found is None:
+                raise UserError(f"{path} has no tokenizer; name one with config.teacher.tokenizer")
+            path = found
         return run.checked_tokenizer(path, model)
     except UserError as problem:
         if local:

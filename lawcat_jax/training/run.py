@@ -129,6 +129,7 @@ def prepare(config: Config, mesh: Mesh) -> Student:
     bundle = model_dir.load_model(
         teacher.source,
         revision=teacher.revision,
+        base=teacher.base,
         dtype=teacher.dtype,
         shardings=lambda path: NamedSharding(mesh, sharding.spec_for(path, shapes[path], mesh)),
     )
@@ -168,25 +169,21 @@ def teacher_architecture(config: Config) -> tuple[ModelConfig, AttentionConfig |
       UserError: it cannot be read, or the declared architecture is another.
     """
     teacher = config.teacher
-    found = read_architecture(teacher.source, teacher.revision)
+    found = read_architecture(teacher.source, teacher.revision, teacher.base)
     check_architecture(teacher.architecture, found[0], teacher.source)
     return found
 
 
 def read_architecture(
-    source: str, revision: str | None = None
+    source: str, revision: str | None = None, base: str | None = None
 ) -> tuple[ModelConfig, AttentionConfig | None, LoraConfig | None]:
-    """Configurations of a model or HF directory, without its weights.
+    """Configurations of a model, without its weights.
 
     Raises:
-      UserError: as :func:`lawcat_jax.checkpoints.model_dir.load_model`.
+      UserError: as :func:`lawcat_jax.checkpoints.model_dir.open_checkpoint`.
     """
-    directory = model_dir.locate(source, revision)
-    if (directory / model_dir.MODEL_JSON).is_file():
-        return model_dir.read_model_json(directory)[:3]
-    from lawcat_jax.checkpoints.hf.read import Checkpoint
-
-    return Checkpoint(directory).config, None, None
+    opened = model_dir.open_checkpoint(source, revision, base)
+    return opened.model, opened.attention, opened.lora
 
 
 def check_architecture(declared: ModelConfig | None, loaded: ModelConfig, source: str) -> None:
