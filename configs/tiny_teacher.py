@@ -5,7 +5,7 @@ Command: ``python -m lawcat_jax.train --config=configs/tiny_teacher.py --config.
 ``<workdir>/teacher``.
 
 ``lawcat_jax/assets/tiny_llama`` is such a result, trained on fourteen public-domain books (4.5 M tokens) with the
-tokenizer of ``lawcat_jax.data.train_tokenizer --vocab_size=1024``: 4,000 steps, 3 minutes on one H200 (measured
+tokenizer of ``lawcat_jax.train_tokenizer --vocab_size=1024``: 4,000 steps, 3 minutes on one H200 (measured
 2026-11-23, two such runs side by side). Passkey accuracy there: 100 % at 128 tokens, 8 % at 256, 0 % at 512 and 1024
 (50 samples each).
 """

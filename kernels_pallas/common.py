@@ -18,9 +18,6 @@ EPS = 1e-10
 
 LOG2E = 1.4426950408889634
 
-STRONG_GATE = -1.25
-"""The layer's own bound of log_g."""
-
 _local = threading.local()
 
 
@@ -50,12 +47,6 @@ def target_platform(*arrays: Any) -> str:
     if default is not None:
         return _platform_name(default if isinstance(default, str) else default.platform)
     return _platform_name(jax.default_backend())
-
-
-def strong_gates(lower_bound: float | None) -> bool:
-    """Whether a step may leave less of a state than the layer's bound lets it. The gradient of a score is do.v - do.o;
-    where one token outweighs the rest these cancel, and what was rounded before (o, do / den) would be left over."""
-    return lower_bound is None or lower_bound < STRONG_GATE
 
 
 def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -99,9 +90,10 @@ def interpret(enabled: bool = True) -> Iterator[None]:
 
 
 def fold_vmap(function: Callable[..., Any], shared: tuple[int, ...] = ()) -> Callable[..., Any]:
-    """``function`` of pytrees of arrays with the batch as their first axis (positions in ``shared``: without), such that
-    ``jax.vmap`` makes the mapped axis part of the batch: Mosaic GPU kernels have no rule of their own. Mapped shared
-    arguments run one after another."""
+    """``function`` with a rule for ``jax.vmap``, which Mosaic GPU kernels lack: the mapped axis becomes part of the batch.
+
+    Arguments are pytrees of arrays whose first axis is the batch, except at the positions in ``shared``, which have no
+    batch axis. When one of those is mapped, the calls run one after another."""
     folded = jax.custom_batching.custom_vmap(function)
 
     @folded.def_vmap
@@ -140,6 +132,13 @@ def match_varying(x: jax.Array, *arrays: Any) -> jax.Array:
     ``shard_map``)."""
     missing = tuple(sorted(varying_axes(*arrays) - varying_axes(x)))
     return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def match_varying_all(*arrays: Any) -> tuple[Any, ...]:
+    """The arrays (or pytrees of them, None allowed) marked as varying over the same mesh axes: only then may a
+    ``custom_vjp`` return gradients that vary under ``shard_map``."""
+    leaves = jax.tree.leaves(arrays)
+    return jax.tree.map(lambda x: match_varying(x, *leaves), arrays)
 
 
 def out_struct(shape: tuple[int, ...], dtype: Any, *arrays: Any) -> jax.ShapeDtypeStruct:

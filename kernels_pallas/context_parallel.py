@@ -16,21 +16,28 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas import dispatch
 from kernels_pallas.causal_conv1d import xla as conv_xla
+from kernels_pallas.causal_conv1d.checks import check_conv
+from kernels_pallas.checks import check_bound, check_state
 from kernels_pallas.common import match_varying, varying_axes
-from kernels_pallas.gated_linear_attention import api, scan
+from kernels_pallas.gated_linear_attention import scan
+from kernels_pallas.gated_linear_attention.checks import check_qkvg
+from kernels_pallas.gated_linear_attention.vjp import OP, AttentionSpec, attention_spec, bounded
 from kernels_pallas.lawcat_attention import xla as lawcat_xla
+from kernels_pallas.lawcat_attention.checks import check_layer
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
 GATHER_BELOW = 8
-"""Number of shards from which permutations move less than one all-gather."""
+"""With fewer shards than this one all-gather moves less than log2 P permutations."""
 
 
 def _exclusive(decay, S, z, axis_name: str, *, reverse: bool = False):
-    """State of all shards before this one (after it when ``reverse``), from the shards' summaries; zeros at the end
-    without any."""
+    """(S, z) of all shards before this one, or of all after it when ``reverse``, from the summaries of the shards.
+
+    The first shard (the last when ``reverse``) gets zeros."""
     size, index = lax.axis_size(axis_name), lax.axis_index(axis_name)
     if size == 1:
         return jnp.zeros_like(S), jnp.zeros_like(z)
@@ -59,12 +66,12 @@ def _exclusive(decay, S, z, axis_name: str, *, reverse: bool = False):
 
 
 def _spread(L: jax.Array, heads: int) -> jax.Array:
-    """e^L per query head; [B, Hg, K] is small, so the repeat does not matter."""
+    """e^L for every query head [B, H, K], from L [B, Hg, K]: small, so that the repeat costs nothing."""
     return jnp.repeat(jnp.exp(L), heads // L.shape[1], axis=1)
 
 
-def _run(spec, axis_name: str, q, k, v, log_g, S0, z0, save_residuals: bool):
-    backend = api._backend(spec.implementation)
+def _run(spec: AttentionSpec, axis_name: str, q, k, v, log_g, S0, z0, save_residuals: bool):
+    backend = dispatch.forward_module(OP, spec.implementation)
     summary = getattr(backend, "segment_state", scan.segment_state)
     L, S, z = summary(k, v, log_g, lower_bound=spec.lower_bound)
     decay = _spread(L, q.shape[2])
@@ -75,19 +82,19 @@ def _run(spec, axis_name: str, q, k, v, log_g, S0, z0, save_residuals: bool):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sharded(spec, axis_name: str, q, k, v, log_g, S0, z0):
-    """(o, state at the end of this shard); S0, z0 are added to the state at the start of this shard."""
+def _sharded(spec: AttentionSpec, axis_name: str, q, k, v, log_g, S0, z0):
+    """(o, the state at the end of this shard). S0 and z0 are added to the state at its start."""
     return _run(spec, axis_name, q, k, v, log_g, S0, z0, False)[0]
 
 
-def _sharded_forward(spec, axis_name: str, q, k, v, log_g, S0, z0):
+def _sharded_forward(spec: AttentionSpec, axis_name: str, q, k, v, log_g, S0, z0):
     return _run(spec, axis_name, q, k, v, log_g, S0, z0, True)
 
 
-def _sharded_backward(spec, axis_name: str, residuals, cotangents):
+def _sharded_backward(spec: AttentionSpec, axis_name: str, residuals, cotangents):
     residuals, decay = residuals
     do, (dS, dz) = cotangents
-    backend = api._backend(spec.implementation, backward=True)
+    backend = dispatch.backward_module(OP, spec.implementation)
     options = {"normalize": spec.normalize, "lower_bound": spec.lower_bound}
     if hasattr(backend, "segment_dstate"):
         S, z = backend.segment_dstate(residuals, do, **options)
@@ -134,21 +141,21 @@ def gated_linear_attention(
     token) are the same on every shard of the axis. Raises ValueError naming the argument, also when called outside
     ``jax.shard_map``.
     """
-    api._check_qkvg(q, k, v, log_g, 4)
-    api._check_bound(gate_lower_bound)
+    check_qkvg(q, k, v, log_g, 4)
+    check_bound(gate_lower_bound)
     size, index = _check_axis(axis_name)
     batch, _, heads, features = q.shape
     shapes = ((batch, heads, features, v.shape[3]), (batch, heads, features))
     if initial_state is None:
         start = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
     else:
-        api._check_state(initial_state, batch, heads, features, v.shape[3])
+        check_state(initial_state, batch, heads, features, v.shape[3])
         start = tuple(jnp.where(index == 0, x, 0.0) for x in initial_state)
-    name = api.implementation_for(
+    name = dispatch.implementation_for(
         q, k, v, log_g, normalize=normalize, gate_lower_bound=gate_lower_bound, implementation=implementation
     )
-    spec = api._Spec(name, bool(normalize), None if gate_lower_bound is None else float(gate_lower_bound))
-    arrays = (q, k, v, api._bounded(log_g, gate_lower_bound), *start)
+    spec = attention_spec(name, normalize, gate_lower_bound)
+    arrays = (q, k, v, bounded(log_g, gate_lower_bound), *start)
     arrays = tuple(match_varying(x, *arrays, *((index,) if varying_axes(index) else ())) for x in arrays)
     o, state = _sharded(spec, axis_name, *arrays)
     return o, tuple(_from_last(x, axis_name, index, size) for x in state)
@@ -191,12 +198,12 @@ def causal_conv1d(
     axis_name: str,
     initial_state: Float[Array, "B W-1 *C"] | None = None,
 ) -> tuple[Float[Array, "B T ..."], Float[Array, "B W-1 *C"]]:
-    """``kernels_pallas.causal_conv1d`` of a sequence sharded over ``axis_name``; the rows returned are the whole
-    sequence's last.
+    """``kernels_pallas.causal_conv1d`` of a sequence sharded over ``axis_name``; the rows returned are
+    the last ones of the whole sequence.
 
     Every shard needs at least W - 1 tokens. Raises ValueError naming the argument.
     """
-    api._check_conv(x, w, initial_state)
+    check_conv(x, w, initial_state)
     rows = w.shape[0] - 1
     before = _rows_before(x, initial_state, rows, axis_name, "x")
     y, _ = conv_xla.causal_conv1d(x, w, before)
@@ -227,7 +234,7 @@ def lawcat_attention(
     ``lengths`` counts tokens of the whole sequence; states are the whole sequence's, equal on every shard. Every shard
     needs at least W - 1 tokens. Raises ValueError naming the argument.
     """
-    api._check_lawcat(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, lengths)
+    check_layer(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, lengths)
     _, index = _check_axis(axis_name)
     rows = conv_q.shape[1] - 1
     initial = conv_state or (None, None)

@@ -1,15 +1,17 @@
-"""Measure block sizes on the GPU at hand and write the best into the table.
+"""Measure block sizes of the Triton kernels on the GPU at hand and write the fastest into the table.
 
     python -m kernels_pallas.tune --head_dims 64,128 --out kernels_pallas/gated_linear_attention/block_sizes.json [--log candidates.json]
 
 The table of --out is updated in place: entries of other devices and shapes stay. Every candidate is tried on its own; one that does not
-compile or run is recorded in --log with its error. Candidates compile in parallel and run one after the other.
+compile or run is recorded in --log with its error. Candidates compile in parallel and run one after the other. Sizes that are fast but
+wrong, by the float64 oracle of ``kernels_pallas.testing``, are not written, and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -26,6 +28,7 @@ from absl import app, flags
 from kernels_pallas.benchmark import timing
 from kernels_pallas.gated_linear_attention import block_sizes, triton, triton_vjp
 from kernels_pallas.gated_linear_attention.block_sizes import BlockSizes
+from kernels_pallas.testing import cases
 
 _HEAD_DIMS = flags.DEFINE_list("head_dims", ["64", "128"], "Head sizes to tune (K = V).")
 _HEADS = flags.DEFINE_integer("heads", 32, "Query heads.")
@@ -91,6 +94,8 @@ def _compile(function: Any, args: tuple[Any, ...], overrides: dict[str, BlockSiz
 
 
 class Tuner:
+    """Measures candidates, prints each, and keeps the records for --log."""
+
     def __init__(self, log: str | None) -> None:
         self.records: list[dict[str, Any]] = []
         self.log = log
@@ -169,22 +174,39 @@ def tune(d: int, tuner: Tuner) -> dict[str, BlockSizes]:
     return chosen
 
 
-def main(argv: list[str]) -> None:
+def wrong(d: int, chosen: dict[str, BlockSizes], *, length: int = 300, heads: int = 4) -> list[str]:
+    """Outputs and gradients, of bfloat16 heads of size ``d`` with these sizes, that are off by more than their tolerance."""
+    case = cases.make_case(length=length, heads=heads, K=d, V=d, dtype=jnp.bfloat16)
+    options = case.options | {"implementation": "pallas_triton"}
+    with block_sizes.override(**chosen):
+        # Not the jitted run_vjp: its cache does not know the block sizes.
+        run = jax.jit(functools.partial(cases.run_vjp.__wrapped__, **options))
+        got = run(case.arrays, case.state, case.cotangents)
+    return cases.failures(got, cases.expected(case), cases.BFLOAT16)
+
+
+def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     if jax.default_backend() != "gpu":
         raise app.UsageError(f"tune measures on a GPU; this process has {jax.default_backend()}")
     kind = jax.devices()[0].device_kind
     tuner = Tuner(_LOG.value)
-    path = Path(_OUT.value)
+    path, status = Path(_OUT.value), 0
     for d in (int(x) for x in _HEAD_DIMS.value):
         chosen = tune(d, tuner)
+        if bad := wrong(d, chosen):
+            sizes = {k: dataclasses.asdict(s) for k, s in chosen.items()}
+            print(f"{kind} d={d}: not written, {', '.join(bad)} too far from the oracle with {sizes}", flush=True)
+            status = 1
+            continue
         table = json.loads(path.read_text()) if path.exists() else {}
         key = block_sizes.shape_key(jnp.bfloat16, d, d)
         for kernel, sizes in chosen.items():
             table.setdefault(kind, {}).setdefault(kernel, {})[key] = dataclasses.asdict(sizes)
         timing.write_json(path, table)
         print(f"{kind} d={d}:", {k: dataclasses.asdict(s) for k, s in chosen.items()}, flush=True)
+    return status
 
 
 if __name__ == "__main__":

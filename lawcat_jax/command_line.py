@@ -1,4 +1,4 @@
-"""The ``--config`` flag of the command lines: a config file with single fields overridden."""
+"""What the command lines share: the ``--config`` flag, one line for each mistake of the user, and exit codes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,65 @@ import linecache
 import pathlib
 import re
 import sys
+import traceback
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
 from lawcat_jax.config import Config, ConfigError
 from lawcat_jax.config.tree import field_names, nearest, unshare
 from lawcat_jax.errors import UserError
+
+EXIT_USER_ERROR, EXIT_CRASH, EXIT_KEYBOARD = 2, 1, 130
+
+
+def run_main(main: Callable[[list[str]], int | None]) -> None:
+    """Run ``main`` as the program; ends the process with what ``main`` returns as its exit code (None is 0).
+
+    A :class:`UserError` or :class:`ConfigError`, also one about the flags, is printed as ``error: ...`` without a
+    traceback and ends with 2; Ctrl-C ends with 130; any other exception keeps its traceback and ends with 1. Where
+    ``jax.distributed`` runs, the other processes are told of a failure and end as well.
+    """
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return parse_flags(argv)
+        except UserError as problem:
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+            sys.exit(EXIT_USER_ERROR)
+
+    app.run(lambda argv: _exit_code(main, argv), flags_parser=parse)
+
+
+def _exit_code(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
+    try:
+        return main(argv)
+    except (UserError, ConfigError) as problem:
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+        status = EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        status = EXIT_KEYBOARD
+    except Exception:
+        if not _distributed_is_running():
+            raise
+        traceback.print_exc()
+        status = EXIT_CRASH
+    if _distributed_is_running():  # the others must not wait for this one
+        from lawcat_jax.runtime import distributed
+
+        distributed.leave(status)
+    return status
+
+
+def _distributed_is_running() -> bool:
+    """Answers without importing jax, which a command may never have needed."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 class _OrNone(flags.ArgumentParser):

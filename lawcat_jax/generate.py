@@ -9,8 +9,8 @@ import sys
 
 from absl import flags
 
-from lawcat_jax.command_line import no_arguments
-from lawcat_jax.errors import UserError, run_main
+from lawcat_jax.command_line import no_arguments, run_main
+from lawcat_jax.errors import UserError
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",

@@ -14,12 +14,11 @@ from absl import flags
 
 from lawcat_jax import command_line
 from lawcat_jax.analysis.throughput import run
-from lawcat_jax.errors import run_main
 
 _CONFIG = command_line.define_config()
 _STAGES = flags.DEFINE_list("stages", None, "Which of stage1, stage2; default: all enabled.")
-_BATCH = flags.DEFINE_integer("batch", 0, "Sequences a step over all devices; default: the configuration's.")
-_LENGTH = flags.DEFINE_integer("length", 0, "Tokens a sequence; default: the configuration's.")
+_BATCH = flags.DEFINE_integer("batch", 0, "Sequences per step over all devices; default: the configuration's.")
+_LENGTH = flags.DEFINE_integer("length", 0, "Tokens per sequence; default: the configuration's.")
 _STEPS = flags.DEFINE_integer("steps", 10, "Steps between two synchronisations, of which one time is taken.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Times taken; the median counts.")
 _WARMUP = flags.DEFINE_integer("warmup", 2, "Steps before the first time is taken.")
@@ -31,11 +30,11 @@ _OUT = flags.DEFINE_string("out", "throughput_results", "Folder for the results.
 
 
 def main(argv: list[str]) -> int:
-    """Settle the configuration, measure, and say whether all stages were."""
+    """Measure, and say whether all stages were."""
     command_line.no_arguments(argv)
     config = command_line.load_config(_CONFIG)
     options = run.Options(
-        stages=_STAGES.value or [name for name, _ in config.stages() if name in run.STAGES],
+        stages=_STAGES.value or [],
         batch=_BATCH.value,
         length=_LENGTH.value,
         steps=_STEPS.value,
@@ -48,12 +47,8 @@ def main(argv: list[str]) -> int:
         out=_OUT.value,
         command=" ".join(["python -m lawcat_jax.throughput", *sys.argv[1:]]),
     )
-    run.check(options, config)
-    from lawcat_jax.analysis.compile_report import architecture
-
-    run.settle(config, options, architecture(config))
-    return run.Benchmark(config, options).run()
+    return run.benchmark(config, options)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    command_line.run_main(main)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from absl import flags
 
 from lawcat_jax import command_line
-from lawcat_jax.errors import run_main
 
 _CONFIG = command_line.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: config.workdir, else runs/<config name>.")
@@ -28,4 +27,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    command_line.run_main(main)

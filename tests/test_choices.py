@@ -9,26 +9,29 @@ from pathlib import Path
 
 import pytest
 
-from kernels_pallas.gated_linear_attention import api
-from lawcat_jax import config
-from lawcat_jax.checkpoints.hf import config_map
+import kernels_pallas
+from lawcat_jax import config, projections
+from lawcat_jax.checkpoints.hf import families, rope_map
 from lawcat_jax.config import choices
 from lawcat_jax.config.tree import options
-from lawcat_jax.models import blocks, decoder, lora
-from lawcat_jax.models.mixers import feature_maps, lawcat
-from lawcat_jax.tasks import runner
+from lawcat_jax.models import blocks, decoder
+from lawcat_jax.models.mixers import feature_maps, inits
+from lawcat_jax.tasks import passkey, registry
 
 PACKAGE = Path(config.__file__).parents[1]
 
 TABLES = {
-    "Family": config_map.SUPPORTED,
+    "Family": families.table(),
     "MixerKind": decoder.MIXERS,
     "FeatureMap": feature_maps.FEATURE_MAPS,
-    "Init": lawcat.INITS,
+    "Init": inits.INITS,
     "Remat": blocks.REMAT,
-    "Implementation": api.IMPLEMENTATIONS,
-    "Projection": lora.PROJECTIONS,
-    "PasskeyForm": runner.FORMS,
+    "Implementation": kernels_pallas.IMPLEMENTATIONS,
+    "Projection": projections.LORA_TARGETS,
+    "LayerProjection": [row.name for row in projections.PROJECTIONS],
+    "RopeKind": [{"default": "none"}.get(name, name) for name in rope_map.FIELDS],
+    "PasskeyForm": passkey._WORDINGS,
+    "TaskName": registry.tasks(),
 }
 
 

@@ -184,7 +184,7 @@ def main() -> int:
     parser.add_argument("--peers", default=",".join(peers.PEERS), help="peers to measure, '' for none")
     parser.add_argument("--seconds", type=float, default=3600.0, help="time budget; what is left over is skipped")
     parser.add_argument("--compile_seconds", type=float, default=3600.0, help="how long to wait for the compiler")
-    parser.add_argument("--budget", type=float, default=1.0, help="seconds a measurement")
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds that one measurement may take")
     parser.add_argument("--bandwidth", type=float, help="TB/s for the floor, where the device is not known")
     parser.add_argument("--check", action="store_true", help="errors against the float64 recurrence instead of times")
     parser.add_argument("--implementation", help="with --check: which one; default: the best for each case")

@@ -1,7 +1,7 @@
 """Errors of a backend on this device against the float64 recurrence (``python -m kernels_pallas.benchmark --check``).
 
-Runs from a source checkout: the float64 oracle is the one of the test suite. Each case is tried on its own; an exception is recorded as the
-case's result.
+Oracle, gate regimes and tolerances are those of ``kernels_pallas.testing``. Each case is tried on its own; an exception is
+recorded as the case's result.
 """
 
 from __future__ import annotations
@@ -17,24 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-TOLERANCES = {
-    "bfloat16": {
-        "o": 5e-3,
-        "S": 5e-3,
-        "z": 5e-3,
-        "dq": 1e-2,
-        "dk": 1e-2,
-        "dv": 1e-2,
-        "dlog_g": 3e-2,
-        "dS0": 1e-2,
-        "dz0": 1e-2,
-    },
-    "float32": dict.fromkeys(("o", "S", "z", "dq", "dk", "dv", "dlog_g", "dS0", "dz0"), 1e-5),
-}
+import kernels_pallas as kp
+from kernels_pallas.testing import oracle
+from kernels_pallas.testing.cases import BY_NAME, TOLERANCES, Regime, draw_gates, errors, failures
 
 
 class Case(NamedTuple):
-    """One call: shapes, number type, how gates are drawn, and the bound told to the kernel."""
+    """One call: shapes, number type, and the name of a regime of ``kernels_pallas.testing.cases``."""
 
     batch: int
     length: int
@@ -45,49 +34,36 @@ class Case(NamedTuple):
     values: int
     dtype: str
     gates: str
-    bound: float | None
     normalize: bool = True
     state: bool = True
 
-
-def gates(kind: str, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    draws = {
-        "one": lambda: np.zeros(shape),
-        "weak": lambda: np.full(shape, -0.02),
-        "initial": lambda: np.full(shape, -np.log(2) / 16),
-        "typical": lambda: rng.uniform(-0.6, 0, shape),
-        "slow": lambda: -np.exp(rng.uniform(np.log(1e-5), np.log(0.05), shape)),
-        "bound": lambda: np.full(shape, -1.25),
-        "below": lambda: rng.uniform(-2.5, 0, shape),
-        "mixed": lambda: np.where(rng.uniform(size=shape) < 0.5, 0.0, -1.25),
-        "saturated": lambda: np.full(shape, -5.0),
-        "mix5": lambda: np.where(rng.uniform(size=shape) < 0.5, 0.0, -5.0),
-        "rare80": lambda: np.where(np.arange(shape[1])[None, :, None, None] % 64 == 5, -80.0, -0.02) * np.ones(shape),
-    }
-    return draws[kind]().astype(np.float32)
+    @property
+    def regime(self) -> Regime:
+        """How gates are drawn, and the bound told to the kernel."""
+        return BY_NAME[self.gates]
 
 
 def cases(levels: bool = False) -> Iterator[Case]:
     """Gate regimes, lengths, groups, states, normalisation, number types; ``levels``: also gates without a bound."""
     for d in (64, 128):
-        for kind in ("one", "weak", "initial", "typical", "slow", "bound", "below", "mixed"):
-            yield Case(1, 200, 4, 1, 1, d, d, "bfloat16", kind, -1.25)
-        yield Case(1, 200, 2, 2, 2, d, d, "bfloat16", "saturated", -5.0)
-        yield Case(1, 200, 2, 2, 2, d, d, "bfloat16", "mix5", -5.0)
+        for regime in ("one", "weak", "initial", "gla", "memory", "bound", "below", "mixed"):
+            yield Case(1, 200, 4, 1, 1, d, d, "bfloat16", regime)
+        yield Case(1, 200, 2, 2, 2, d, d, "bfloat16", "saturated")
+        yield Case(1, 200, 2, 2, 2, d, d, "bfloat16", "mix")
         for length in (1, 17, 64, 1000):
-            yield Case(2, length, 4, 2, 4, d, d, "bfloat16", "typical", -1.25)
-        yield Case(1, 1024, 4, 1, 1, d, d, "bfloat16", "typical", -1.25, False)
-        yield Case(1, 192, 2, 1, 1, d, d, "bfloat16", "typical", -1.25, True, False)
-        yield Case(1, 200, 2, 1, 1, d, d, "float32", "typical", -1.25)
-        yield Case(1, 130, 2, 1, 1, d, d, "float32", "bound", -1.25)
-    yield Case(1, 200, 2, 2, 2, 64, 128, "bfloat16", "typical", -1.25)
-    yield Case(1, 200, 2, 2, 2, 32, 16, "bfloat16", "typical", -1.25)
-    yield Case(8, 200, 4, 1, 1, 64, 64, "bfloat16", "typical", -1.25)
+            yield Case(2, length, 4, 2, 4, d, d, "bfloat16", "gla")
+        yield Case(1, 1024, 4, 1, 1, d, d, "bfloat16", "gla", False)
+        yield Case(1, 192, 2, 1, 1, d, d, "bfloat16", "gla", True, False)
+        yield Case(1, 200, 2, 1, 1, d, d, "float32", "gla")
+        yield Case(1, 130, 2, 1, 1, d, d, "float32", "bound")
+    yield Case(1, 200, 2, 2, 2, 64, 128, "bfloat16", "gla")
+    yield Case(1, 200, 2, 2, 2, 32, 16, "bfloat16", "gla")
+    yield Case(8, 200, 4, 1, 1, 64, 64, "bfloat16", "gla")
     for d in (64, 128):
-        yield Case(1, 4096, 2, 1, 1, d, d, "bfloat16", "slow", -1.25)
+        yield Case(1, 4096, 2, 1, 1, d, d, "bfloat16", "memory")
     if levels:
-        yield Case(1, 200, 2, 2, 2, 64, 64, "bfloat16", "rare80", None)
-    yield Case(1, 65536, 1, 1, 1, 64, 64, "bfloat16", "slow", -1.25)
+        yield Case(1, 200, 2, 2, 2, 64, 64, "bfloat16", "unbounded")
+    yield Case(1, 65536, 1, 1, 1, 64, 64, "bfloat16", "memory")
 
 
 def draw(case: Case, seed: int) -> dict[str, Any]:
@@ -99,33 +75,24 @@ def draw(case: Case, seed: int) -> dict[str, Any]:
         x = np.exp(rng.normal(size=shape))
         return (2 * x / x.sum(-1, keepdims=True)).astype(dtype)
 
-    def normal(*shape: int, kind: Any = np.float32) -> np.ndarray:
-        return rng.normal(size=shape).astype(kind)
+    def normal(*shape: int, dtype: Any = np.float32) -> np.ndarray:
+        return rng.normal(size=shape).astype(dtype)
 
     B, T, H, K, V = case.batch, case.length, case.heads, case.features, case.values
     state = (np.abs(normal(B, H, K, V)), np.abs(normal(B, H, K)) + 1) if case.state else None
     return {
         "q": soft(B, T, H, K),
         "k": soft(B, T, H, K),
-        "v": normal(B, T, case.value_heads, V, kind=dtype),
-        "log_g": gates(case.gates, rng, (B, T, case.gate_heads, K)),
+        "v": normal(B, T, case.value_heads, V, dtype=dtype),
+        "log_g": draw_gates(case.regime, rng, (B, T, case.gate_heads, K)),
         "state": state,
-        "cotangents": (normal(B, T, H, V, kind=dtype), normal(B, H, K, V), normal(B, H, K)),
+        "cotangents": (normal(B, T, H, V, dtype=dtype), normal(B, H, K, V), normal(B, H, K)),
     }
-
-
-def relative(value: Any, want: np.ndarray) -> float:
-    value = np.asarray(value).astype(np.float64)
-    if not np.all(np.isfinite(value)):
-        return float("inf")
-    return float(np.linalg.norm(value - want) / max(np.linalg.norm(want), 1e-30))
 
 
 def run_case(case: Case, data: dict[str, Any], implementation: str | None) -> dict[str, np.ndarray]:
     """o, S, z and every gradient of the backend."""
-    import kernels_pallas as kp
-
-    options = {"normalize": case.normalize, "gate_lower_bound": case.bound, "implementation": implementation}
+    options = {"normalize": case.normalize, "gate_lower_bound": case.regime.bound, "implementation": implementation}
 
     def call(q, k, v, log_g, state):
         return kp.gated_linear_attention(q, k, v, log_g, initial_state=state, **options)
@@ -143,19 +110,15 @@ def run_case(case: Case, data: dict[str, Any], implementation: str | None) -> di
 
 
 def judge(case: Case, got: dict[str, Any], want: dict[str, np.ndarray]) -> dict[str, Any]:
-    errors = {name: relative(value, want[name]) for name, value in got.items()}
-    limits = TOLERANCES[case.dtype]
-    # At the bound itself every gate gradient is zero below and one-sided at it: an all-zero target has no relative error.
-    failed = [n for n, e in errors.items() if not e <= limits[n] and np.linalg.norm(want[n]) > 1e-12]
-    return {"case": case._asdict(), "errors": errors, "failed": failed}
+    """The record of a case: {case, errors, failed}."""
+    failed = failures(got, want, TOLERANCES[case.dtype])
+    return {"case": case._asdict(), "errors": errors(got, want), "failed": failed}
 
 
 def run(
     implementation: str | None, report: Callable[[dict[str, Any]], None], *, chosen: Any = None, workers: int = 8
 ) -> int:
     """Run all cases and hand each result to ``report``; returns the number of failures."""
-    from tests.kernels import oracle
-
     chosen = list(cases() if chosen is None else chosen)
     failures = 0
     context = multiprocessing.get_context("spawn")
@@ -173,7 +136,7 @@ def run(
                 *wide.values(),
                 data["state"],
                 normalize=case.normalize,
-                bound=case.bound,
+                bound=case.regime.bound,
                 cotangents=cotangents,
             )
         for i in reversed(order):

@@ -70,4 +70,4 @@ PEERS: dict[str, tuple[tuple[str, ...], Callable[..., Callable[[], Any]]]] = {
     "fla chunk_gla": (("forward", "forward+backward"), lambda *a: _chunk_gla(False, *a)),
     "fla chunk_gla [v;1]": (("forward",), lambda *a: _chunk_gla(True, *a)),
 }
-"""Peer -> (operations it is compared in, builder(model, batch, length, backward))."""
+"""Name of the peer -> (operations it is compared in, builder(model, batch, length, backward))."""

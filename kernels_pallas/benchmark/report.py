@@ -7,7 +7,7 @@ from typing import Any
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """One line a measured shape, one column an implementation, milliseconds; and the bandwidth floor."""
+    """Text with one line for each shape and one column for each implementation, in milliseconds, and the bandwidth floor."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     labels: list[str] = []
     for r in records:
@@ -25,7 +25,9 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def plots(records: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Time against length at a constant number of tokens, one file a model and operation, the floor drawn in."""
+    """Draws time against length at a constant number of tokens, with the floor: one file for each model and operation.
+
+    Returns the files written to ``folder``."""
     import matplotlib
 
     matplotlib.use("Agg")

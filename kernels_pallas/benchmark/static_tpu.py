@@ -97,10 +97,10 @@ def compile_case(
     carried: bool = False,
     normalize: bool = True,
 ) -> Any:
-    """Compiles an operation for one device of ``chip``; returns the jax ``Compiled``. Needs libtpu.
+    """An operation compiled for one device of ``chip``, as jax's ``Compiled``. Needs libtpu.
 
     ``mode``: "forward" and "gradient" of gated_linear_attention (``normalize`` as there), "prefill" of lawcat_attention
-    (``carried``: from a state), "decode" (one token from a state, in place), or what XLA makes of parts of the last two:
+    (``carried``: from a state), "decode" (one token from a state, in place), or XLA's version of parts of the last two:
     "front", "xla_decode".
     """
     import jax
@@ -237,7 +237,7 @@ def xla_record(chip: str, name: str, mode: str, compiled: Any) -> dict[str, Any]
 
 
 def _grid(shape: Shape, mode: str, batch: int, length: int, bound: float | None) -> dict[str, int]:
-    """Chunk, heads a step, and steps of the kernels of a mode."""
+    """Tokens of a chunk, heads of a grid step, and number of grid steps of a mode's kernels."""
     import jax
 
     from kernels_pallas.gated_linear_attention.tpu_decode import make_step

@@ -32,7 +32,7 @@ def _elapsed(function: Callable[..., Any], args: tuple[Any, ...], calls: int) ->
 def measure(
     function: Callable[..., Any], args: tuple[Any, ...], *, samples: int = 5, budget: float = 1.0
 ) -> dict[str, float]:
-    """Milliseconds a call of a compiled function: {median, least, most, calls}; ``budget`` seconds for all samples."""
+    """Milliseconds per call of a compiled function: {median, least, most, calls}; ``budget`` seconds for all samples."""
     jax.block_until_ready(function(*args))
     once = max(_elapsed(function, args, 3) / 3, 1e-5)
     many = int(min(400, max(6, budget / samples / once)))
@@ -44,7 +44,7 @@ def measure(
 
 
 def measure_torch(function: Callable[[], Any], *, samples: int = 9, budget: float = 0.8) -> dict[str, float]:
-    """As :func:`measure`, for a PyTorch function on the current CUDA device."""
+    """The same as :func:`measure` for a PyTorch function on the current CUDA device."""
     import torch
 
     def run(calls: int) -> float:
@@ -63,7 +63,7 @@ def measure_torch(function: Callable[[], Any], *, samples: int = 9, budget: floa
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Written beside the target, then renamed."""
+    """Writes JSON beside the target and then renames it, so that a reader never sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")

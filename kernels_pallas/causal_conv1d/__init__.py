@@ -1,1 +1,1 @@
-"""Causal depthwise convolution over time: shifted additions, which XLA fuses into one pass."""
+"""Causal depthwise convolution over time: shifted products, which XLA fuses into one pass, so no kernel is needed."""

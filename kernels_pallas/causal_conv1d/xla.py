@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 def causal_conv1d(x: jax.Array, w: jax.Array, initial_state: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """y_t = sum_j w_j x_(t - (W - 1) + j), accumulated in float32, and the last W - 1 rows of [initial_state ; x]."""
+    """(y, tail): y_t = sum_j w_j x_(t - (W - 1) + j), accumulated in float32, and the last W - 1 rows of [initial_state ; x]."""
     length, taps = x.shape[1], w.shape[0]
     if initial_state is None:
         initial_state = jnp.zeros_like(x[:, :1], shape=(x.shape[0], taps - 1, *x.shape[2:]))

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +20,6 @@ import jax.numpy as jnp
 
 TABLE = Path(__file__).with_name("block_sizes.json")
 
-MAX_NATS = 80.0
-"""Largest chunk * |log_g| of a single reference point: the masked upper triangle reaches e^80, float32 ends at e^88."""
-
-MIN_SEGMENT = 256
-"""Tokens. Shorter segments spend more on their states than they win in parallelism."""
-
 KERNELS = ("forward", "segment_state", "states", "segment_dstate", "backward", "features", "decode")
 
 _local = threading.local()
@@ -36,8 +29,9 @@ _local = threading.local()
 class BlockSizes:
     """Static sizes of one kernel.
 
-    chunk: tokens per step, a power of two >= 16. block_v: columns of v (and of the state) per program. num_warps, num_stages: Triton's
-    compiler parameters. programs: how many programs the driver wants at least before it stops splitting the sequence into segments.
+    chunk: tokens of a chunk, a power of two >= 16. block_v: columns of v (and of the state) that a program owns.
+    num_warps, num_stages: Triton's compiler parameters. programs: once there are so many programs, the sequence is not
+    split into more segments.
     """
 
     chunk: int = 64
@@ -47,20 +41,11 @@ class BlockSizes:
     programs: int = 256
 
 
-def single_reference_limit(lower_bound: float | None) -> int:
-    """Largest power-of-two chunk with one reference point under the gate bound, at most 128; 1 without a bound."""
-    if lower_bound is None:
-        return 1
-    if lower_bound == 0:
-        return 128
-    return min(128, 1 << max(0, math.floor(math.log2(max(1.0, MAX_NATS / -lower_bound)))))
-
-
 def default_sizes(kernel: str, dtype: Any, features: int, values: int) -> BlockSizes:
-    """Rules for shapes that no table lists: the state of one program stays within 32 (forward) or 64 registers a thread."""
+    """Sizes for shapes that no table lists: the state of a program takes at most 32 (forward) or 64 registers of a thread."""
     if kernel == "decode":
         width = min(values, 64)
-        # 64 registers of state a thread, and no more threads than features: lawcat/triton_decode.py says why, and what
+        # 64 registers of state a thread, and no more threads than features: lawcat_attention/triton_decode.py says why, and what
         # num_stages means there. The operands of float32 scores leave no registers for an early state.
         warps = max(1, min(features * width // 2048, features // 32))
         return BlockSizes(16, width, warps, 1 if jnp.dtype(dtype) == jnp.float32 else 2, 256)
@@ -91,6 +76,7 @@ def read_table(path: Path = TABLE) -> dict[str, Any]:
 
 
 def shape_key(dtype: Any, features: int, values: int) -> str:
+    """How the table names a shape, "bfloat16:64x64" (K x V)."""
     return f"{jnp.dtype(dtype).name}:{features}x{values}"
 
 
@@ -129,35 +115,3 @@ def lookup(kernel: str, dtype: Any, features: int, values: int) -> BlockSizes:
         if entry is not None:
             return BlockSizes(**{f.name: entry[f.name] for f in dataclasses.fields(BlockSizes) if f.name in entry})
     return default_sizes(kernel, dtype, features, values)
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """How T tokens are cut: ``count`` chunks of ``chunk``, ``segments`` of ``per_segment`` chunks each (the last may have fewer)."""
-
-    length: int
-    chunk: int
-    segments: int
-    per_segment: int
-
-    @property
-    def count(self) -> int:
-        return -(-self.length // self.chunk)
-
-    @property
-    def ragged(self) -> bool:
-        return self.length % self.chunk != 0
-
-    @property
-    def even(self) -> bool:
-        return self.count == self.segments * self.per_segment
-
-
-def split_sequence(length: int, chunk: int, programs: int, wanted: int) -> Split:
-    """Enough segments that ``programs`` (those of one segment) times segments reaches ``wanted``; segments of >= MIN_SEGMENT tokens."""
-    segments = 1
-    while programs * segments < wanted and length >= 2 * segments * MIN_SEGMENT:
-        segments *= 2
-    count = -(-length // chunk)
-    per_segment = -(-count // segments)
-    return Split(length, chunk, -(-count // per_segment), per_segment)

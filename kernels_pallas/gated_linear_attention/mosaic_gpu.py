@@ -6,7 +6,7 @@ d = 64, of two in chunks of 64 tokens. Tiles come by TMA into rings in shared me
 *Preparing* warpgroups, one for 64 features, do all that S does not have to wait for, on tiles in place: the sums of the gates as products
 with a constant matrix, q^ = q 2^(b - r) and k^ = k 2^(r - b), z, and q^ z~ of the denominator. *Recurrent* warpgroups, one for 64
 value columns, keep S [K, 64] in registers: scores, outputs and state are chains of ``wgmma`` on the prepared tiles. The two kinds
-work on neighbouring chunks at the same time; each reloads what it alone reads. Algebra as in ``kernels_pallas.gated_linear_attention.triton``:
+work on neighbouring chunks at the same time; each reloads what it alone reads. Algebra as in ``triton``:
 
     q^ = q 2^(b - r)     k^ = k 2^(r - b)     A = where(i >= j, q^ k^T, 0)     S~ = 2^r S     z~ = 2^r z
     o = (A v + q^ S~) / (sum_j A + q^ z~ + eps)              S' = 2^r (S~ + k^T v)     z' = 2^r (z~ + sum_j k^)
@@ -25,9 +25,9 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kernels_pallas.chunking import Split, reference_rows, split_sequence
 from kernels_pallas.common import EPS, LOG2E, fold_vmap, interpret_mode
 from kernels_pallas.gated_linear_attention import block_sizes, triton
-from kernels_pallas.gated_linear_attention.block_sizes import Split
 from kernels_pallas.gated_linear_attention.mosaic_gpu_tiles import (
     CHUNK,
     WIDTH,
@@ -51,9 +51,12 @@ PARTS = 16
 
 
 class Ring(NamedTuple):
-    """Chunks of a head in shared memory: of k and q, which stay until the outputs of a chunk are done; of the gates, which only
-    the preparing warpgroup reads; of v, whose slot then holds the outputs. Of keys, and of v with outputs, at least two: one is
-    loaded while the next is read."""
+    """How many chunks of a head shared memory holds at a time.
+
+    ``keys`` of k and q, which stay until the outputs of a chunk are done; ``gates``, which only the preparing warpgroup reads;
+    ``values`` of v, whose slot then holds the outputs. At least two of keys, and of values where there are outputs: one is
+    loaded while the other is read.
+    """
 
     keys: int
     gates: int
@@ -61,17 +64,18 @@ class Ring(NamedTuple):
 
 
 RINGS = {True: Ring(3, 2, 2), False: Ring(4, 4, 4)}
-"""With outputs and without. A slot is taken for as long as a chunk is loaded, prepared and read. With outputs at d = 128 these fill
-the shared memory. The summary of a segment has little to do between two chunks: with two, loads would not be hidden."""
+"""By whether a kernel writes outputs. A slot is taken while its chunk is loaded, prepared and read. With outputs, and d = 128,
+these fill the shared memory. The summary of a segment does little per chunk: two slots would not hide its loads."""
 
 REGISTERS = (80, 176)
-"""A thread of a preparing and of a recurrent warpgroup, where there are two of each: the state alone takes 64."""
+"""Of a thread in a preparing and in a recurrent warpgroup, where there are two of each: the state alone takes 64."""
 
 PROGRAMS = 120
-"""Programs below which a sequence is cut into segments: an H100 or H200 runs 132 at a time, one a multiprocessor."""
+"""With fewer programs than this a sequence is cut into segments: an H100 or H200 runs 132 at a time, one on each
+multiprocessor."""
 
 APPLIES_BOUND = True
-"""As in ``triton``."""
+"""Gates below the bound are raised on load, as in ``triton``."""
 
 
 def supports(q, k, v, log_g, *, normalize: bool, lower_bound: float | None, differentiated: bool) -> str | None:
@@ -87,16 +91,16 @@ def supports(q, k, v, log_g, *, normalize: bool, lower_bound: float | None, diff
     for name, size in (("K", q.shape[-1]), ("V", v.shape[-1])):
         if size not in (64, 128):
             return f"{name} must be 64 or 128, got {size}"
-    if block_sizes.single_reference_limit(lower_bound) < CHUNK:
+    if reference_rows(lower_bound, CHUNK) < CHUNK:
         return f"it needs a gate_lower_bound of at least -1.25, got {lower_bound}"
     return None
 
 
 def plan(q, v) -> tuple[int, Split]:
-    """(heads a program, how the sequence is cut)."""
+    """How a call is divided: (heads that one program takes, how the sequence is cut)."""
     batch, length, heads, features = q.shape
     per_program = 2 if features == v.shape[-1] == WIDTH and heads % 2 == 0 else 1
-    return per_program, block_sizes.split_sequence(length, CHUNK, batch * heads // per_program, PROGRAMS)
+    return per_program, split_sequence(length, CHUNK, batch * heads // per_program, PROGRAMS)
 
 
 def _constants() -> jax.Array:
@@ -459,7 +463,7 @@ def _launch(
 
 
 def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: float | None, save_residuals: bool) -> Any:
-    """See ``kernels_pallas.gated_linear_attention`` for the signature. Residuals as in ``triton``, whose backward pass takes them."""
+    """See ``kernels_pallas.contract``. Residuals as in ``triton``, whose backward pass takes them."""
     length = q.shape[1]
     if save_residuals and length <= triton.SHORT:  # it keeps o in float32 for the gradients
         return triton.forward(

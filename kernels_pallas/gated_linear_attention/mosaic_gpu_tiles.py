@@ -1,6 +1,6 @@
 """Pieces shared by the Mosaic GPU kernels: tiles in shared memory, products of warpgroups, padding, the launch.
 
-Only these files import Mosaic GPU, and only when a kernel is traced: it exists on some installations alone, and its interface changes
+Only these files import Mosaic GPU, and only when a kernel is traced: not every installation has it, and its interface changes
 from release to release.
 """
 
@@ -19,18 +19,19 @@ from kernels_pallas.common import interpret_mode, match_varying
 f32, bf16 = jnp.float32, jnp.bfloat16
 
 CHUNK = 64
-"""Tokens a step: the rows of one wgmma, and what one reference point allows within a gate bound of -1.25."""
+"""Tokens of a chunk: the rows of one wgmma, and what one reference point allows within a gate bound of -1.25."""
 
 WIDTH = 64
-"""Features or value columns a warpgroup: 128 bytes of bfloat16, one swizzled row."""
+"""Features, or value columns, that a warpgroup owns: 128 bytes of bfloat16, one swizzled row."""
 
 ROWS = 8
-"""Rows of a tile in shared memory: TMA takes sequences of a multiple of them, others are padded first (a copy)."""
+"""Rows of a tile in shared memory. TMA takes sequences whose length is a multiple of them; others are padded first, which
+copies them."""
 
 
 def operand(*shape: int, line: int | None = None) -> Any:
-    """Shared memory for bfloat16 operands: ``line`` columns (None: all) of a row as one swizzled line. The depth of a product
-    is a multiple of it, and of two operands in shared memory lines must be alike."""
+    """Shared memory for bfloat16 operands: ``line`` columns (None: all) of a row form one swizzled line. The depth of a product
+    must be a multiple of it, and two operands in shared memory must have lines of one length."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     line = line or shape[-1]
@@ -39,22 +40,22 @@ def operand(*shape: int, line: int | None = None) -> Any:
 
 
 def tiles(*lead: int) -> Any:
-    """[*lead, CHUNK, WIDTH] of such operands."""
+    """Shared memory for operands [*lead, CHUNK, WIDTH]."""
     return operand(*lead, CHUNK, WIDTH)
 
 
 def transposed(ref: Any) -> Any:
-    """A tile as an operand from the other side."""
+    """A tile in shared memory, as its transpose."""
     return ref.transpose((1, 0))
 
 
 def products(*sums: Any) -> list[jax.Array]:
-    """For each of (shape, *pairs) the sum of a @ b, float32; waited for together. b is in shared memory, a there or in
-    registers."""
+    """One float32 result for each argument (shape, (a, b), ...): the sum of its products a @ b. All are waited for together. b is
+    in shared memory, a there or in registers."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     if interpret_mode() and any(isinstance(x, jax.Array) for _, *pairs in sums for x, _ in pairs):
-        # It has no products of operands in registers. The loads, unlike what they stand for, must be done before a copy.
+        # The interpreter has no products of operands in registers. Its loads, unlike the products, must end before a copy.
         def load(x):
             return (x if isinstance(x, jax.Array) else plgpu.load(x)).astype(f32)
 
@@ -72,12 +73,12 @@ def products(*sums: Any) -> list[jax.Array]:
 
 
 def over_columns(x: jax.Array, columns: int = WIDTH) -> jax.Array:
-    """A vector of the rows, in every column."""
+    """[rows] -> [rows, columns], the same in every column."""
     return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
 
 
 def over_rows(x: jax.Array) -> jax.Array:
-    """A vector of the columns, in every row of a tile."""
+    """[columns] -> [CHUNK, columns], the same in every row."""
     return lax.broadcast_in_dim(x, (CHUNK, x.shape[0]), [1])
 
 
@@ -106,7 +107,7 @@ def launch(
     grid: dict[str, int],
     warpgroups: int,
 ) -> tuple[jax.Array, ...]:
-    """Run a kernel of so many warpgroups a program; outputs as (shape, dtype), grid axes by name."""
+    """Runs a kernel whose programs have ``warpgroups`` warpgroups; outputs as (shape, dtype), grid axes by name."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     outs = plgpu.kernel(
@@ -120,5 +121,5 @@ def launch(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams() if interpret_mode() else None,
     )(*inputs)
-    # The types of what it returns tell nothing of the mesh axes over which the inputs vary.
+    # The types of the results do not say over which mesh axes the inputs vary.
     return tuple(match_varying(x, *inputs) for x in outs)

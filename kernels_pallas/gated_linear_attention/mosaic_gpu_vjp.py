@@ -1,8 +1,8 @@
 """Backward of gated linear attention for NVIDIA Hopper GPUs.
 
 The states and their cotangents before every chunk come from ``triton_vjp``'s two sweeps; the gradients of a chunk, which is most of the
-work, from a Mosaic GPU kernel: a program a chunk and head, a warpgroup for 64 features (and as many value columns), every product a
-``wgmma`` on tiles in shared memory. With S~, z~ = 2^r (S, z) before the chunk, dS~, dz~ = 2^r (dS, dz) after it, dn = do / den,
+work, from a Mosaic GPU kernel: one program for each chunk and head, one warpgroup for 64 features (and as many value columns), every
+product a ``wgmma`` on tiles in shared memory. With S~, z~ = 2^r (S, z) before the chunk, dS~, dz~ = 2^r (dS, dz) after it, dn = do / den,
 delta = -dn.o and L the lower triangle of ones:
 
     A  = L q^ k^T                    dA = L (dn v^T + delta)              dv = A^T dn + k^ dS~
@@ -25,9 +25,9 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kernels_pallas.chunking import Split
 from kernels_pallas.common import LOG2E, fold_vmap
 from kernels_pallas.gated_linear_attention import mosaic_gpu, triton, triton_vjp
-from kernels_pallas.gated_linear_attention.block_sizes import Split
 from kernels_pallas.gated_linear_attention.mosaic_gpu_tiles import (
     CHUNK,
     WIDTH,
@@ -235,7 +235,7 @@ def chunk_gradients(
 
 
 def backward(residuals, do, dstate, *, normalize: bool, lower_bound: float | None) -> Any:
-    """See ``kernels_pallas.gated_linear_attention`` for the signature."""
+    """See ``kernels_pallas.contract``."""
     q, _, v, log_g = residuals[:4]
     if q.shape[1] <= triton.SHORT:  # as in forward
         return triton_vjp.backward(residuals, do, dstate, normalize=normalize, lower_bound=lower_bound)

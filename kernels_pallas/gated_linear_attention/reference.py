@@ -66,8 +66,13 @@ def _float32(q, k, v, log_g, initial_state):
     return *(x.astype(jnp.float32) for x in (q, k, v, log_g)), S, z
 
 
+def supports(q, k, v, log_g, *, normalize: bool, lower_bound: float | None, differentiated: bool) -> str | None:
+    """None: it takes every call."""
+    return None
+
+
 def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: float | None, save_residuals: bool) -> Any:
-    """See ``kernels_pallas.gated_linear_attention`` for the signature; ``lower_bound`` does not matter here."""
+    """See ``kernels_pallas.contract``; ``lower_bound`` does not matter here."""
     o, state = _recurrence(*_float32(q, k, v, log_g, initial_state), _read if normalize else _read_sum)
     return o.astype(v.dtype), state, (q, k, v, log_g, initial_state) if save_residuals else None
 

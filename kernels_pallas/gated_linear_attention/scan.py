@@ -17,7 +17,6 @@ numerator uses.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -25,10 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kernels_pallas.chunking import MAX_NATS, reference_rows
 from kernels_pallas.common import EPS, einsum, match_varying, target_platform
-
-MAX_NATS = 80.0
-"""Largest C |log_g| of one reference: the masked upper triangle reaches e^80 < float32's e^88."""
 
 STATE_BUDGET_BYTES = 256 * 2**20
 """Chunk states of one group; longer sequences run as a ``lax.scan`` over groups of chunks."""
@@ -38,7 +35,8 @@ CPU_STATE_BUDGET_BYTES = 2**20
 
 
 class Plan(NamedTuple):
-    """Static sizes: ``chunk`` rows, diagonal ``block`` of one reference, ``group`` chunks a step, ``steps`` groups."""
+    """Static sizes: ``chunk`` rows, the diagonal ``block`` of rows that share a reference, ``group`` chunks that are computed
+    together, and ``steps``, the number of groups."""
 
     chunk: int
     block: int
@@ -56,9 +54,8 @@ def make_plan(q_shape, value_dim: int, lower_bound: float | None, platform: str)
     chunk = min(limit, 1 << max(0, length - 1).bit_length())
     if lower_bound is None or -lower_bound > MAX_NATS:
         # Not even one row may have a reference of its own: a chunk of one row would be a block of one reference.
-        chunk, block = max(chunk, 2), 1
-    else:
-        block = min(chunk, 1 << math.floor(math.log2(MAX_NATS / -lower_bound)))
+        chunk = max(chunk, 2)
+    block = reference_rows(lower_bound, chunk)
     chunks = -(-length // chunk)
     budget = CPU_STATE_BUDGET_BYTES if cpu else STATE_BUDGET_BYTES
     most = max(2 if cpu else 1, budget // (batch * heads * features * value_dim * 4))
@@ -195,8 +192,8 @@ def _scores(q, k, q_in, k_out, decay: _Decay, plan: Plan, dtype) -> jax.Array:
 
 
 def _scores_vjp(dA, q, k, q_in, k_out, decay: _Decay, plan: Plan, dtype) -> tuple[jax.Array, jax.Array]:
-    """Sum_j dA_ij k_j e^(b_i - b_j) and Sum_i dA_ij q_i e^(b_i - b_j) for dA below the diagonal; of one reference still
-    without the factor of its own row."""
+    """Sum_j dA_ij k_j e^(b_i - b_j) and Sum_i dA_ij q_i e^(b_i - b_j) for dA below the diagonal. Where a chunk has one
+    reference, the factor of a result's own row is left to the caller."""
     if plan.block == plan.chunk:
         return einsum("bhnij,bhnjc->bhnic", dA, k_out), einsum("bhnij,bhnic->bhnjc", dA, q_in)
     dq, dk = jnp.zeros_like(q), jnp.zeros_like(k)
@@ -389,8 +386,13 @@ def _initial(q, k, v, log_g, state):
     return tuple(match_varying(x, q, k, v, log_g) for x in state)
 
 
+def supports(q, k, v, log_g, *, normalize: bool, lower_bound: float | None, differentiated: bool) -> str | None:
+    """None: it takes every call."""
+    return None
+
+
 def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: float | None, save_residuals: bool) -> Any:
-    """See ``kernels_pallas.gated_linear_attention`` for the signature."""
+    """See ``kernels_pallas.contract``."""
     plan = make_plan(q.shape, v.shape[-1], lower_bound, target_platform(q))
     padded = tuple(_pad(x, plan) for x in (q, k, v, log_g))
 
@@ -411,7 +413,7 @@ def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: floa
 
 
 def backward(residuals, do, dstate, *, normalize: bool, lower_bound: float | None) -> Any:
-    """See ``kernels_pallas.gated_linear_attention`` for the signature. Chunk states are recomputed from the state at the start of each
+    """See ``kernels_pallas.contract``. Chunk states are recomputed from the state at the start of each
     group."""
     q, k, v, log_g, starts = residuals
     plan = make_plan(q.shape, v.shape[-1], lower_bound, target_platform(q))
@@ -435,10 +437,9 @@ def backward(residuals, do, dstate, *, normalize: bool, lower_bound: float | Non
 
 
 def segment_state(k, v, log_g, *, lower_bound: float | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Summary of a segment with respect to an empty state: (L [B, Hg, K], S [B, H, K, V], z [B, H, K]), float32, L =
-    sum of log_g.
+    """The state after these tokens alone, and the sum of their log_g: (L [B, Hg, K], S [B, H, K, V], z [B, H, K]), float32.
 
-    Computed as a forward pass of which XLA keeps only the state.
+    A forward pass of which XLA keeps only the state.
     """
     _, (S, z), _ = forward(k, k, v, log_g, None, normalize=False, lower_bound=lower_bound, save_residuals=False)
     return jnp.sum(log_g.astype(jnp.float32), axis=1), S, z

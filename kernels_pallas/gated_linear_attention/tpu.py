@@ -63,7 +63,7 @@ def interpreter() -> Any:
 
 
 def supports(q, k, v, log_g, *, normalize: bool, lower_bound: float | None, differentiated: bool) -> str | None:
-    """Why these kernels cannot serve, or None (see ``kernels_pallas.gated_linear_attention``)."""
+    """Why these kernels cannot serve, or None (see ``kernels_pallas.contract``)."""
     del k, normalize
     widest = max(q.shape[-1], v.shape[-1])
     if widest > 256:
@@ -216,7 +216,7 @@ def token_heads(plan: Plan) -> int:
 
 
 def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: float | None, save_residuals: bool):
-    """See ``kernels_pallas.gated_linear_attention``. Residuals are the inputs: backward recomputes everything else, chunk states
+    """See ``kernels_pallas.contract``. Residuals are the inputs: backward recomputes everything else, chunk states
     included."""
     plan = make_plan(q, v, log_g, lower_bound, forward=True)
     sp = specs(plan)
@@ -277,7 +277,7 @@ def chunk_states(inputs, packed_state, plan: Plan) -> tuple[jax.Array, jax.Array
 
 
 def decode(q, k, v, log_g, state, *, normalize: bool):
-    """See ``kernels_pallas.gated_linear_attention``. Plain XLA takes states too large, or too oddly shaped, for the kernel."""
+    """See ``kernels_pallas.contract``. Plain XLA takes states too large, or too oddly shaped, for the kernel."""
     if tpu_decode.refusal(tpu_decode.step_of(q, v, log_g)) is not None:
         return decode_xla.decode(q, k, v, log_g, state, normalize=normalize)
     return tpu_decode.decode(q, k, v, log_g, state, normalize=normalize, interpret=interpreter())

@@ -25,7 +25,7 @@ f32 = jnp.float32
 
 
 class Step(NamedTuple):
-    """Sizes of one step: ``batch_block`` sequences and ``heads_block`` heads a program."""
+    """Sizes of one decode step; a program takes ``batch_block`` sequences and ``heads_block`` heads."""
 
     batch: int
     heads: int
@@ -56,8 +56,8 @@ class Head(NamedTuple):
 def make_step(
     batch: int, heads: int, features: int, values: int, groups: tuple[int, ...], widths: tuple[int, ...]
 ) -> Step:
-    """The smallest block of heads whose arrays [B, H / group * width] are cut at whole tiles; eight sequences at most,
-    as their rows fill one."""
+    """A step with the smallest block of heads that cuts its arrays [B, H / group * width] at whole tiles, and at most eight
+    sequences, whose rows fill a tile."""
 
     def fits(count: int) -> bool:
         whole = all(count % g == 0 and count // g * w % LANES == 0 for g in groups for w in widths)
@@ -186,7 +186,7 @@ def step_of(q, v, log_g) -> Step:
 
 
 def decode(q, k, v, log_g, state, *, normalize: bool, interpret):
-    """S <- e^g S + k v^T; z <- e^g z + k; o = S^T q / (z.q + eps); shapes as ``kernels_pallas.gated_linear_attention`` says."""
+    """S <- e^g S + k v^T; z <- e^g z + k; o = S^T q / (z.q + eps); shapes as in ``kernels_pallas.contract``."""
     step = step_of(q, v, log_g)
     batch, heads, features = q.shape
     v_group, g_group = heads // v.shape[1], heads // log_g.shape[1]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.common import strong_gates
+from kernels_pallas.chunking import MAX_NATS, reference_rows, strong_gates
 
 LANES = 128
 MAX_CHUNK = 128
@@ -17,11 +16,8 @@ FORWARD_CHUNK = 256
 """Chunk of the forward kernel in bfloat16 with at most four reference blocks: 8-20 % fewer bundles than 128
 (docs/kernels.md); the backward kernel gains nothing from it."""
 
-MAX_NATS = 80.0
-"""Largest c |log_g| of one reference block (kernels must stay below e^88)."""
-
 FLOAT32_NATS = 40.0
-"""The same in float32, whose rounding of the exponents is the largest error there: it grows with them."""
+"""Instead of MAX_NATS in float32, where the rounding of the exponents is the largest error: it grows with them."""
 
 MAX_PAIR_BLOCKS = 4
 VMEM_LIMIT_BYTES = 48 * 2**20
@@ -81,11 +77,8 @@ class Plan(NamedTuple):
 
 
 def _block_rows(lower_bound: float | None, chunk: int, dtype) -> int:
-    """Largest power of two of rows that one reference may span."""
-    if lower_bound is None:
-        return 1
-    rows = (FLOAT32_NATS if dtype == jnp.float32 else MAX_NATS) / max(-lower_bound, 1e-30)
-    return min(chunk, 1 << math.floor(math.log2(max(1.0, min(rows, chunk)))))
+    """Rows that one reference may span."""
+    return reference_rows(lower_bound, chunk, FLOAT32_NATS if dtype == jnp.float32 else MAX_NATS)
 
 
 def _heads_block_fits(heads: int, count: int, group: int, width: int) -> bool:

@@ -28,7 +28,7 @@ def shift_of(size: int) -> int:
 
 
 def own_lanes(plan: Plan, head: int, rows: int, per_head: int | None = None) -> jax.Array:
-    """Boolean [rows, pack * per_head]: the lanes of one packed head (``per_head`` lanes a head; default: features)."""
+    """Boolean [rows, pack * per_head]: the lanes of one packed head, which has ``per_head`` lanes (default: its features)."""
     per_head = plan.width if per_head is None else per_head
     lane = lax.broadcasted_iota(jnp.int32, (rows, per_head * plan.pack), 1)
     return (lane >= head * per_head) & (lane < (head + 1) * per_head)
@@ -73,8 +73,8 @@ def tile_heads(plan: Plan, tile: int, group: int) -> list[int]:
 
 
 def valid_rows(plan: Plan, chunk_index, *, neutral_padding: bool = True) -> jax.Array | None:
-    """Rows of this chunk inside the sequence [C, 1] (boolean), or None when every chunk is full, or there is but one,
-    padded with zeros, and zero rows are neutral (``neutral_padding``)."""
+    """[C, 1] bool: the rows of this chunk that lie inside the sequence. None where no mask is needed: every chunk is full, or
+    the only chunk is padded with zeros and such rows are neutral (``neutral_padding``)."""
     if not plan.ragged or (plan.chunks == 1 and neutral_padding):
         return None
     row = lax.broadcasted_iota(jnp.int32, (plan.chunk, 1), 0)
@@ -106,13 +106,13 @@ class Columns(NamedTuple):
     terms: tuple[Term, ...]
 
     def used(self, *, own: bool) -> tuple[Term, ...]:
-        """The terms, but none that holds only the scores of tokens with themselves unless ``own``."""
+        """The terms; without ``own``, not those that hold only the scores of tokens with themselves."""
         return tuple(term for term in self.terms if own or term.q is not None)
 
 
 class Decays(NamedTuple):
-    """Factors of one tile. q * into_rows meets the state times ``into``; k * out_rows, times ``out``, adds to it
-    after it was multiplied by ``total`` = 2^(b_C)."""
+    """Factors of one tile. q * into_rows is multiplied with the state times ``into``. The new state is the old one times
+    ``total`` = 2^(b_C), plus v^T (k * out_rows) times ``out``."""
 
     columns: tuple[Columns, ...]
     into_rows: jax.Array
@@ -291,7 +291,7 @@ def read_out(q, k, v, S, z, decay: Decays, plan: Plan, normalize: bool, *, own: 
 
 
 def next_state(k: jax.Array, v: jax.Array, S: jax.Array, z: jax.Array, decay: Decays, plan: Plan):
-    """State after the chunk; k float32 tile, v tile in the compute dtype."""
+    """(S, z) after the chunk; k is a float32 tile, v a tile in the compute dtype."""
     k_out = scaled(k, decay.out_rows, plan)
     update = pick_heads(dot(v, k_out, "tn"), plan)
     total = jnp.sum(k_out.astype(jnp.float32), axis=0, keepdims=True)

@@ -295,17 +295,17 @@ def _group_output(group: int, dtype, plan: Plan, time: int, like) -> tuple[jax.S
     return out_struct((share, plan.batch, time, width), jnp.float32, *like), pl.BlockSpec((1, 1, *block), index)
 
 
-def backward(residuals, cotangent, state_cotangent, *, normalize: bool, lower_bound: float | None):
-    """See ``kernels_pallas.gated_linear_attention``."""
+def backward(residuals, do, dstate, *, normalize: bool, lower_bound: float | None):
+    """See ``kernels_pallas.contract``."""
     q, k, v, log_g, initial_state = residuals
     plan = make_plan(q, v, log_g, lower_bound)
     packed = None if initial_state is None else pack_state(*initial_state, plan)
     matrices = jnp.asarray(gate_matrices(plan), plan.dtype)
-    q_, k_, v_, g_, do_ = (flat(x, plan) for x in (q, k, v, log_g, cotangent))
+    q_, k_, v_, g_, do_ = (flat(x, plan) for x in (q, k, v, log_g, do))
     states, zs = chunk_states([k_, v_, g_, matrices], packed, plan)
 
     sp = specs(plan, reverse=True)
-    inputs = [q_, k_, v_, g_, matrices, do_, states, zs, *pack_state(*state_cotangent, plan)]
+    inputs = [q_, k_, v_, g_, matrices, do_, states, zs, *pack_state(*dstate, plan)]
     dv_shape, dv_spec = _group_output(plan.v_group, v.dtype, plan, q_.shape[1], inputs)
     dg_shape, dg_spec = _group_output(plan.g_group, log_g.dtype, plan, q_.shape[1], inputs)
     row = out_struct(q_.shape, q.dtype, *inputs)
@@ -323,11 +323,11 @@ def backward(residuals, cotangent, state_cotangent, *, normalize: bool, lower_bo
     )
     dv = dv if dv.ndim == 3 else jnp.sum(dv, axis=0)
     dg = dg if dg.ndim == 3 else jnp.sum(dg, axis=0)
-    dstate = (None, None) if initial_state is None else unpack_state(dS, dz, plan)
+    dinitial = (None, None) if initial_state is None else unpack_state(dS, dz, plan)
     return (
         unflat(dq, plan.heads, plan.features, plan),
         unflat(dk, plan.heads, plan.features, plan),
         unflat(dv, v.shape[2], plan.values, plan).astype(v.dtype),
         unflat(dg, log_g.shape[2], plan.features, plan).astype(log_g.dtype),
-        dstate,
+        dinitial,
     )

@@ -13,12 +13,13 @@ Algebra of a chunk of C rows (b inclusive cumulative sum of lg = log2(e) log_g; 
     q^ = q 2^(b - r)     k^ = k 2^(r - b)     A = where(i >= j, q^ k^T, 0)     S~ = e S     z~ = e z
     o = (A v + q^ S~) / (sum_j A + q^ z~ + eps)              S' = e (S~ + k^T v)     z' = e (z~ + sum_j k^)
 
-since b_C - r = r: two exponentials an element and one a feature. Within |log_g| C <= 80 nothing overflows. The denominator sums the same
+since b_C - r = r: two exponentials per element and one per feature. Within |log_g| C <= 80 nothing overflows. The denominator sums the same
 rounded A and q^ that the numerator uses.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -27,9 +28,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.common import EPS, LOG2E, interpret_mode, out_struct, strong_gates
+from kernels_pallas.chunking import Split, reference_rows, split_sequence, strong_gates
+from kernels_pallas.common import EPS, LOG2E, interpret_mode, out_struct
 from kernels_pallas.gated_linear_attention import block_sizes
-from kernels_pallas.gated_linear_attention.block_sizes import BlockSizes, Split
+from kernels_pallas.gated_linear_attention.block_sizes import BlockSizes
 from kernels_pallas.gated_linear_attention.triton_tiles import (
     LANES,
     causal,
@@ -57,7 +59,8 @@ APPLIES_BOUND = True
 """Gates below the bound are raised to it on load, and get no gradient: a pass of its own over them would cost more."""
 
 Pair = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
-"""(S [K, V], z [K, 8]) in blocks of features, float32. Features are rows: a decay is two registers a thread, not sixteen."""
+"""(S [K, V], z [K, 8]) in blocks of features, float32. Features are rows: a decay then takes two registers of a thread,
+not sixteen."""
 
 
 class State(NamedTuple):
@@ -68,12 +71,15 @@ class State(NamedTuple):
     pending: tuple[jax.Array, ...]
 
 
+MAX_CHUNK = 128
+"""Tokens."""
+
 SHORT = 64
-"""With strong gates, and up to this many tokens, a differentiated call also keeps o in float32. Rounded to bfloat16 it
-put dq off by 14 % at gates of -5, by 2.4 % at two tokens and -1.25, by 0.5 % at 17 and more."""
+"""Tokens. With strong gates, and up to so many tokens, a differentiated call also keeps o in float32. When it was rounded to
+bfloat16, dq was off by 14 % at gates of -5, by 2.4 % at two tokens and -1.25, and by 0.5 % at 17 and more."""
 
 PREFIX_SEGMENTS = 8
-"""Up to this many segments each program adds up the earlier ones itself (from L2); more go through a ``combine`` launch."""
+"""Up to so many segments, each program adds up the earlier ones itself (from L2); more take a ``combine`` launch."""
 
 
 def supports(q, k, v, log_g, *, normalize: bool, lower_bound: float | None, differentiated: bool) -> str | None:
@@ -90,18 +96,16 @@ def supports(q, k, v, log_g, *, normalize: bool, lower_bound: float | None, diff
     # The three TF32 passes of a float32 product leave 1.2e-5 at gates of -5 (measured on an H200), where 1e-5 is promised.
     if differentiated and q.dtype == jnp.float32 and strong_gates(lower_bound):
         return f"float32 gradients take a gate_lower_bound of at least -1.25, got {lower_bound}"
-    if block_sizes.single_reference_limit(lower_bound) < 16:
+    if reference_rows(lower_bound, MAX_CHUNK) < 16:
         return f"it needs a gate_lower_bound of at least -5, got {lower_bound}"
     return None
 
 
 def sizes_for(kernel: str, q: Any, v: Any, lower_bound: float | None) -> BlockSizes:
     """Block sizes of the table, with the chunk cut to what the gate bound and the length allow."""
-    import dataclasses
-
     sizes = block_sizes.lookup(kernel, q.dtype, q.shape[-1], v.shape[-1])
     length = max(16, 1 << (q.shape[1] - 1).bit_length())
-    chunk = min(sizes.chunk, block_sizes.single_reference_limit(lower_bound), length)
+    chunk = min(sizes.chunk, reference_rows(lower_bound, MAX_CHUNK), length)
     return dataclasses.replace(sizes, chunk=chunk, block_v=min(sizes.block_v, v.shape[-1]))
 
 
@@ -133,6 +137,7 @@ def chunks_of(split: Split, segment: Any) -> Any:
 
 
 def zero_state(values: int, features: int) -> State:
+    """The state before the first token when none is given."""
     widths = [n for _, n in feature_blocks(features)]
     lane = tuple(jnp.zeros((n, LANES), f32) for n in widths)
     return State(tuple(jnp.zeros((n, values), f32) for n in widths), lane, lane)
@@ -154,11 +159,13 @@ def write_state(S_ref: Any, z_ref: Any, state: Pair, index: Any = None) -> None:
 
 
 def write_totals(L_ref: Any, L: tuple[jax.Array, ...]) -> None:
+    """Writes sums of gates, in blocks of features, to a ref [K]."""
     for (at, n), total in zip(feature_blocks(L_ref.shape[0]), L, strict=True):
         L_ref[pl.ds(at, n)] = column(total)
 
 
 def zero_totals(features: int) -> tuple[jax.Array, ...]:
+    """Sums of no gates."""
     return tuple(jnp.zeros((n, LANES), f32) for _, n in feature_blocks(features))
 
 
@@ -196,8 +203,9 @@ def add_chunk(before: Pair, k: tuple[jax.Array, ...], v: jax.Array, r: tuple[jax
     return State(S, z, r)
 
 
-def _segment_state_kernel(k_ref, v_ref, g_ref, *refs, split: Split, dtype: Any, per_chunk: bool, bound: float | None):
-    """P1: summary of a segment. With ``per_chunk`` (the backward pass) the scaled state before every chunk, from a given state."""
+def segment_state_kernel(k_ref, v_ref, g_ref, *refs, split: Split, dtype: Any, per_chunk: bool, bound: float | None):
+    """P1: the summary of a segment. With ``per_chunk``, for the backward pass: the scaled state before every chunk, from a given
+    state."""
     segment = pl.program_id(2)
     chunk, limit = split.chunk, split.length if split.ragged else None
     matrix = centred(chunk, dtype)
@@ -286,7 +294,7 @@ def _segment_out_kernel(
         r = tuple(half_total(g) for g in gates)
         before = scaled(state, r)
         rounded = tuple(round_to(x, dtype) for x in before[0])
-        # The state before q: its operands are gone before the tiles of the output come up.
+        # The state comes before q, so that its operands are dead when the tiles of the output are formed.
         x = [exponents(g, matrix) for g in gates]
         k = tuple(
             round_to(load_rows(k_ref, start, chunk, limit, block).astype(f32) * exp2(-y), dtype)
@@ -320,7 +328,7 @@ def scores(q: tuple[jax.Array, ...], k: tuple[jax.Array, ...], mask: jax.Array) 
 
 
 def denominator(A: jax.Array, q: tuple[jax.Array, ...], z: tuple[jax.Array, ...]) -> jax.Array:
-    """sum_j A + q^ z~ + eps [C] of the rounded A and q^; z~ [K, 8] per block."""
+    """sum_j A + q^ z~ + eps [C] from the rounded A and q^; z~ [K, 8] for each block."""
     den = dot(A, ones(A.shape[1], A.dtype))
     for x, y in zip(q, z, strict=True):
         den += dot_exact(x, y)
@@ -349,7 +357,7 @@ def segment_states(k, v, log_g, heads: int, split: Split, sizes: BlockSizes, bou
     vectors, matrices = (batch, heads, count, features), (batch, heads, count, features, values)
     width = sizes.block_v
     return pl.pallas_call(
-        functools.partial(_segment_state_kernel, split=split, dtype=k.dtype, per_chunk=False, bound=bound),
+        functools.partial(segment_state_kernel, split=split, dtype=k.dtype, per_chunk=False, bound=bound),
         grid=(heads, values // width, count - 1, batch),
         in_specs=[token_spec(k, heads), token_spec(v, heads, width), token_spec(log_g, heads)],
         out_specs=[segment_spec(vectors), segment_spec(matrices, width), segment_spec(vectors)],
@@ -383,11 +391,11 @@ def combine(L, S, z, initial, *, reverse: bool = False):
 def plan_forward(q, v, lower_bound: float | None, kernel: str = "forward") -> tuple[BlockSizes, Split]:
     sizes = sizes_for(kernel, q, v, lower_bound)
     programs = q.shape[0] * q.shape[2] * (v.shape[3] // sizes.block_v)
-    return sizes, block_sizes.split_sequence(q.shape[1], sizes.chunk, programs, sizes.programs)
+    return sizes, split_sequence(q.shape[1], sizes.chunk, programs, sizes.programs)
 
 
 def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: float | None, save_residuals: bool) -> Any:
-    """See ``kernels_pallas.gated_linear_attention`` for the signature. Residuals: (q, k, v, log_g, initial_state, o, den, segment states)."""
+    """See ``kernels_pallas.contract``. Residuals: (q, k, v, log_g, initial_state, o, den, segment states)."""
     sizes, split = plan_forward(q, v, lower_bound)
     states, summaries, given = "zero", (), None
     if initial_state is not None:
@@ -415,8 +423,6 @@ def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: floa
 
 def sizes_for_segments(q, v, sizes: BlockSizes) -> BlockSizes:
     """P1 cuts the sequence as P2 does, with its own warps, stages and columns."""
-    import dataclasses
-
     own = block_sizes.lookup("segment_state", q.dtype, q.shape[-1], v.shape[-1])
     return dataclasses.replace(own, chunk=sizes.chunk, block_v=min(own.block_v, v.shape[-1]))
 

@@ -21,7 +21,8 @@ f32 = jnp.float32
 
 
 def compiler_params(sizes: BlockSizes) -> Any:
-    """Always given: a bare ``pallas_call`` goes to another lowering on some JAX releases."""
+    """Triton's compiler parameters of ``sizes``. Every call passes them: on some JAX releases a ``pallas_call`` without them goes
+    to another lowering."""
     from jax.experimental.pallas import triton as plgpu
 
     return plgpu.CompilerParams(num_warps=sizes.num_warps, num_stages=sizes.num_stages)
@@ -60,10 +61,12 @@ def log2(x: jax.Array) -> jax.Array:
 
 
 def iota(shape: tuple[int, int], axis: int) -> jax.Array:
+    """int32 index along ``axis`` of every entry."""
     return lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
 def causal(size: int) -> jax.Array:
+    """[size, size] bool: true on and below the diagonal."""
     return iota((size, size), 0) >= iota((size, size), 1)
 
 
@@ -75,8 +78,8 @@ def centred(size: int, dtype: Any) -> jax.Array:
 def feature_blocks(features: int) -> tuple[tuple[int, int], ...]:
     """(offset, width) of the feature blocks of at most 64 columns.
 
-    A product whose result feeds another product puts all warps along its rows, so a [64, 128] tile would take 64 registers a thread
-    however many warps there are; blocks of 64 keep every temporary at 32 with 4 warps.
+    A product whose result feeds another product puts all warps along its rows, so a [64, 128] tile would take 64 registers of each
+    thread however many warps there are; blocks of 64 keep every temporary at 32 with 4 warps.
     """
     width = min(features, 64)
     return tuple((offset, width) for offset in range(0, features, width))
@@ -113,7 +116,8 @@ def store_rows(ref: Any, start: Any, value: jax.Array, limit: int | None, block:
 
 
 def load_vector(ref: Any, start: Any, rows: int, limit: int | None) -> jax.Array:
-    """As load_rows for a [T] ref; masked entries read as one (they are denominators)."""
+    """Entries [start, start + rows) of a [T] ref, with ``limit`` as in load_rows, except that masked entries read as 1: they
+    are denominators."""
     if limit is None:
         return ref[pl.ds(start, rows)]
     from jax.experimental.pallas import triton as plgpu
@@ -123,6 +127,7 @@ def load_vector(ref: Any, start: Any, rows: int, limit: int | None) -> jax.Array
 
 
 def store_vector(ref: Any, start: Any, value: jax.Array, limit: int | None) -> None:
+    """The inverse of load_vector."""
     rows = value.shape[0]
     if limit is None:
         ref[pl.ds(start, rows)] = value
@@ -162,8 +167,8 @@ def dot_exact(a: jax.Array, x: jax.Array, *, ta: bool = False) -> jax.Array:
 def round_to(x: jax.Array, dtype: Any) -> jax.Array:
     """float32 ``x`` in ``dtype``, to nearest even.
 
-    On the GPU two elements a conversion: single ones run at the rate of special functions. In the interpreter XLA could drop a
-    float32 -> bfloat16 -> float32 round trip; reduce_precision it keeps.
+    On the GPU one instruction converts two elements: conversions of one element run at the slow rate of special functions. In
+    the interpreter XLA could drop a float32 -> bfloat16 -> float32 round trip, but it keeps reduce_precision.
     """
     if x.dtype != f32 or dtype != jnp.bfloat16:
         return x.astype(dtype)

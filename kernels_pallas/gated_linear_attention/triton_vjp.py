@@ -6,8 +6,10 @@ Two light sweeps write what couples the chunks, then every chunk is one independ
 * ``dstates``: reverse sweep over q, gates, do, o, den, writes dS~ = e dS and dz~ = e dz after every chunk;
 * ``chunk_vjp`` (B1): recomputes A, writes dq, dk, dv, dlog_g of the chunk in one go, with no state in registers.
 
-With few heads both sweeps run by segments: the forward saved the state before every segment; ``dstates`` first sums up each segment, and
-``combine`` runs the same rule backwards. Notation of the forward (e = 2^r, r = b_C / 2, x = b - r), with P = dn v^T, R = dn S~^T:
+With few heads both sweeps run segment by segment, in parallel: the forward pass saved the state before every segment, ``dstates``
+first sums up each segment, and ``combine`` joins the sums from the last to the first.
+
+Notation of the forward (e = 2^r, r = b_C / 2, x = b - r), with P = dn v^T, R = dn S~^T:
 
     dn = do / den     delta = -dn o        dA = where(i >= j, P + delta, 0)
     dq = 2^x (dA k^ + R + delta z~)        dk* = 2^-x (v dS~^T + dz~)        dk = 2^-x dA^T q^ + dk*        dv = A^T dn + k^ dS~
@@ -29,12 +31,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from kernels_pallas.chunking import Split
 from kernels_pallas.common import interpret_mode, out_struct
 from kernels_pallas.gated_linear_attention import block_sizes
-from kernels_pallas.gated_linear_attention.block_sizes import BlockSizes, Split
+from kernels_pallas.gated_linear_attention.block_sizes import BlockSizes
 from kernels_pallas.gated_linear_attention.triton import (
     State,
-    _segment_state_kernel,
     chunks_of,
     combine,
     exponents,
@@ -43,6 +45,7 @@ from kernels_pallas.gated_linear_attention.triton import (
     plan_forward,
     read_state,
     scaled,
+    segment_state_kernel,
     settled,
     write_state,
     write_totals,
@@ -242,7 +245,7 @@ def _states(k, v, log_g, given, heads: int, split: Split, sizes: BlockSizes, sha
         inputs += list(given)
         specs += [segment_spec(given[0].shape, width), segment_spec(given[1].shape)]
     return pl.pallas_call(
-        functools.partial(_segment_state_kernel, split=split, dtype=k.dtype, per_chunk=True, bound=bound),
+        functools.partial(segment_state_kernel, split=split, dtype=k.dtype, per_chunk=True, bound=bound),
         grid=(heads, values // width, split.segments, batch),
         in_specs=specs,
         out_specs=[sequence_spec(shapes[0], width), sequence_spec(shapes[1])],
@@ -323,8 +326,8 @@ def chunk_gradients(
     bound: float | None,
     sizes: BlockSizes,
 ) -> Any:
-    """(dq, dk, dv, dlog_g) of every query head [B, T, H, .], from the scaled (S~, z~) and (dS~, dz~) of every chunk; den and
-    delta [B, T, H] float32, read only when ``normalize``."""
+    """(dq, dk, dv, dlog_g) [B, T, H, .] for every query head, from the scaled (S~, z~) and (dS~, dz~) of every chunk. den and
+    delta are [B, T, H] float32, read only when ``normalize``."""
     batch, length, heads, _ = q.shape
     values = v.shape[-1]
     tokens = (q, k, v, log_g, do)
@@ -371,7 +374,7 @@ def backward(
     split: Split | None = None,
     gradients: Callable[..., Any] | None = None,
 ) -> Any:
-    """See ``kernels_pallas.gated_linear_attention`` for the signature. ``split``: how the forward cut the sequence, if not as ``triton`` does;
+    """See ``kernels_pallas.contract``. ``split``: how the forward cut the sequence, if not as ``triton`` does;
     ``gradients``: instead of :func:`chunk_gradients`."""
     q, k, v, log_g, initial_state, o, den, segment_state = residuals
     heads = q.shape[2]

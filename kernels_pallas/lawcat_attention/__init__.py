@@ -1,2 +1,1 @@
-"""LAWCAT attention from raw projections: convolutions, feature map, gate and gated linear attention in one
-operation."""
+"""LAWCAT attention from raw projections: convolutions, feature map, gates and gated linear attention in one op."""

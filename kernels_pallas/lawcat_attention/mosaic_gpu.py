@@ -1,7 +1,8 @@
 """LAWCAT attention from raw projections for NVIDIA Hopper GPUs, through Pallas' Mosaic GPU lowering.
 
-``_features_kernel`` forms the Hedgehog features of q and of k, a warpgroup each, tile by tile of 64 rows; XLA forms the gates, which no
-query head has of its own; then ``kernels_pallas.gated_linear_attention.mosaic_gpu`` runs on them. One token takes ``triton``'s decoding kernel.
+``_features_kernel`` forms the Hedgehog features of q and of k, one warpgroup for each, in tiles of 64 rows; XLA forms the
+gates, which query heads share; then ``gated_linear_attention/mosaic_gpu.py`` runs on them. One token takes the decoding
+kernel of ``triton_decode.py``.
 
 A convolution needs rows of x that other threads hold. Shared memory is swizzled for the tensor cores, so that rows cannot be read at an
 offset of one; the tensor cores shift them instead: sum_j w_j (P_j X), P_j a matrix of ones on a diagonal, exact in bfloat16, and what
@@ -39,7 +40,7 @@ HALO = 16
 """Rows of the tile before that a program reads: the depth of one wgmma, more than the taps need."""
 
 TILES = 16
-"""Tiles a program: it reads its head's parameters once."""
+"""Tiles that a program takes, so that it reads its head's parameters once for all of them."""
 
 SLOTS = 2
 """Tiles of x in shared memory."""
@@ -65,8 +66,8 @@ def supports(
 
 
 def _features_kernel(*refs, tiles: int, count: int, taps: int, blocks: int, half: int, groups: int):
-    """A warpgroup for q and one for k of a head; ``blocks`` of 64 channels; ``tiles`` a program of ``count`` in all; query
-    head h reads head h // groups of k."""
+    """One warpgroup for q and one for k of a head. ``blocks`` of 64 channels; a program takes ``tiles`` of the ``count`` tiles;
+    query head h reads head h // groups of k."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     phi_ref = refs[0]
@@ -228,7 +229,7 @@ def forward(
     gate_normalizer: float,
     gate_lower_bound: float | None,
 ) -> Any:
-    """See ``kernels_pallas.gated_linear_attention`` for the signature. T = 1 takes ``triton``'s decoding kernel."""
+    """See ``kernels_pallas.contract.Layer``. T = 1 takes ``triton``'s decoding kernel."""
     if q.shape[1] == 1:
         options = {"normalize": normalize, "gate_normalizer": gate_normalizer, "gate_lower_bound": gate_lower_bound}
         return triton.forward(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, **options)

@@ -1,7 +1,7 @@
 """LAWCAT attention from raw projections in one launch, on TPUs (Pallas, Mosaic).
 
 Prefill is the chunk loop of ``kernels_pallas.gated_linear_attention.tpu`` with q, k and gates formed in VMEM: nothing but q, k, v, the gate
-logits and o passes through HBM. A program holds the kv heads of its query heads once, as they are; each query head
+logits and o passes through HBM. A program holds the kv heads of its query heads once; each query head
 convolves them with its own taps. A chunk takes two passes over its tiles:
 
 1. convolution and scores u [phi, -phi] of q and k, kept in VMEM. Rows are shifted by loads that begin between tiles of
@@ -47,7 +47,7 @@ from kernels_pallas.lawcat_attention.tpu_tiles import (
     below_peak,
     convolve,
     log_gates,
-    segment_ones,
+    softmax_ones,
     softmaxes,
 )
 
@@ -57,8 +57,9 @@ HALO = 8
 f32 = jnp.float32
 
 
-class Options(NamedTuple):
-    """Static arguments of the kernels: ``half`` = f features of each softmax."""
+class KernelSpec(NamedTuple):
+    """Static arguments of the kernels: ``half`` features of each softmax (f), ``taps`` of the convolutions, the gate's
+    normalizer and bound, and which optional inputs there are."""
 
     half: int
     taps: int
@@ -72,7 +73,7 @@ class Options(NamedTuple):
 def supports(
     q, k, v, gate_logits, conv_q, conv_k, phi, *, normalize: bool, gate_lower_bound: float | None
 ) -> str | None:
-    """Why the fused kernels cannot run these arguments (the end of a sentence), or None."""
+    """Why these kernels cannot run these arguments (the end of a sentence), or None."""
     del conv_k, normalize
     features, width = 2 * phi.shape[-1], q.shape[-1]
     if conv_q.shape[1] - 1 > HALO:
@@ -88,7 +89,7 @@ def supports(
         )
     need = vmem_bytes(plan, backward=False) + sum(4 * np.prod(x) for x in _scratch_shapes(plan))
     if need > VMEM_BUDGET_BYTES:
-        return f"{plan.heads_block} heads a program need about {int(need) >> 20} MiB of VMEM"
+        return f"a program with {plan.heads_block} heads needs about {int(need) >> 20} MiB of VMEM"
     return None
 
 
@@ -129,21 +130,21 @@ def _load_rows(block_ref: Any, rows_ref: Any, tile: int, heads: list[int], valid
     rows_ref[tile, HALO:] = clean(spread_lanes(block_ref[0], heads, plan), valid).astype(f32)
 
 
-def _convolved(rows_ref: Any, tile: int, w_ref: Any, lanes: slice, plan: Plan, options: Options) -> jax.Array:
-    first = HALO - (options.taps - 1)
-    rows = [rows_ref[tile, first + j : first + j + plan.chunk, :] for j in range(options.taps)]
-    return convolve(rows, [w_ref[j : j + 1, lanes] for j in range(options.taps)], plan.dtype)
+def _convolved(rows_ref: Any, tile: int, w_ref: Any, lanes: slice, plan: Plan, spec: KernelSpec) -> jax.Array:
+    first = HALO - (spec.taps - 1)
+    rows = [rows_ref[tile, first + j : first + j + plan.chunk, :] for j in range(spec.taps)]
+    return convolve(rows, [w_ref[j : j + 1, lanes] for j in range(spec.taps)], plan.dtype)
 
 
-def _prefill_kernel(*refs, plan: Plan, options: Options) -> None:
+def _prefill_kernel(*refs, plan: Plan, spec: KernelSpec) -> None:
     refs = list(refs)
     q_ref, k_ref, v_ref, a_ref, m_ref, wq_ref, wk_ref, phi_ref = refs[:8]
     o_ref, S_ref, z_ref, q_rows, k_rows, scores_ref = refs[-6:]
     given = refs[8:-6]
-    tails = [given.pop(0) for _ in range(2)] if options.has_tails else [None, None]
-    gla.start_state(given, (S_ref, z_ref), options.has_state)
+    tails = [given.pop(0) for _ in range(2)] if spec.has_tails else [None, None]
+    gla.start_state(given, (S_ref, z_ref), spec.has_state)
 
-    chunk, half = pl.program_id(2), options.half
+    chunk, half = pl.program_id(2), spec.half
     # Features and gates of zero rows are not zero.
     valid = valid_rows(plan, chunk, neutral_padding=False)
     keys = _key_heads(plan)
@@ -159,7 +160,7 @@ def _prefill_kernel(*refs, plan: Plan, options: Options) -> None:
         if key not in key_of[:tile]:
             _load_rows(k_ref, k_rows, key, keys[key], valid, plan)
         for i, (rows, at, w_ref) in enumerate(((q_rows, tile, wq_ref), (k_rows, key, wk_ref))):
-            scores = dot(_convolved(rows, at, w_ref, lanes, plan, options), phi_ref[tile], "nn")
+            scores = dot(_convolved(rows, at, w_ref, lanes, plan, spec), phi_ref[tile], "nn")
             scores_ref[i, tile] = scores
             # A tile holds the scores and their negatives, so its maximum bounds both signs.
             top = jnp.max(scores, axis=0, keepdims=True)
@@ -173,12 +174,12 @@ def _prefill_kernel(*refs, plan: Plan, options: Options) -> None:
 
         lax.fori_loop(0, plan.tiles, subtract, None)
 
-    ones = segment_ones(plan.lanes, half, plan.dtype)
-    gates = log_gates(a_ref[0].astype(f32), options.gate_normalizer, options.bound, plan.dtype)
+    ones = softmax_ones(plan.lanes, half, plan.dtype)
+    gates = log_gates(a_ref[0].astype(f32), spec.gate_normalizer, spec.bound, plan.dtype)
     shared = TileInputs(valid, clean(v_ref[0], valid), clean(gates, valid), m_ref, {})
     for tile in range(plan.tiles):
         q, k = (softmaxes(scores_ref[i, tile], half, ones, plan.dtype) for i in range(2))
-        gla.attend_tile(tile, q, clean(k, valid), shared, o_ref, S_ref, z_ref, plan, options.normalize)
+        gla.attend_tile(tile, q, clean(k, valid), shared, o_ref, S_ref, z_ref, plan, spec.normalize)
 
 
 def _taps(w: jax.Array, plan: Plan) -> jax.Array:
@@ -223,8 +224,8 @@ def forward(
     gate_normalizer: float,
     gate_lower_bound: float | None,
 ) -> Any:
-    """See ``kernels_pallas.gated_linear_attention`` for the signature: (o, (S, z)). T = 1 takes the decoding kernel."""
-    options = Options(
+    """See ``kernels_pallas.contract.Layer``: (o, (S, z)). T = 1 takes the decoding kernel."""
+    spec = KernelSpec(
         half=phi.shape[-1],
         taps=conv_q.shape[1],
         gate_normalizer=gate_normalizer,
@@ -234,7 +235,7 @@ def forward(
         has_tails=conv_state is not None,
     )
     if q.shape[1] == 1:
-        return _decode(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, options)
+        return _decode(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, spec)
     plan = _plan(q, v, gate_logits, 2 * phi.shape[-1], gate_lower_bound)
     sp = gla.specs(plan)
     inputs = [flat(x, plan) for x in (q, k, v, gate_logits)]
@@ -254,13 +255,13 @@ def forward(
 
     count = gla.token_heads(plan)
     o, S, z = gla.call(
-        functools.partial(_prefill_kernel, plan=plan, options=options),
+        functools.partial(_prefill_kernel, plan=plan, spec=spec),
         plan,
         in_specs=in_specs,
         out_specs=[sp.row, sp.S, sp.z],
         out_shape=[out_struct(inputs[0].shape, v.dtype, *inputs), *gla.state_shapes(plan, *inputs)],
         inputs=inputs,
-        flops=2 * count * (2 * plan.chunk * plan.width + 4 * plan.width**2 + 2 * options.taps * plan.width),
+        flops=2 * count * (2 * plan.chunk * plan.width + 4 * plan.width**2 + 2 * spec.taps * plan.width),
         exponentials=count * plan.width * (2 + 4 / plan.g_group),
         name="lawcat_prefill",
         scratch=[pltpu.VMEM(shape, f32) for shape in _scratch_shapes(plan)],
@@ -284,33 +285,33 @@ def _step(q, k, v, gate_logits) -> tpu_decode.Step:
     return tpu_decode.make_step(batch, heads, features, values, (1, group), (width, features, values))
 
 
-def _decode_kernel(*refs, step: tpu_decode.Step, group: int, width: int, options: Options) -> None:
+def _decode_kernel(*refs, step: tpu_decode.Step, group: int, width: int, spec: KernelSpec) -> None:
     refs = list(refs)
     q_ref, k_ref, v_ref, a_ref, wq_ref, wk_ref, phi_ref = refs[:7]
-    tails = refs[7:9] if options.has_tails else [None, None]
+    tails = refs[7:9] if spec.has_tails else [None, None]
     S_in, z_in, *out = refs[-6:]
     dtype, rows = q_ref.dtype, tpu_decode.head_rows
 
     def features(x_ref: Any, tail_ref: Any, head: int, w_ref: Any, query_head: int) -> jax.Array:
         lanes = slice(head * width, (head + 1) * width)
-        shifted, first = [rows(x_ref, head, width)], options.taps - 1
+        shifted, first = [rows(x_ref, head, width)], spec.taps - 1
         if tail_ref is not None:
             shifted = [tail_ref[:, j, lanes].astype(f32) for j in range(first)] + shifted
             first = 0
-        taps = [w_ref[query_head, j : j + 1, :].astype(f32) * LOG2E for j in range(first, options.taps)]
+        taps = [w_ref[query_head, j : j + 1, :].astype(f32) * LOG2E for j in range(first, spec.taps)]
         scores = dot(convolve(shifted, taps, dtype), phi_ref[query_head].astype(dtype), "nt")
         scores = jnp.concatenate([scores, -scores], axis=1)
-        return softmaxes(below_peak(scores, options.half), options.half, None, f32)
+        return softmaxes(below_peak(scores, spec.half), spec.half, None, f32)
 
     heads = []
     for h in range(step.heads_block):
-        gates = log_gates(rows(a_ref, h // group, step.features), options.gate_normalizer, options.bound, f32)
+        gates = log_gates(rows(a_ref, h // group, step.features), spec.gate_normalizer, spec.bound, f32)
         q, k = features(q_ref, tails[0], h, wq_ref, h), features(k_ref, tails[1], h // group, wk_ref, h)
         heads.append(tpu_decode.Head(q, k, rows(v_ref, h // group, step.values), jnp.exp(gates)))
-    tpu_decode.update(heads, (S_in, z_in), *out, normalize=options.normalize)
+    tpu_decode.update(heads, (S_in, z_in), *out, normalize=spec.normalize)
 
 
-def _decode(q, k, v, a, conv_q, conv_k, phi, state, conv_state, options: Options) -> Any:
+def _decode(q, k, v, a, conv_q, conv_k, phi, state, conv_state, spec: KernelSpec) -> Any:
     """One token: everything in one launch; the state is updated in place (when the caller donates it)."""
     step = _step(q, k, v, a)
     batch, heads, width, group = step.batch, step.heads, q.shape[-1], step.heads // k.shape[2]
@@ -333,6 +334,6 @@ def _decode(q, k, v, a, conv_q, conv_k, phi, state, conv_state, options: Options
             inputs.append(x.reshape(batch, x.shape[1], -1))
             block = (step.batch_block, x.shape[1], step.heads_block // share * width)
             specs.append(pl.BlockSpec(block, lambda b, h: (b, 0, h)))
-    kernel = functools.partial(_decode_kernel, step=step, group=group, width=width, options=options)
+    kernel = functools.partial(_decode_kernel, step=step, group=group, width=width, spec=spec)
     o, state = tpu_decode.launch(kernel, step, inputs, specs, state, v.dtype, "lawcat_decode", gla.interpreter())
     return o.reshape(batch, 1, heads, step.values), state

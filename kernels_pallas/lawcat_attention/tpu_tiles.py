@@ -43,30 +43,30 @@ def convolve(rows: Sequence[jax.Array], taps: Sequence[jax.Array], dtype: Any) -
     return total.astype(dtype)
 
 
-def segments(shape: tuple[int, ...], half: int) -> list[jax.Array]:
+def softmax_masks(shape: tuple[int, ...], half: int) -> list[jax.Array]:
     """Masks of the lanes of each softmax: ``half`` lanes wide, side by side."""
     lane = lax.broadcasted_iota(jnp.int32, shape, 1)
     return [(lane >= at) & (lane < at + half) for at in range(0, shape[1], half)]
 
 
-def _by_segment(x: jax.Array, half: int, fill: float, reduce: Any) -> jax.Array:
-    """Every lane gets the reduction over its segment."""
+def _by_softmax(x: jax.Array, half: int, fill: float, reduce: Any) -> jax.Array:
+    """Every lane gets the reduction over the lanes of its softmax."""
     out = None
-    for mask in segments(x.shape, half):
+    for mask in softmax_masks(x.shape, half):
         one = reduce(jnp.where(mask, x, fill), axis=1, keepdims=True)
         out = one if out is None else jnp.where(mask, one, out)
     return out
 
 
 def below_peak(scores: jax.Array, half: int) -> jax.Array:
-    """Scores less the largest of their segment."""
-    return scores - _by_segment(scores, half, -jnp.inf, jnp.max)
+    """Scores minus the largest of their softmax."""
+    return scores - _by_softmax(scores, half, -jnp.inf, jnp.max)
 
 
-def segment_ones(lanes: int, half: int, dtype: Any) -> jax.Array | None:
-    """[lanes, lanes] matrix that sums over segments, or None where lane reductions are cheaper.
+def softmax_ones(lanes: int, half: int, dtype: Any) -> jax.Array | None:
+    """[lanes, lanes] matrix that sums over the lanes of each softmax, or None where lane reductions are cheaper.
 
-    Two segments cost two reductions of the transposition unit, which is idle otherwise; more segments than that make it
+    Two softmaxes in a tile cost two reductions of the transposition unit, which is idle otherwise; more than two make it
     the limit, and the matrix unit sums all of them in one product.
     """
     if lanes <= 2 * half:
@@ -77,10 +77,10 @@ def segment_ones(lanes: int, half: int, dtype: Any) -> jax.Array | None:
 
 
 def softmaxes(scores: jax.Array, half: int, ones: jax.Array | None, dtype: Any) -> jax.Array:
-    """max(softmax, 1e-12) over each segment of ``half`` lanes, float32; scores in log2 units, at most
+    """max(softmax, 1e-12) over every ``half`` neighbouring lanes, float32; scores in log2 units, at most
     ``LARGEST_SCORE``."""
     p = jnp.exp2(scores)
-    total = _by_segment(p, half, 0.0, jnp.sum) if ones is None else dot(p.astype(dtype), ones, "nn")
-    # The hardware estimate is good to 2^-12, and its error is common to all features of a segment.
+    total = _by_softmax(p, half, 0.0, jnp.sum) if ones is None else dot(p.astype(dtype), ones, "nn")
+    # The hardware estimate is good to 2^-12, and its error is common to all features of a softmax.
     inverse = 1.0 / total if dtype == f32 else pl.reciprocal(total, approx=True)
     return jnp.maximum(p * inverse, FEATURE_FLOOR)

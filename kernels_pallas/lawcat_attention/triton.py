@@ -1,7 +1,7 @@
 """LAWCAT attention from raw projections for NVIDIA GPUs, through Pallas' Triton lowering.
 
-A sequence takes two steps. ``_features_kernel`` forms what no token has to wait for (convolutions, Hedgehog features and
-gates, one program a head and tile of rows), then gated linear attention runs on them. K and V of a kv
+A sequence takes two kernels in turn. ``_features_kernel`` forms what no token has to wait for (convolutions, Hedgehog features and
+gates, one program for each head and tile of rows), then gated linear attention runs on them. K and V of a kv
 head are read in place by the query heads that share it; only features are stored, in the operand type. One kernel for both
 was measured and lost (docs/kernels.md): the state and the tiles of the feature map do not fit the registers together.
 
@@ -10,7 +10,6 @@ One token (decoding) is a single launch, of the kernel in ``triton_decode``.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -19,25 +18,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.common import LOG2E, interpret_mode, out_struct
+from kernels_pallas.common import interpret_mode, out_struct
 from kernels_pallas.gated_linear_attention import block_sizes
 from kernels_pallas.gated_linear_attention import triton as gla
 from kernels_pallas.gated_linear_attention.triton_tiles import (
     compiler_params,
     dot,
-    exp2,
     f32,
     feature_blocks,
     iota,
     load_rows,
-    log2,
     round_to,
     store_rows,
     token_spec,
 )
-from kernels_pallas.lawcat_attention.xla import FEATURE_FLOOR
-
-LN2 = 0.6931471805599453
+from kernels_pallas.lawcat_attention.triton_decode import decode
+from kernels_pallas.lawcat_attention.triton_tiles import FrontSpec, log_gates, softmax
 
 
 def supports(
@@ -56,32 +52,6 @@ def supports(
     return gla.supports(
         shaped, shaped, v, shaped, normalize=normalize, lower_bound=gate_lower_bound, differentiated=False
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Static arguments of the kernels: rows of a tile, tokens in all, the gate, whether rows come before the sequence."""
-
-    chunk: int
-    length: int
-    gate_normalizer: float
-    bound: float | None
-    carried: bool
-
-    @property
-    def limit(self) -> int | None:
-        return self.length if self.length % self.chunk else None
-
-
-def log_gates(a: jax.Array, options: Options) -> jax.Array:
-    """logsigmoid(a) / normalizer, bounded below; natural log. log(1 + u) by its series where 1 + u would lose u."""
-    a = a.astype(f32)
-    u = exp2(-jnp.abs(a) * LOG2E)
-    softplus = jnp.where(u < 2.0**-6, u * (1.0 - u * (0.5 - u * (1.0 / 3.0))), LN2 * log2(1.0 + u)) + jnp.maximum(
-        -a, 0.0
-    )
-    g = softplus * (-1.0 / options.gate_normalizer)
-    return g if options.bound is None else jnp.maximum(g, options.bound)
 
 
 def _multiply_add(x: jax.Array, w: jax.Array, y: jax.Array) -> jax.Array:
@@ -104,7 +74,7 @@ def _multiply_add(x: jax.Array, w: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def convolved(
-    x_ref: Any, w_ref: Any, extra_ref: Any, start: Any, block: tuple[int, int], options: Options
+    x_ref: Any, w_ref: Any, extra_ref: Any, start: Any, block: tuple[int, int], front: FrontSpec
 ) -> jax.Array:
     """Rows [start, start + C), channels ``block``, of the causal convolution of x [T, d] with taps w [W, d] (x's dtype).
 
@@ -114,8 +84,8 @@ def convolved(
     from jax.experimental.pallas import triton as plgpu
 
     at, n = block
-    taps, length, limit = w_ref.shape[0], options.length, options.limit
-    shape = (options.chunk, n)
+    taps, length, limit = w_ref.shape[0], front.length, front.limit
+    shape = (front.chunk, n)
     rows, columns = start + iota(shape, 0), at + iota(shape, 1)
     y = jnp.zeros(shape, x_ref.dtype)
     for j in range(taps):
@@ -129,32 +99,25 @@ def convolved(
             clipped = jnp.clip(shifted, 0, length - 1) if interpret_mode() else shifted
             x = plgpu.load(x_ref.at[clipped, columns], mask=inside, other=0.0)
         y = _multiply_add(x, w, y)
-    if options.carried:
+    if front.carried:
         kept = jnp.minimum(rows, taps - 2)
         extra = plgpu.load(extra_ref.at[kept, columns], mask=rows < taps - 1, other=0.0)
         y = round_to(y.astype(f32) + extra, y.dtype)
     return y
 
 
-def softmax(s: jax.Array, axis: int) -> jax.Array:
-    """Of scores, raised to the feature floor."""
-    s = s * LOG2E
-    p = exp2(s - jnp.max(s, axis=axis, keepdims=True))
-    return jnp.maximum(p * (1.0 / jnp.sum(p, axis=axis, keepdims=True)), FEATURE_FLOOR)
-
-
-def _features_kernel(*refs, options: Options, group: int):
+def _features_kernel(*refs, front: FrontSpec, group: int):
     """max([softmax(u phi) ; softmax(-u phi)], 1e-12) of a tile of q and of k, and once a group the gates."""
     refs = iter(refs)
     q_ref, k_ref, a_ref, wq_ref, wk_ref, phi_ref = (next(refs) for _ in range(6))
-    extra = (next(refs), next(refs)) if options.carried else (None, None)
+    extra = (next(refs), next(refs)) if front.carried else (None, None)
     q_out, k_out, g_out = refs
-    start, limit, half = pl.program_id(2) * options.chunk, options.limit, phi_ref.shape[1]
+    start, limit, half = pl.program_id(2) * front.chunk, front.limit, phi_ref.shape[1]
 
     for x_ref, w_ref, extra_ref, out in ((k_ref, wk_ref, extra[1], k_out), (q_ref, wq_ref, extra[0], q_out)):
-        s = jnp.zeros((options.chunk, half), f32)
+        s = jnp.zeros((front.chunk, half), f32)
         for at, n in feature_blocks(x_ref.shape[1]):
-            u = convolved(x_ref, w_ref, extra_ref, start, (at, n), options)
+            u = convolved(x_ref, w_ref, extra_ref, start, (at, n), front)
             s += dot(u, phi_ref[pl.ds(at, n), :])
         store_rows(out, start, softmax(s, 1), limit, (0, half))
         store_rows(out, start, softmax(-s, 1), limit, (half, half))
@@ -162,7 +125,7 @@ def _features_kernel(*refs, options: Options, group: int):
     @pl.when(lax.rem(pl.program_id(0), jnp.int32(group)) == 0)
     def _():
         for block in feature_blocks(a_ref.shape[1]):
-            g = log_gates(load_rows(a_ref, start, options.chunk, limit, block), options)
+            g = log_gates(load_rows(a_ref, start, front.chunk, limit, block), front)
             store_rows(g_out, start, g, limit, block)
 
 
@@ -193,7 +156,7 @@ def features(
     kv_heads, half = k.shape[2], phi.shape[-1]
     sizes = block_sizes.lookup("features", q.dtype, 2 * half, q.shape[-1])
     chunk = min(sizes.chunk, max(16, 1 << (length - 1).bit_length()))
-    options = Options(chunk, length, gate_normalizer, bound, conv_state is not None)
+    front = FrontSpec(chunk, length, gate_normalizer, bound, conv_state is not None)
     carry = () if conv_state is None else (conv_carry(conv_state[0], conv_q), conv_carry(conv_state[1], conv_k))
     inputs = [q, k, gate_logits, *(x.astype(q.dtype) for x in (conv_q, conv_k, phi)), *carry]
 
@@ -207,7 +170,7 @@ def features(
     shapes = ((batch, length, heads, 2 * half), (batch, length, heads, 2 * half), (batch, length, kv_heads, 2 * half))
     out_shape = [out_struct(shape, q.dtype, *inputs) for shape in shapes]
     return pl.pallas_call(
-        functools.partial(_features_kernel, options=options, group=heads // kv_heads),
+        functools.partial(_features_kernel, front=front, group=heads // kv_heads),
         grid=(heads, 1, -(-length // chunk), batch),
         in_specs=specs,
         out_specs=[token_spec(x, heads) for x in out_shape],
@@ -233,11 +196,9 @@ def forward(
     gate_normalizer: float,
     gate_lower_bound: float | None,
 ) -> Any:
-    """See ``kernels_pallas.gated_linear_attention`` for the signature: (o, (S, z)). T = 1 takes the decoding kernel, which returns the new
+    """See ``kernels_pallas.contract.Layer``: (o, (S, z)). T = 1 takes the decoding kernel, which returns the new
     conv_state as well."""
     if q.shape[1] == 1:
-        from kernels_pallas.lawcat_attention.triton_decode import decode
-
         return decode(
             q,
             k,

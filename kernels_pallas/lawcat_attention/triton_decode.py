@@ -23,10 +23,10 @@ from jax.experimental import pallas as pl
 from kernels_pallas.common import EPS, LOG2E, interpret_mode, out_struct
 from kernels_pallas.gated_linear_attention import block_sizes
 from kernels_pallas.gated_linear_attention.triton_tiles import compiler_params, dot, exp2, f32, iota, round_to
-from kernels_pallas.lawcat_attention.triton import Options, log_gates, softmax
+from kernels_pallas.lawcat_attention.triton_tiles import FrontSpec, log_gates, softmax
 
 
-def _decode_kernel(*refs: Any, options: Options, group: int, normalize: bool, early: bool) -> None:
+def _decode_kernel(*refs: Any, front: FrontSpec, group: int, normalize: bool, early: bool) -> None:
     """refs, as one program sees them: q, k [d], v [BV], gate logits [K], taps [W, d] of q and k, phi [f, d], tails
     [W - 1, d] of q and k, S [K, BV], z [K]; out: o [BV], S, z, tails. ``early``: the state is loaded before the features are
     formed."""
@@ -54,7 +54,7 @@ def _decode_kernel(*refs: Any, options: Options, group: int, normalize: bool, ea
     p = jnp.max(p.reshape(2, 2, 4, half), axis=2).reshape(2, 2 * half)
     of_q = iota(p.shape, 0) == 0
     q, k = jnp.sum(jnp.where(of_q, p, 0.0), axis=0), jnp.sum(jnp.where(of_q, 0.0, p), axis=0)
-    decay = exp2(round_to(log_gates(a, options), dtype).astype(f32) * LOG2E)
+    decay = exp2(round_to(log_gates(a, front), dtype).astype(f32) * LOG2E)
 
     z = decay * z + k
     den = jnp.sum(q * z) + EPS
@@ -95,10 +95,10 @@ def decode(
     gate_normalizer: float,
     gate_lower_bound: float | None,
 ) -> Any:
-    """One token, T = 1: (o, (S, z), (q tail, k tail)), shapes as in ``kernels_pallas.gated_linear_attention``.
+    """One token, T = 1: (o, (S, z), (q tail, k tail)), shapes as in ``kernels_pallas.contract.Layer``.
 
     S is updated in place when the caller donates it. The rest is not: other programs may still read the old z and rows, and
-    in a loop XLA answered those aliases with copies that cost more than they saved (18 us a step for 10, docs/kernels.md).
+    in a loop XLA answered those aliases with copies that cost more than they saved (18 instead of 10 us per step, docs/kernels.md).
 
     Sizes of the kernel "decode": block_v, num_warps, and num_stages 2 to load the state before the features are formed, 1
     to load it after their scores, which takes fewer registers.
@@ -115,7 +115,7 @@ def decode(
     phi = phi.astype(q.dtype).swapaxes(1, 2)
     sizes = block_sizes.lookup("decode", q.dtype, features, values)
     width = min(sizes.block_v, values)
-    options = Options(chunk=1, length=1, gate_normalizer=gate_normalizer, bound=gate_lower_bound, carried=True)
+    front = FrontSpec(chunk=1, length=1, gate_normalizer=gate_normalizer, bound=gate_lower_bound, carried=True)
 
     def of_head(h, x):
         share = heads // x.shape[2]
@@ -142,7 +142,7 @@ def decode(
     shapes += [(old.shape, x.dtype) for old, x in zip(conv_state, (q, k), strict=True)]
     out_shape = [out_struct(*shape, *inputs) for shape in shapes]
     kernel = functools.partial(
-        _decode_kernel, options=options, group=group, normalize=normalize, early=sizes.num_stages > 1
+        _decode_kernel, front=front, group=group, normalize=normalize, early=sizes.num_stages > 1
     )
     o, S, z, tail_q, tail_k = pl.pallas_call(
         kernel,

@@ -7,19 +7,16 @@ the trainer and the generator call, with their shardings and donated buffers.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import math
-import os
-import re
 import time
 from typing import Any
 
-from lawcat_jax import doctor
-from lawcat_jax.analysis import hlo
+from lawcat_jax.analysis import flops, hlo
+from lawcat_jax.analysis.out_of_memory import largest_arrays, largest_buffers, needed_bytes
+from lawcat_jax.analysis.topology import compiler_wheels, cuda_extra, memory_limit
 from lawcat_jax.config import Config, ModelConfig
 from lawcat_jax.errors import UserError
-from lawcat_jax.models import flops
-from lawcat_jax.runtime.chips import GIB, Chip, chip_of, gpu_shape, gpu_target
+from lawcat_jax.models.flops import model_flops
+from lawcat_jax.runtime.chips import GIB, Chip
 
 PROGRAMS = ("pretrain", "stage1", "stage2", "prefill", "decode")
 GPU_OPTIONS = {
@@ -74,98 +71,6 @@ class Report:
     problem: str = ""
 
 
-def prepare_environment() -> None:
-    """Let libtpu start on a machine without a TPU and beside other such processes; call before jax is imported."""
-    # A lock file would allow one process a machine; nothing is shared when no chip is there.
-    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}.items():
-        os.environ.setdefault(name, value)
-    # What libtpu asks the cloud's metadata server for where nothing is set, and then warns about.
-    defaults = {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_LOG_DIR": "disabled"}
-    for name, value in (defaults | {"TPU_STDERR_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "2"}).items():
-        os.environ.setdefault(name, value)
-
-
-def topology_devices(topology: str) -> list[Any]:
-    """Devices of a TPU slice, or GPUs, to compile for.
-
-    Raises:
-      UserError: libtpu or the CUDA plugin is not installed, or does not know the topology.
-    """
-    import importlib.util
-
-    chip = chip_of(topology)
-    if chip.is_gpu:
-        return _gpus(topology, chip)
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"libtpu, the TPU compiler, is not installed: {_wheels('tpu')} (it needs no TPU)")
-    from jax.experimental import topologies
-
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except Exception as problem:  # whatever libtpu raises
-        line = " ".join(str(problem).split())[:200]
-        if "topology" in line.lower() or "INVALID_ARGUMENT" in line:
-            raise UserError(f"--topology={topology}: libtpu does not know this slice ({line})") from problem
-        raise UserError(f"libtpu could not start ({line})") from problem
-
-
-def _gpus(topology: str, chip: Chip) -> list[Any]:
-    if not doctor.installed(doctor.CUDA_PLUGINS):
-        raise UserError(
-            f"jax's CUDA plugin, with the GPU compiler, is not installed: {_wheels(_cuda())} (it needs no GPU)"
-        )
-    memory_limit(chip)  # the plugin reads the variable as well, and of a wrong one it says nothing
-    from jax.experimental import topologies
-
-    machines, gpus = gpu_shape(topology)
-    # One group of machines that the network joins.
-    options = {"target_config": gpu_target(chip.name), "topology": f"1x{machines}x{gpus}"}
-    try:
-        return list(topologies.get_topology_desc(topology, platform="cuda", **options).devices)
-    except Exception as problem:  # whatever the plugin raises
-        line = " ".join(str(problem).split())[:200]
-        raise UserError(f"the GPU compiler could not start ({line}): python -m lawcat_jax.doctor") from problem
-
-
-def _cuda() -> str:
-    return next((name.split("-")[1] for name in doctor.installed(doctor.CUDA_PLUGINS)), "cuda13")
-
-
-def _wheels(extra: str) -> str:
-    return doctor.jax_wheels(extra, importlib.metadata.version("jax"))
-
-
-def memory_limit(chip: Chip) -> float:
-    """Bytes that jax may allocate: all of a TPU's, and of a GPU's the share that XLA_CLIENT_MEM_FRACTION says.
-
-    Raises:
-      UserError: that variable is not a number above 0.
-    """
-    if not chip.is_gpu:
-        return chip.hbm_bytes
-    name = next((name for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION") if os.getenv(name)), "")
-    value = os.environ[name] if name else "0.75"
-    if not re.fullmatch(r"\d*\.?\d+|\d+\.", value) or float(value) == 0:
-        raise UserError(f"{name}={value}: must be a number above 0, such as 0.9")
-    return float(value) * chip.hbm_bytes
-
-
-def architecture(config: Config) -> ModelConfig:
-    """The declared architecture, else that of a teacher on this machine.
-
-    Raises:
-      UserError: neither is there.
-    """
-    if config.teacher.architecture is not None:
-        return config.teacher.architecture
-    from lawcat_jax.training.run import read_architecture
-
-    try:
-        return read_architecture(config.teacher.source, config.teacher.revision, config.teacher.base)[0]
-    except UserError as problem:
-        raise UserError(f"{problem}; or declare config.teacher.architecture") from problem
-
-
 def programs(config: Config) -> list[str]:
     """Enabled stages, then prefill and decode of the student (where there is one)."""
     stages = [name for name, _ in config.stages()]
@@ -185,10 +90,10 @@ def compile_program(name: str, config: Config, model: ModelConfig, mesh: Any, ch
     except RuntimeError as problem:  # jax asks for cuDNN's version where it hands attention to cuDNN
         if "cuDNN" not in str(problem):
             raise
-        raise UserError(f"{name}: {problem} {_wheels(_cuda())} (it needs no GPU)") from problem
+        raise UserError(f"{name}: {problem} {compiler_wheels(cuda_extra())} (it needs no GPU)") from problem
     report = Report(name, tokens, True, memory_limit(chip))
     report.flops = flops.traced_flops(traced.jaxpr) / mesh.size
-    report.model_flops = flops.model_flops(name, config, model, length) * tokens / mesh.size
+    report.model_flops = model_flops(name, config, model, length) * tokens / mesh.size
     if name == "prefill":  # only the last token of a sequence goes through the head
         rows = tokens // length
         report.model_flops += 2.0 * model.hidden_size * model.vocab_size * rows / mesh.size
@@ -198,7 +103,7 @@ def compile_program(name: str, config: Config, model: ModelConfig, mesh: Any, ch
     except Exception as problem:  # jaxlib's XlaRuntimeError, or ValueError of a kernel that cannot be
         text = str(problem)
         no_room = "RESOURCE_EXHAUSTED" in text or "Ran out of memory" in text
-        if not no_room or "hared memory" in text:  # which is a GPU kernel's, and no matter of the batch
+        if not no_room or "hared memory" in text:  # shared memory is a GPU kernel's: no smaller batch helps
             raise UserError(f"{name} does not compile: {' '.join(text.split())[:600]}") from problem
         report.compile_seconds = time.monotonic() - started
         report.fits = False
@@ -210,13 +115,13 @@ def compile_program(name: str, config: Config, model: ModelConfig, mesh: Any, ch
     try:
         text = compiled.as_text()
     except RuntimeError as problem:  # jaxlib's, of a compiler that knows newer instructions
-        wheels = _wheels(_cuda() if chip.is_gpu else "tpu")
+        wheels = compiler_wheels(cuda_extra() if chip.is_gpu else "tpu")
         line = " ".join(str(problem).split())[:200]
         raise UserError(
             f"{name}: jaxlib cannot read the compiled program, install its compiler: {wheels} ({line})"
         ) from (problem)
     _measure(report, compiled, text, chip, mesh)
-    if chip.is_gpu and report.peak_bytes > report.hbm_bytes:  # which its compiler does not mind
+    if chip.is_gpu and report.peak_bytes > report.hbm_bytes:  # its compiler does not complain
         report.fits = False
         report.largest = largest_arrays(traced.jaxpr, mesh.size)
         report.problem = advice(name, report, config)
@@ -262,7 +167,7 @@ def _link_seconds(collectives: list[hlo.Collective], chip: Chip) -> dict[str, fl
 
 
 def _trace(name: str, config: Config, model: ModelConfig, mesh: Any, options: Options) -> tuple[Any, int, int]:
-    """(traced program, tokens a call, tokens a sequence)."""
+    """(traced program, tokens per call, tokens per sequence)."""
     import jax
     import jax.numpy as jnp
 
@@ -318,66 +223,6 @@ def _trace_generator(name: str, config: Config, model: ModelConfig, mesh: Any, o
             arguments = (params, cache, whole(batch), whole(), keys, whole(dtype=jnp.float32))
             traced = generation.decode_step.trace(*arguments, graphdef=graphdef, as_teacher=False)
     return traced, batch * length, length
-
-
-# Out of memory
-
-
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def _number(text: str) -> float:
-    found = re.match(r"([\d.]+)([KMGT]?)", text)
-    return float(found.group(1)) * _UNITS[found.group(2)] if found else 0.0
-
-
-def needed_bytes(message: str) -> float:
-    """Bytes of HBM that the compiler's complaint says it would use (0 when it does not)."""
-    found = re.search(r"(?:[Uu]sed |memory required[^(]*\()([\d.]+[KMGT]?)", message)
-    return _number(found.group(1)) if found else 0.0
-
-
-def largest_buffers(message: str, count: int = 5) -> list[dict[str, Any]]:
-    """The largest allocations in the compiler's complaint: bytes, shape and the operation that made them."""
-    found = []
-    for block in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
-        shape = re.search(r"Shape: (\S+)", block)
-        operator = re.search(r'op_name="([^"]*)"', block)
-        kind = re.search(r"Allocation type: (.+)", block)
-        found.append(
-            {
-                "bytes": _number(block),
-                "shape": re.sub(r"\{.*", "", shape.group(1)) if shape else "",
-                "operation": operator.group(1) if operator else "",
-                "kind": kind.group(1).strip() if kind else "",
-            }
-        )
-    return sorted(found, key=lambda entry: -entry["bytes"])[:count]
-
-
-def largest_arrays(jaxpr: Any, devices: int, count: int = 5) -> list[dict[str, Any]]:
-    """The largest distinct arrays that a traced program computes, where the compiler names no buffers: bytes of a
-    device's share when all devices share, whole shape, and the operation.
-    """
-    found: dict[str, dict[str, Any]] = {}
-
-    def visit(jaxpr: Any, copies: int) -> None:
-        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "pallas_call":
-                continue
-            inner = flops.inner_jaxprs(equation.params)
-            for part in inner:
-                visit(part, devices if equation.primitive.name == "shard_map" else copies)
-            for variable in [] if inner else equation.outvars:
-                shape, dtype = getattr(variable.aval, "shape", ()), getattr(variable.aval, "dtype", None)
-                size = math.prod(shape) * getattr(dtype, "itemsize", 0) * copies / devices
-                name = f"{dtype}{list(shape)}" + (" a device" if copies > 1 else "")
-                entry = {"bytes": size, "shape": name, "operation": equation.primitive.name, "kind": "traced"}
-                found.setdefault(name, entry)
-
-    visit(jaxpr, 1)
-    return sorted(found.values(), key=lambda entry: -entry["bytes"])[:count]
 
 
 def advice(name: str, report: Report, config: Config) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lawcat_jax import doctor
-from lawcat_jax.analysis.compile_report import Report, memory_limit
+from lawcat_jax.analysis import packages
+from lawcat_jax.analysis.compile_report import Report
+from lawcat_jax.analysis.topology import memory_limit
 from lawcat_jax.config import Config
 from lawcat_jax.runtime.chips import GIB, Chip
 
@@ -59,13 +60,13 @@ def text(report: Report) -> str:
 
 def as_json(topology: str, chip: Chip, mesh: Any, reports: list[Report]) -> dict[str, Any]:
     """Everything in the reports, with the versions of the compiler."""
-    compilers = doctor.CUDA_PLUGINS if chip.is_gpu else ("libtpu",)
+    compilers = packages.CUDA_PLUGINS if chip.is_gpu else ("libtpu",)
     return {
         "topology": topology,
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
         "chip": chip._asdict(),
-        "versions": doctor.installed(("jax", "jaxlib", *compilers)),
+        "versions": packages.installed(("jax", "jaxlib", *compilers)),
         "fits": all(report.fits for report in reports),
         "programs": [dataclasses.asdict(report) for report in reports],
     }

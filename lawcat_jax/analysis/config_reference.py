@@ -112,7 +112,8 @@ def places(kind: type, path: str = "config") -> Iterator[tuple[str, type]]:
     yield path, kind
     for name, hint in typing.get_type_hints(kind).items():
         if (inner := _node(hint)) is not None:
-            yield from places(inner, f"{path}.{name}")
+            several = typing.get_origin(hint) is tuple
+            yield from places(inner, f"{path}.{name}{'[i]' if several else ''}")
 
 
 def _choices() -> dict[str, Any]:
@@ -120,7 +121,7 @@ def _choices() -> dict[str, Any]:
 
 
 def _type_cell(hint: Any) -> str:
-    if (kind := _node(hint)) is not None:
+    if (kind := _node(hint)) is not None and typing.get_origin(hint) is not tuple:
         return f"[{kind.__name__}](#{kind.__name__.lower()})" + (" or None" if kind is not hint else "")
     named = {str(value): name for name, value in _choices().items()}
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -145,6 +146,8 @@ def _cell(text: str) -> str:
 
 def _other_defaults(path: str, kind: type) -> str:
     """Defaults that the config at ``path`` of a fresh Config has instead of its class's, or nothing."""
+    if path.endswith("[i]"):  # an element of a tuple, which is empty at first
+        return ""
     node: Any = Config()
     for name in path.split(".")[1:]:
         node = getattr(node, name)

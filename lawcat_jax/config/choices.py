@@ -6,11 +6,22 @@ A field that holds a name has one of these ``Literal`` types; validation reads t
 
 from typing import Literal
 
-Family = Literal["llama", "mistral"]
-"""Model family: which Hugging Face architecture a checkpoint is read as and written back to."""
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "phi3"]
+"""Model family: which Hugging Face architecture a checkpoint is read as and written back to. Each is described in the
+file of its name in ``lawcat_jax/checkpoints/hf/families``."""
 
-RopeKind = Literal["none", "linear", "llama3"]
-"""Scaling of the rotary frequencies; ``llama3`` is that of Llama 3.1 and later."""
+RopeKind = Literal["none", "linear", "dynamic", "yarn", "longrope", "llama3"]
+"""Scaling of the rotary frequencies, by transformers' names; ``llama3`` is that of Llama 3.1 and later."""
+
+QkNorm = Literal["none", "head", "projection"]
+"""RMS norm of q and k before the rotary embedding: none, over each head (Qwen3), or over all heads of a token together
+(OLMo 2)."""
+
+NormPosition = Literal["before", "after"]
+"""Where the norms of a layer stand: before attention and MLP, or behind them (OLMo 2)."""
+
+LayerProjection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""Matrix of a decoder layer."""
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 """Number format; ``auto`` is bfloat16 on accelerators and float32 on CPU."""
@@ -37,11 +48,35 @@ Implementation = Literal["reference", "scan", "pallas_mosaic_gpu", "pallas_trito
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj"]
 """Matrix of an attention layer that can carry a LoRA adapter."""
 
-DataKind = Literal["passkey", "text"]
-"""What a stage is trained on: generated passkey samples, or text packed to the stage's length."""
+DataKind = Literal["passkey", "text", "niah", "babilong", "instruction", "mixture"]
+"""What a stage is trained on: generated passkey samples, text packed to the stage's length, needles that belong to a name
+(S-NIAH), bAbI stories in book text (BABILong), instructions with answers, or several of these."""
+
+SourceKind = Literal["passkey", "text", "niah", "babilong", "instruction"]
+"""What one source of a mixture holds."""
+
+Wording = Literal["paper", "varied"]
+"""Wording of generated training samples: the paper's single one, or many templates and kinds of keys."""
+
+ValidationWording = Literal["", "paper", "varied", "selection"]
+"""Wording of generated validation samples; ``selection`` is never trained on. ``""`` is ``selection`` where the training
+wording is ``varied``, else the training wording."""
+
+Hay = Literal["noise", "books", "mixed"]
+"""What surrounds a needle: repeated filler sentences, book text, or either, half the samples each."""
+
+BabiTask = Literal["qa1", "qa2", "qa3", "qa4", "qa5"]
+"""bAbI task: one, two or three supporting facts, relations of two or three arguments."""
 
 Schedule = Literal["cosine", "constant", "plateau"]
 """Learning rate after the warm-up: down to 0, constant, or lowered when the validation loss stops falling."""
+
+Divergence = Literal["forward", "reverse"]
+"""KL divergence of student and teacher: KL(teacher || student), or KL(student || teacher)."""
+
+StatePassing = Literal["off", "shuffled", "pieces"]
+"""Recurrent state at the start of a training sequence: empty, the last state of a random row of the batch before, or of the
+same row where that held the piece before of the same sample."""
 
 Remat = Literal["none", "layer", "dots"]
 """Activations computed again in the backward pass: none, all of a layer, or all but matrix products."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from lawcat_jax.config.choices import Family, RopeKind
+from lawcat_jax.config.choices import Family, LayerProjection, NormPosition, QkNorm, RopeKind
 from lawcat_jax.config.tree import Node, choice_problems
 
 
@@ -19,7 +19,19 @@ class RopeScaling(Node):
     high_freq_factor: float = 4.0
     """[ratio] ``llama3``: original context over this is the longest wavelength that is left as it is."""
     original_max_position_embeddings: int = 8192
-    """[tokens] ``llama3``: the original context."""
+    """[tokens] ``llama3``, ``yarn``, ``longrope``: the original context."""
+    attention_factor: float = 1.0
+    """[ratio] ``yarn``, ``longrope``: cosines and sines are multiplied by it."""
+    beta_fast: float = 32.0
+    """[turns] ``yarn``: pairs that turn more often than this within the original context are left as they are."""
+    beta_slow: float = 1.0
+    """[turns] ``yarn``: pairs that turn less often than this within the original context are scaled in full."""
+    truncate: bool = True
+    """``yarn``: the borders between fast and slow pairs are rounded to whole pairs."""
+    short_factor: tuple[float, ...] = ()
+    """[ratio] ``longrope``: divisor of the frequency of each rotated pair, for sequences within the original context."""
+    long_factor: tuple[float, ...] = ()
+    """[ratio] ``longrope``: the same for longer sequences."""
 
 
 @dataclasses.dataclass
@@ -61,6 +73,27 @@ class ModelConfig(Node):
     """[token id] Tokens that end generation."""
     pad_token_id: int | None = None
     """[token id] Padding."""
+    full_attention_layers: tuple[int, ...] = ()
+    """[layer number, from 0] Layers that see all tokens although there is a ``sliding_window``."""
+    nope_layers: tuple[int, ...] = ()
+    """[layer number, from 0] Layers without a rotary embedding (SmolLM3)."""
+    partial_rotary_factor: float = 1.0
+    """[share] How much of each head is rotated, its first dimensions (Phi-4)."""
+    projection_biases: tuple[LayerProjection, ...] = ()
+    """Projections with a bias."""
+    qk_norm: QkNorm = "none"
+    """Norm of q and k."""
+    norm_position: NormPosition = "before"
+    """Place of the norms of a layer."""
+
+    def window(self, layer: int) -> int | None:
+        """The softmax window of one layer in tokens, or None for all tokens."""
+        return None if layer in self.full_attention_layers else self.sliding_window
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of each head are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
 
 
 def model_problems(m: ModelConfig, path: str = "model") -> list[str]:
@@ -74,7 +107,42 @@ def model_problems(m: ModelConfig, path: str = "model") -> list[str]:
     if m.head_dim % 2:
         problems.append(f"{path}.head_dim: {m.head_dim} must be even (rotary embedding)")
     problems += choice_problems(m, path)
-    problems += choice_problems(m.rope_scaling, f"{path}.rope_scaling")
+    problems += _rope_problems(m, path)
+    for name in ("full_attention_layers", "nope_layers"):
+        odd = [layer for layer in getattr(m, name) if not 0 <= layer < m.num_layers]
+        problems += [
+            f"{path}.{name}: layer {layer} does not exist, the model has layers 0 to {m.num_layers - 1}"
+            for layer in odd
+        ]
     if m.sliding_window is not None and m.sliding_window < 1:
         problems.append(f"{path}.sliding_window: {m.sliding_window} must be at least 1, or None")
+    return problems
+
+
+def _rope_problems(m: ModelConfig, path: str) -> list[str]:
+    scaling, where = m.rope_scaling, f"{path}.rope_scaling"
+    problems = choice_problems(scaling, where)
+    if not 0 < m.partial_rotary_factor <= 1 or m.rotary_dim % 2:
+        problems.append(
+            f"{path}.partial_rotary_factor: {m.partial_rotary_factor} of head_dim {m.head_dim} should be an even number "
+            "of dimensions, at least 2"
+        )
+    if m.rope_theta <= 1:
+        problems.append(f"{path}.rope_theta: {m.rope_theta} must be above 1")
+    for name in ("factor", "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow"):
+        if getattr(scaling, name) <= 0:
+            problems.append(f"{where}.{name}: {getattr(scaling, name)} must be positive")
+    if scaling.original_max_position_embeddings < 2:
+        number = scaling.original_max_position_embeddings
+        problems.append(f"{where}.original_max_position_embeddings: {number} must be at least 2")
+    if scaling.kind == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        problems.append(f"{where}.high_freq_factor: {high} must be above low_freq_factor {low}")
+    if scaling.kind == "dynamic" and m.rotary_dim == 2:
+        problems.append(f"{where}.kind: 'dynamic' needs more than 2 rotated dimensions a head")
+    if scaling.kind == "longrope":
+        for name in ("short_factor", "long_factor"):
+            numbers = getattr(scaling, name)
+            if len(numbers) != m.rotary_dim // 2 or min(numbers, default=0) <= 0:
+                problems.append(f"{where}.{name}: should be {m.rotary_dim // 2} positive numbers, one a rotated pair")
     return problems

@@ -1,16 +1,69 @@
 """One training stage and the data it reads."""
 
 import dataclasses
+import math
+import re
 
-from lawcat_jax.config.choices import DataKind, LossDenominator, Remat, Schedule
+from lawcat_jax.config.choices import (
+    BabiTask,
+    DataKind,
+    Divergence,
+    Hay,
+    LossDenominator,
+    Remat,
+    Schedule,
+    SourceKind,
+    StatePassing,
+    ValidationWording,
+    Wording,
+)
 from lawcat_jax.config.tree import Node, choice_problems
 
 
 @dataclasses.dataclass
-class DataConfig(Node):
-    """One training stream: generated passkey samples (paper section 4), or text packed to the stage's ``seq_length``.
+class MixtureSource(Node):
+    """One source of a mixture, with its share and its loss weights."""
 
-    The loss weights tokens: answers of passkey samples 1, their other tokens ``prompt_weight`` (1 when
+    kind: SourceKind = "text"
+    """What the source holds."""
+    weight: float = 1.0
+    """[share, relative] Share of the mixture's samples."""
+    source: str = ""
+    """``text``, ``instruction``: where from, as in ``data.source``."""
+    text_key: str = "text"
+    """``text``: the field of a row that holds its text."""
+    validation_source: str = ""
+    """``text``, ``instruction``: what validation reads, written as ``source``."""
+    wording: Wording = "paper"
+    """Passkey and the other generated kinds: wording of training samples. ``varied`` samples fill ``seq_length``."""
+    validation_wording: ValidationWording = ""
+    """The same of validation samples."""
+    hay: Hay = "noise"
+    """``niah``, and ``passkey`` in the varied wording: what surrounds the needle."""
+    hay_source: str = ""
+    """Book text for ``hay`` and ``babilong``, written as ``source``."""
+    babi_source: str = ""
+    """``babilong``: directory of bAbI's en-10k files."""
+    babi_tasks: tuple[BabiTask, ...] = ("qa1", "qa2", "qa3")
+    """``babilong``: tasks to draw stories from; qa3 stories are simulated where there is no train file."""
+    min_length_fraction: float = 1.0
+    """[share] Below 1, lengths of generated samples are drawn between this share of the full length and all of it."""
+    answer_weight: float = 1.0
+    """[weight per token] Loss weight of answers."""
+    prompt_weight: float = 0.0
+    """[weight per token] Loss weight of what precedes an answer."""
+    text_weight: float = 1.0
+    """[weight per token] Loss weight of text."""
+    kl_weight: float = 1.0
+    """[ratio] Factor on these weights in the divergence from the teacher; 0 where the teacher cannot know the answer."""
+
+
+@dataclasses.dataclass
+class DataConfig(Node):
+    """One training stream: generated samples (paper section 4), instructions, text packed to the stage's ``seq_length``, or a
+    mixture.
+
+    The loss weights tokens: answers ``answer_weight``, the other tokens of samples with an answer ``prompt_weight`` (1 when
     ``answer_only`` is off), text tokens ``text_weight``.
     """
 
@@ -31,12 +84,35 @@ class DataConfig(Node):
     num_samples: int = 10_000
     """[sequences] Size of a passkey set, and how many sequences of a remote text are read (local text is read
     whole)."""
+    wording: Wording = "paper"
+    """Passkey and the other generated kinds: wording of training samples. ``varied`` samples fill ``seq_length``."""
+    validation_wording: ValidationWording = ""
+    """The same of validation samples."""
+    hay: Hay = "noise"
+    """``niah``, and ``passkey`` in the varied wording: what surrounds the needle."""
+    hay_source: str = ""
+    """Book text for ``hay`` and ``babilong``, written as ``source``."""
+    babi_source: str = ""
+    """``babilong``: directory of bAbI's en-10k files."""
+    babi_tasks: tuple[BabiTask, ...] = ("qa1", "qa2", "qa3")
+    """``babilong``: tasks to draw stories from; qa3 stories are simulated where there is no train file."""
+    mixture: tuple[MixtureSource, ...] = ()
+    """``mixture``: the sources. A pass has ``num_samples`` samples of all of them."""
+    pack: bool = False
+    """Put several short samples into one row and add ``segment_ids`` to the batch."""
+    pieces: int = 0
+    """[sequences] At least 2: make long samples and cut each into at most so many pieces of ``seq_length`` tokens, which
+    follow each other in consecutive batches (states passed from step to step); 0 is off."""
     answer_only: bool = True
     """Passkey: only the answer counts in the loss of stage 2 and pretraining, but for ``prompt_weight``."""
+    answer_weight: float = 1.0
+    """[weight per token] Loss weight of answers."""
     prompt_weight: float = 0.0
     """[weight per token] Passkey: loss weight of the tokens in front of the answer when ``answer_only`` is on."""
     text_weight: float = 1.0
     """[weight per token] Loss weight of text."""
+    kl_weight: float = 1.0
+    """[ratio] Factor on these weights in the divergence from the teacher; 0 where the teacher cannot know the answer."""
     validation_samples: int = 100
     """[sequences] Held out for validation, of a text the last ones unless ``validation_source`` is set; 0 is no
     validation."""
@@ -85,9 +161,27 @@ class StageConfig(Node):
     trainable: tuple[str, ...] = (".*",)
     """Regular expressions searched in parameter paths such as ``mixers/conv_q`` or ``lora/q_proj/a``; what matches is
     trained."""
+    lr_multipliers: tuple[str, ...] = ()
+    """``<regular expression>=<factor>`` on the learning rate of the parameters in whose path it is found; the first that
+    fits counts, before ``gate_lr_multiplier``."""
+    ema_decay: float = 0.0
+    """[ratio] Decay of a moving average of the trained parameters, which is then what is validated and kept; 0 is off."""
     kl_weight: float = 0.0
-    """[1] Stage 2: weight of KL(teacher || student) of the logits, in nats, beside the cross entropy; above 0 the teacher
-    runs too."""
+    """[1] Stage 2: weight of the divergence of the student's logits from the teacher's, in nats, beside the cross entropy;
+    above 0 the teacher runs too."""
+    kl_weight_end: float | None = None
+    """[1] Stage 2: what ``kl_weight`` has become at the end of the stage, linearly; None keeps it."""
+    kl_temperature: float = 1.0
+    """[1] Stage 2: both logits are divided by it in the divergence, which is multiplied by its square."""
+    kl_direction: Divergence = "forward"
+    """Stage 2: which of the two distributions the divergence is weighted by."""
+    state_passing: StatePassing = "off"
+    """Stage 2: recurrent state that the rows of a batch begin with (``lawcat_jax/training/state_passing.py``)."""
+    state_reset: float = 0.1
+    """[share] With ``state_passing``: rows that begin with an empty state all the same."""
+    state_gradient: int = 0
+    """[boundaries] With ``state_passing``: 1 lets the gradient reach into the batch before, which is run again; 0 stops it
+    at the boundary."""
     mse_weight: float = 1000.0
     """[1] Stage 1: factor on the mean squared error of the layers' outputs."""
     loss_denominator: LossDenominator = "valid"
@@ -140,23 +234,76 @@ def stage_problems(stage: StageConfig, path: str) -> list[str]:
         "eval_every",
         "loss_chunk",
         "validation_length",
+        "kl_weight_end",
     ):
-        if getattr(stage, name) < 0:
+        if (getattr(stage, name) or 0) < 0:
             problems.append(f"{path}.{name}: {getattr(stage, name)} must not be negative")
+    for name in ("state_reset", "state_gradient"):
+        if not 0 <= getattr(stage, name) <= 1:
+            problems.append(f"{path}.{name}: {getattr(stage, name)} is outside [0, 1]")
+    if not 0 <= stage.ema_decay < 1:
+        problems.append(f"{path}.ema_decay: {stage.ema_decay} is outside [0, 1)")
+    if stage.kl_temperature <= 0:
+        problems.append(f"{path}.kl_temperature: {stage.kl_temperature} must be positive")
+    if stage.state_passing != "off" and not path.endswith("stage2"):
+        problems.append(f"{path}.state_passing: only stage 2 runs the student alone; set it to 'off'")
+    if (stage.state_passing == "pieces") != bool(stage.data.pieces):
+        problems.append(
+            f"{path}.state_passing: 'pieces' passes the states of data.pieces (at least 2), and nothing else does; it is "
+            f"{stage.state_passing!r} with data.pieces {stage.data.pieces}"
+        )
+    problems += _multiplier_problems(stage.lr_multipliers, f"{path}.lr_multipliers")
     problems += choice_problems(stage, path)
     return problems + _data_problems(stage.data, f"{path}.data")
 
 
+def _multiplier_problems(items: tuple[str, ...], path: str) -> list[str]:
+    problems = []
+    for item in items:
+        pattern, _, factor = item.rpartition("=")
+        try:
+            re.compile(pattern)
+            good = bool(pattern) and math.isfinite(float(factor)) and float(factor) >= 0
+        except (re.error, ValueError):
+            good = False
+        if not good:
+            problems.append(f"{path}: {item!r} is not <regular expression>=<factor of at least 0>")
+    return problems
+
+
 def _data_problems(data: DataConfig, path: str) -> list[str]:
-    problems = choice_problems(data, path)
-    if data.kind == "text" and not data.source:
-        problems.append(f"{path}.source: name a text source (tfds:..., hf:..., or a path) for kind 'text'")
-    for name in ("passkey_fraction", "min_length_fraction"):
-        if not 0 <= getattr(data, name) <= 1:
-            problems.append(f"{path}.{name}: {getattr(data, name)} is outside [0, 1]")
+    problems = choice_problems(data, path) + _source_problems(data, path)
+    for index, source in enumerate(data.mixture):
+        name = f"{path}.mixture[{index}]"
+        problems += choice_problems(source, name) + _source_problems(source, name)
+        if source.weight < 0:
+            problems.append(f"{name}.weight: {source.weight} must not be negative")
+    if data.kind == "mixture" and not any(source.weight > 0 for source in data.mixture):
+        problems.append(f"{path}.mixture: name at least one source with a positive weight for kind 'mixture'")
+    if not 0 <= data.passkey_fraction <= 1:
+        problems.append(f"{path}.passkey_fraction: {data.passkey_fraction} is outside [0, 1]")
     if data.num_samples < 1:
         problems.append(f"{path}.num_samples: {data.num_samples} must be at least 1")
-    for name in ("validation_samples", "passkey_words", "prompt_weight", "text_weight", "num_workers"):
+    if data.pieces == 1 or (data.pieces and data.pack):
+        problems.append(f"{path}.pieces: {data.pieces} must be 0 (off) or at least 2, and does not go with pack")
+    for name in ("validation_samples", "passkey_words", "num_workers", "pieces"):
         if getattr(data, name) < 0:
             problems.append(f"{path}.{name}: {getattr(data, name)} must not be negative")
+    return problems
+
+
+def _source_problems(source: DataConfig | MixtureSource, path: str) -> list[str]:
+    problems = []
+    if source.kind in ("text", "instruction") and not source.source:
+        problems.append(f"{path}.source: name a text source (tfds:..., hf:..., or a path) for kind {source.kind!r}")
+    hay = source.kind == "niah" or (source.kind == "passkey" and source.wording != "paper")
+    if not source.hay_source and (source.kind == "babilong" or (hay and source.hay != "noise")):
+        problems.append(f"{path}.hay_source: name books (a path, hf:..., or tfds:...) for kind {source.kind!r}")
+    if source.kind == "babilong" and not source.babi_tasks:
+        problems.append(f"{path}.babi_tasks: name at least one task")
+    if not 0 <= source.min_length_fraction <= 1:
+        problems.append(f"{path}.min_length_fraction: {source.min_length_fraction} is outside [0, 1]")
+    for name in ("answer_weight", "prompt_weight", "text_weight", "kl_weight"):
+        if getattr(source, name) < 0:
+            problems.append(f"{path}.{name}: {getattr(source, name)} must not be negative")
     return problems

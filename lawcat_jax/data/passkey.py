@@ -4,23 +4,23 @@ Training form ("Passkey-870"): task sentence, newline, hay with a needle, newlin
 space, key, eos. Evaluation form (Landmark attention, arXiv 2305.16300, as used by LongLoRA and LAWCAT): five
 lines, the key asked for without a trailing space. Both wordings are kept to the letter, so they differ.
 
-Random streams: training, validation and evaluation samples are drawn from differently tagged seeds (see
-:func:`sample_rng`), so that none can repeat another's draw whatever seed the user sets.
+Training in other wordings: :mod:`lawcat_jax.data.retrieval`. Random streams: :mod:`lawcat_jax.data.samples`.
 """
 
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import functools
 import itertools
 
 import numpy as np
 
+from lawcat_jax.data.haystack import NOISE
+from lawcat_jax.data.samples import Sample, check_eos, sample_rng, text_sample
 from lawcat_jax.data.tokenize import Tokenizer, decode, encode, encode_offsets, encode_prompt
 from lawcat_jax.errors import UserError
 
-HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+HAY = NOISE
 TASK = (
     "There is an important piece of info hidden inside a lot of irrelevant text. "
     "Find it and memorize it. I will quiz you about the important information there."
@@ -36,35 +36,7 @@ LANDMARK_QUESTION = "What is the pass key? The pass key is"
 
 _WORDS = HAY.split(" ")
 _MIN_WORDS = 2  # the needle goes between two words
-_STREAMS = {"train": 1, "validation": 2, "eval": 3}
-
-
-def sample_rng(stream: str, seed: int, index: int) -> np.random.Generator:
-    """Generator of sample ``index`` of a stream ("train", "validation" or "eval").
-
-    The stream's tag is part of the entropy, in a fixed number of words, so two streams never share a state.
-    """
-    words = [_STREAMS[stream]]
-    for value in (seed, index):
-        words += [value & 0xFFFFFFFF, (value >> 32) & 0xFFFFFFFF]
-    return np.random.default_rng(words)
-
-
-@dataclasses.dataclass(frozen=True)
-class PasskeySample:
-    """One sample. ``tokens`` int32 [n] holds bos, text and (training form) eos; the answer's tokens are
-    ``tokens[answer_start:answer_end]``."""
-
-    tokens: np.ndarray
-    answer_start: int
-    answer_end: int
-    answer: str
-    text: str
-
-    @property
-    def prompt(self) -> list[int]:
-        """Tokens before the answer."""
-        return self.tokens[: self.answer_start].tolist()
+PasskeySample = Sample
 
 
 class PasskeyGenerator:
@@ -82,8 +54,7 @@ class PasskeyGenerator:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, add_bos: bool = True):
-        if tokenizer.eos_token_id is None:
-            raise UserError(f"tokenizer {tokenizer.name_or_path!r} has no eos token, which ends a passkey sample")
+        check_eos(tokenizer, "passkey")
         self._tokenizer = tokenizer
         self._bos = [tokenizer.bos_token_id] if add_bos and tokenizer.bos_token_id is not None else []
         self._extra = len(self._bos) + 1  # eos
@@ -149,15 +120,16 @@ class PasskeyGenerator:
         return text, encoding, len(encoding) + self._extra
 
     def _sample(self, text: str, key: str, encoding) -> PasskeySample:
-        # The span comes from character offsets: len(encode(key)) would count the space token that
-        # SentencePiece puts before a lone key. A token that merges the space with digits belongs to the answer.
-        first_char = len(text) - len(key)
-        offsets = encoding.offsets
-        start = len(offsets)
-        while start and offsets[start - 1][1] > first_char:
-            start -= 1
-        tokens = np.asarray([*self._bos, *encoding.ids, self._tokenizer.eos_token_id], np.int32)
-        return PasskeySample(tokens, start + len(self._bos), len(tokens) - 1, key, text)
+        needle = NEEDLE.format(key=key)
+        return text_sample(
+            self._tokenizer,
+            text,
+            key,
+            needle_end=text.index(needle) + len(needle),
+            question_start=text.rindex("\n") + 1,
+            add_bos=bool(self._bos),
+            encoding=encoding,
+        )
 
     @functools.cached_property
     def _word_tokens(self) -> list[int]:

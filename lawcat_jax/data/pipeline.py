@@ -7,15 +7,17 @@ same batches, on any number of processes.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
 import numpy as np
 
 from lawcat_jax.config import DataConfig
-from lawcat_jax.data import text as text_data
-from lawcat_jax.data.passkey import PasskeyGenerator, sample_rng
-from lawcat_jax.data.tokenize import Tokenizer, pad_id
+from lawcat_jax.data.pieces import PieceStream
+from lawcat_jax.data.rows import Row, join_rows, make_row, pack
+from lawcat_jax.data.sources import Source, make_source
+from lawcat_jax.data.tokenize import Tokenizer
 from lawcat_jax.errors import UserError
 
 
@@ -33,16 +35,12 @@ def make_dataset(
 ):
     """Batches of one stage, as a ``grain.IterDataset``.
 
-    A batch is a dict of numpy arrays, with B = ``batch_size`` / ``process_count`` and T = ``seq_length``:
-      tokens        int32 [B, T]    inputs, padded on the right
-      targets       int32 [B, T]    tokens shifted left by one
-      loss_weights  float32 [B, T]  weight of predicting targets[:, t]
-      lengths       int32 [B]       valid inputs of each row
-      mask          bool [B, T]     valid and not eos (positions of attention transfer)
+    A batch is a :class:`lawcat_jax.data.batch.Batch` of numpy arrays with B = ``batch_size`` / ``process_count`` and T = ``seq_length``.
 
     Process p of P takes every P-th sample, so that all processes together see the same global batches
     whatever P is. ``train`` is shuffled anew in each pass, ``validation`` keeps its order. With ``repeat``
-    the stream is endless; without, it ends after one pass, and rows of zero weight fill up the last batch.
+    the stream is endless; without, it ends after one pass, and rows of zero weight fill up the last batch. With
+    ``data.pieces`` training is an ordered, endless stream (:mod:`lawcat_jax.data.pieces`).
 
     Iterators have ``get_state()`` and ``set_state()``; the state does not depend on ``process_count``.
     ``data.num_workers`` threads prepare batches ahead (tokenizers leave Python's lock); 0 works in the caller.
@@ -57,129 +55,147 @@ def make_dataset(
         raise UserError(f"split {split!r} is not one of 'train', 'validation'")
     if batch_size % process_count:
         raise UserError(f"batch_size {batch_size} is not divisible by the {process_count} processes")
-    samples = Samples(data, tokenizer, seq_length=seq_length, seed=seed, split=split)
-    indices = len(samples) if repeat else math.ceil(len(samples) / batch_size) * batch_size
-    dataset = grain.MapDataset.source(range(indices))
-    if split == "train":
-        dataset = dataset.seed(seed % 2**32).shuffle()
-    if repeat:
-        dataset = dataset.repeat()
+    if data.pieces and split == "train":
+        samples = _piece_stream(data, tokenizer, seq_length, batch_size, seed)
+        dataset = grain.MapDataset.source(range(len(samples)))
+    else:
+        samples = Samples(data, tokenizer, seq_length=seq_length, seed=seed, split=split)
+        indices = len(samples) if repeat else math.ceil(len(samples) / batch_size) * batch_size
+        dataset = grain.MapDataset.source(range(indices))
+        if split == "train":
+            dataset = dataset.seed(seed % 2**32).shuffle()
+        if repeat:
+            dataset = dataset.repeat()
     if process_count > 1:
         dataset = dataset.slice(slice(process_index, None, process_count))
-    dataset = dataset.map(samples.__getitem__).batch(batch_size // process_count, drop_remainder=True)
+    absent = {"segment_ids", "continues", "kl_weights"} - set(optional_arrays(data, split))
+
+    def row(index: int) -> Row:
+        return {name: array for name, array in samples[index].items() if name not in absent}
+
+    dataset = dataset.map(row).batch(batch_size // process_count, drop_remainder=True)
     workers = data.num_workers
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers))
 
 
-class Samples:
-    """Random access to the samples of one split; an index at or beyond ``len()`` gives a sample of weight zero.
+def optional_arrays(data: DataConfig, split: str = "train") -> tuple[str, ...]:
+    """Names of the arrays of a :class:`~lawcat_jax.data.batch.Batch` that batches of this stream have and others do not."""
+    parts = [part for _, part in mixture_parts(data)] if data.kind == "mixture" else [data]
+    present = {
+        "segment_ids": data.pack,
+        "continues": bool(data.pieces) and split == "train",
+        "kl_weights": any(part.kl_weight != 1 for part in parts),
+    }
+    return tuple(name for name, here in present.items() if here)
 
-    Text sequences come first, then passkey samples: their share of the whole is ``data.passkey_fraction``.
+
+class Samples:
+    """Random access to the rows of one split; an index at or beyond ``len()`` gives a row of weight zero.
+
+    The sources follow each other: text before the passkey samples that ``passkey_fraction`` adds, the sources of a mixture
+    in their order, each with its share of ``num_samples``. A source with fewer documents repeats them, one with more
+    is seen at even distances. With ``pack`` rows hold several documents.
     """
 
     def __init__(self, data: DataConfig, tokenizer: Tokenizer, *, seq_length: int, seed: int, split: str):
-        self._data, self._tokenizer, self._seq_length = data, tokenizer, seq_length
-        self._seed, self._split = seed, split
-        self._text: text_data.PackedText | None = None
-        self._text_indices = range(0)
-        fraction = data.passkey_fraction if data.kind == "text" else 1.0
-        wanted = data.num_samples if split == "train" else data.validation_samples
-        if fraction < 1:
-            self._open_text(fraction)
-            share = len(self._text_indices) * fraction / (1 - fraction)
-            self._num_passkey = round(share)
-        else:
-            self._num_passkey = wanted
-        if len(self) < 1:
+        self._tokenizer, self._seq_length = tokenizer, seq_length
+        self._parts = _parts(data, tokenizer, seq_length=seq_length, seed=seed, split=split)
+        documents = sum(count for _, count in self._parts)
+        if documents < 1:
             raise UserError(f"data: the {split} split has no samples (validation_samples {data.validation_samples})")
-        if self._num_passkey:
-            self._passkey = PasskeyGenerator(tokenizer, add_bos=data.add_bos)
-            self._sample_passkey(0)  # a length that does not fit fails here, not in the middle of a run
+        self._plan = pack(self._bound, documents, seq_length, seed) if data.pack else None
+        self._length = documents if self._plan is None else len(self._plan)
 
     def __len__(self) -> int:
-        return len(self._text_indices) + self._num_passkey
+        return self._length
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        if index < len(self._text_indices):
-            return self._sample_text(self._text_indices[index])
-        if index < len(self):
-            return self._sample_passkey(index - len(self._text_indices))
-        blank = self[0]
-        return blank | {
-            "loss_weights": np.zeros_like(blank["loss_weights"]),
-            "mask": np.zeros_like(blank["mask"]),
-        }
+    def __getitem__(self, index: int) -> Row:
+        if index >= len(self):
+            blank = self[0]
+            return blank | {name: np.zeros_like(blank[name]) for name in ("loss_weights", "kl_weights", "mask")}
+        if self._plan is None:
+            source, at = self._find(index)
+            return make_row(source.document(at), self._seq_length, self._tokenizer)
+        found = [self._find(number) for number in self._plan[index]]
+        return join_rows([source.document(at) for source, at in found], self._seq_length, self._tokenizer)
 
-    def _open_text(self, passkey_fraction: float) -> None:
-        """Text sequences of this split: of its own source, or the head (train) and tail of a shared one."""
-        data, validation = self._data, self._split == "validation"
-        own = bool(data.validation_source)
-        source = data.validation_source if validation and own else data.source
-        if not source:
-            raise UserError("data.source: name a text source (tfds:..., hf:..., or a path)")
-        wanted = data.validation_samples if validation and own else data.num_samples
-        if not own:
-            wanted += data.validation_samples
-        tokens = text_data.load_tokens(
-            source,
-            self._tokenizer,
-            text_key=data.text_key,
-            max_tokens=wanted * self._seq_length + 1 if text_data.is_remote(source) else None,
+    def _find(self, index: int) -> tuple[Source, int]:
+        for source, count in self._parts:
+            if index < count:
+                size = len(source)
+                return source, index * size // count if size > count else index % size
+            index -= count
+        raise IndexError(index)
+
+    def _bound(self, index: int) -> int:
+        source, at = self._find(index)
+        return source.bound(at)
+
+
+def _parts(
+    data: DataConfig, tokenizer: Tokenizer, *, seq_length: int, seed: int, split: str
+) -> list[tuple[Source, int]]:
+    """(source, number of its documents) of a config of any kind."""
+    make = functools.partial(make_source, tokenizer=tokenizer, seq_length=seq_length, split=split)
+    wanted = data.num_samples if split == "train" else data.validation_samples
+    if data.kind == "mixture":
+        parts = []
+        for number, (share, part) in enumerate(mixture_parts(data)):
+            count = round(wanted * share)
+            if count:
+                source = make(part, seed=_source_seed(seed, number))
+                parts.append((source, count if split == "train" else min(count, len(source))))
+        return parts
+    if data.kind != "text":
+        if not wanted:
+            return []
+        source = make(data, seed=seed)
+        return [(source, len(source))]
+    if not data.passkey_fraction:
+        source = make(data, seed=seed)
+        return [(source, len(source))]
+    passkey = dataclasses.replace(data, kind="passkey", passkey_words=0)
+    if data.passkey_fraction == 1:
+        return [(make(passkey, seed=seed), wanted)] if wanted else []  # no source needed
+    text = make(data, seed=seed)
+    count = round(len(text) * data.passkey_fraction / (1 - data.passkey_fraction))
+    if not count:
+        return [(text, len(text))]
+    passkey = dataclasses.replace(passkey, num_samples=count, validation_samples=count)
+    return [(text, len(text)), (make(passkey, seed=seed), count)]
+
+
+def mixture_parts(data: DataConfig) -> list[tuple[float, DataConfig]]:
+    """(share of the samples, config) of each source of a mixture; the shares sum to 1."""
+    total = sum(source.weight for source in data.mixture)
+    if not total > 0:
+        raise UserError("data.mixture: name at least one source with a positive weight")
+    parts = []
+    for source in data.mixture:
+        fields = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
+        share = fields.pop("weight") / total
+        counts = {name: max(1, round(share * getattr(data, name))) for name in ("num_samples", "validation_samples")}
+        if not data.validation_samples:
+            counts["validation_samples"] = 0
+        parts.append(
+            (share, dataclasses.replace(data, mixture=(), passkey_words=0, passkey_fraction=0.0, **counts, **fields))
         )
-        bos = self._tokenizer.bos_token_id if data.add_bos else None
-        self._text = text_data.PackedText(tokens, self._seq_length, bos_id=bos, source=source)
-        total = len(self._text)
-        held = round(data.validation_samples * (1 - passkey_fraction))  # of a mixed split, which keeps its total
-        if own:
-            self._text_indices = range(min(held, total)) if validation else range(total)
-            return
-        held = min(held, max(1, total // 10))
-        if total == held and not validation:
-            raise UserError(
-                f"text source {source!r} gives a single sequence of {self._seq_length} tokens, none is left to hold "
-                "out: give more text, a smaller seq_length, or a validation_source"
-            )
-        self._text_indices = range(total - held, total) if validation else range(total - held)
+    return parts
 
-    def _sample_text(self, index: int) -> dict[str, np.ndarray]:
-        assert self._text is not None  # an index below the number of sequences implies it
-        window = self._text[index]
-        weights = np.full(len(window) - 1, self._data.text_weight, np.float32)
-        return self._arrays(window[:-1], window[1:], weights)
 
-    def _sample_passkey(self, index: int) -> dict[str, np.ndarray]:
-        data = self._data
-        rng = sample_rng(self._split, self._seed, index)
-        share = 1.0 if data.min_length_fraction >= 1 else float(rng.uniform(data.min_length_fraction, 1.0))
-        if data.passkey_words and data.kind == "passkey":
-            sample = self._passkey.sample_words(rng, math.ceil(data.passkey_words * share))
-            if len(sample.tokens) > self._seq_length:
-                raise UserError(
-                    f"seq_length {self._seq_length} is too short for passkey_words {data.passkey_words}: this "
-                    f"sample has {len(sample.tokens)} tokens; raise seq_length, or set passkey_words=0 to fit it"
-                )
-        else:
-            target = math.ceil(self._seq_length * share)
-            sample = self._passkey.sample_tokens(rng, self._seq_length, target_tokens=target)
-        tokens = sample.tokens
-        targets = np.append(tokens[1:], pad_id(self._tokenizer)).astype(np.int32)
-        weights = np.full(len(tokens), data.prompt_weight if data.answer_only else 1.0, np.float32)
-        weights[sample.answer_start - 1 : sample.answer_end - 1] = 1.0
-        if data.answer_only:
-            weights[sample.answer_end - 1] = 0.0  # eos is not a label
-        weights[-1] = 0.0  # nothing follows eos
-        return self._arrays(tokens, targets, weights)
+def _source_seed(seed: int, number: int) -> int:
+    """Sources of a mixture draw from different seeds, or a passkey sample and a NIAH sample would have the same key."""
+    return (seed + number * 0x9E3779B97F4A7C15) % 2**64
 
-    def _arrays(self, tokens: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-        length, pad = len(tokens), pad_id(self._tokenizer)
-        fill = functools.partial(np.pad, pad_width=(0, self._seq_length - length))
-        mask = np.ones(length, bool)
-        if self._tokenizer.eos_token_id is not None:
-            mask = tokens != self._tokenizer.eos_token_id
-        return {
-            "tokens": fill(tokens, constant_values=pad).astype(np.int32),
-            "targets": fill(targets, constant_values=pad).astype(np.int32),
-            "loss_weights": fill(weights).astype(np.float32),
-            "lengths": np.asarray(length, np.int32),
-            "mask": fill(mask),
-        }
+
+def _piece_stream(data: DataConfig, tokenizer: Tokenizer, seq_length: int, batch_size: int, seed: int) -> PieceStream:
+    parts = mixture_parts(data) if data.kind == "mixture" else [(1.0, data)]
+    sources = [
+        (
+            share,
+            make_source(part, tokenizer, seq_length=seq_length, seed=_source_seed(seed, number), split="train"),
+        )
+        for number, (share, part) in enumerate(parts)
+        if share > 0
+    ]
+    return PieceStream(sources, tokenizer, pieces=data.pieces, seq_length=seq_length, batch_size=batch_size, seed=seed)

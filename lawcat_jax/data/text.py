@@ -19,6 +19,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -85,6 +86,11 @@ def _txt_documents(file: Path, text_key: str) -> Iterator[str]:
 
 
 def _jsonl_documents(file: Path, text_key: str) -> Iterator[str]:
+    for where, row in _jsonl_rows(file):
+        yield _field(row, text_key, where)
+
+
+def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -93,7 +99,7 @@ def _jsonl_documents(file: Path, text_key: str) -> Iterator[str]:
                 row = json.loads(line)
             except ValueError as problem:
                 raise UserError(f"text source {str(file)!r}, line {number}: not JSON ({problem})") from problem
-            yield _field(row, text_key, f"{str(file)!r}, line {number}")
+            yield f"{str(file)!r}, line {number}", row
 
 
 def _parquet_documents(file: Path, text_key: str) -> Iterator[str]:
@@ -131,6 +137,11 @@ def _tfds_documents(source: str, text_key: str) -> Iterator[str]:
 
 
 def _hf_documents(source: str, text_key: str) -> Iterator[str]:
+    for where, row in _hf_rows(source):
+        yield _field(row, text_key, where)
+
+
+def _hf_rows(source: str) -> Iterator[tuple[str, Any]]:
     import datasets
 
     name, *options = source.removeprefix("hf:").split(":")
@@ -151,7 +162,42 @@ def _hf_documents(source: str, text_key: str) -> Iterator[str]:
             return
         except Exception as problem:
             raise UserError(f"text source {source!r} broke off while reading: {_first_line(problem)}") from problem
-        yield _field(row, text_key, f"{source!r}, row {index}")
+        yield f"{source!r}, row {index}", row
+
+
+def rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of every row of .jsonl or .parquet files, or of a hub dataset (``hf:``), with all fields.
+
+    Raises:
+      UserError: for other sources, and for rows that are not objects.
+    """
+    if source.startswith("hf:"):
+        found = _hf_rows(source)
+    elif is_remote(source):
+        raise UserError(f"source {source!r}: rows of several fields come from .jsonl or .parquet files or hf:...")
+    else:
+        found = (pair for file in local_files(source) for pair in _file_rows(file))
+    for where, row in found:
+        if not isinstance(row, dict):
+            raise UserError(f"source {where}: a {type(row).__name__}, not an object with fields")
+        yield where, row
+
+
+def _file_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    if file.suffix == ".jsonl":
+        yield from _jsonl_rows(file)
+        return
+    if file.suffix != ".parquet":
+        raise UserError(f"source {str(file)!r}: rows of several fields come from .jsonl or .parquet files")
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(file)
+    except (pyarrow.ArrowInvalid, OSError) as problem:
+        raise UserError(f"source {str(file)!r}: not a readable parquet file ({problem})") from problem
+    for number, row in enumerate(table.to_pylist()):
+        yield f"{str(file)!r}, row {number}", row
 
 
 def _split_of(name: str) -> tuple[str, str]:

@@ -1,6 +1,4 @@
-"""Train a small byte-level BPE tokenizer and write it as a Hugging Face tokenizer directory.
-
-    python -m lawcat_jax.data.train_tokenizer --input='books/*.txt' --vocab_size=1024 --target=tokenizer
+"""A small byte-level BPE tokenizer, trained on text and written as a Hugging Face tokenizer directory.
 
 Every digit is a token of its own, so that a key's tokens are its digits. The passkey sentences are part of the
 training text with a weight, so that their frame is short in tokens. Training is deterministic: the same
@@ -15,16 +13,12 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from absl import flags
-
-from lawcat_jax.command_line import no_arguments
 from lawcat_jax.data.passkey import HAY, LANDMARK_NEEDLE, LANDMARK_TASK, NEEDLE, QUESTION, TASK
-from lawcat_jax.data.text import documents
 from lawcat_jax.data.tokenize import Tokenizer
-from lawcat_jax.errors import UserError, run_main
+from lawcat_jax.errors import UserError
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
-_SMALLEST = 256 + len(SPECIAL_TOKENS)
+SMALLEST = 256 + len(SPECIAL_TOKENS)
 
 
 def passkey_sentences() -> list[str]:
@@ -51,8 +45,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, passkey_repeats: i
     import transformers
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-    if vocab_size < _SMALLEST:
-        raise UserError(f"vocab_size {vocab_size} is too small: 256 bytes and the special tokens need {_SMALLEST}")
+    if vocab_size < SMALLEST:
+        raise UserError(f"vocab_size {vocab_size} is too small: 256 bytes and the special tokens need {SMALLEST}")
     bos, eos, pad = SPECIAL_TOKENS
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -110,28 +104,3 @@ def save_tokenizer(tokenizer: Tokenizer, target: str | Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
-
-
-def _define_flags() -> None:  # not at import: other command lines have flags of the same names
-    flags.DEFINE_string("input", None, "Text source: a file, directory or glob (.txt, .jsonl, .parquet).")
-    flags.DEFINE_integer("vocab_size", 1024, f"Tokens in all, at least {_SMALLEST}.")
-    flags.DEFINE_string("target", None, "Directory to write.")
-    flags.DEFINE_string("text_key", "text", "Field of the text in JSONL and parquet rows.")
-    flags.DEFINE_integer("passkey_repeats", 3000, "Weight of the passkey sentences in the text.", lower_bound=0)
-
-
-def main(argv: list[str]) -> None:
-    no_arguments(argv)
-    options = flags.FLAGS
-    for name in ("input", "target"):
-        if not options[name].value:
-            raise UserError(f"--{name} is missing")
-    texts = documents(options.input, options.text_key)
-    tokenizer = train_tokenizer(texts, vocab_size=options.vocab_size, passkey_repeats=options.passkey_repeats)
-    target = save_tokenizer(tokenizer, options.target)
-    print(f"wrote {target}: {len(tokenizer)} tokens; the hay text takes {len(tokenizer(HAY)['input_ids']) - 1}")
-
-
-if __name__ == "__main__":
-    _define_flags()
-    run_main(main)

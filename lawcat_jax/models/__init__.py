@@ -7,7 +7,9 @@ on axis 0::
     layers/{input_norm,post_attention_norm}/scale [L, D]
     layers/attention/{q,k,v,o}_proj/kernel [L, in, out]
     layers/mlp/{gate,up,down}_proj/kernel [L, in, out]
-    mixers/... [M, ...]: see LawcatMixer and LolcatsMixer
+    where the family has them: layers/{attention,mlp}/*_proj/bias [L, out]; layers/attention/{q,k}_norm/scale [L, d]
+        or [L, H d] and [L, Hkv d]; layers/{attention_output_norm,mlp_output_norm}/scale [L, D] in place of the two above
+    mixers/... [M, ...]: see the classes of lawcat_jax.models.mixers
     lora/{q,k,v,o}_proj/{a [M, in, r], b [M, r, out]}
 
 The base part is the same in teacher and student.

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 from flax import nnx
 
+from lawcat_jax import projections
 from lawcat_jax.config import ModelConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.models import parallel
 from lawcat_jax.models.layers import Linear, RMSNorm, Stack, SwiGLU, normal, static_config
-from lawcat_jax.models.lora import Lora, projection_sizes
+from lawcat_jax.models.lora import Lora
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -49,48 +50,62 @@ def split_segments(num_layers: int, softmax_layers: tuple[int, ...]) -> list[Seg
 
 
 class Attention(nnx.Module):
-    """The pretrained projections of one layer, with an optional adapter added to each."""
+    """The pretrained projections of one layer, with an optional adapter added to each, and the norms of q and k."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Stack, dtype):
         self.config = static_config(config)
-        for name, (inputs, outputs) in projection_sizes(config).items():
-            setattr(self, name, Linear(inputs, outputs, rngs=rngs, stack=stack, dtype=dtype))
+        for row in projections.ATTENTION:
+            bias = row.has_bias(config)
+            setattr(self, row.name, Linear(*row.sizes(config), rngs=rngs, stack=stack, dtype=dtype, bias=bias))
+        normed = config.qk_norm != "none"
+        self.q_norm = build_norm(config, "attention/q_norm", stack, dtype) if normed else None
+        self.k_norm = build_norm(config, "attention/k_norm", stack, dtype) if normed else None
 
     def _apply(self, name: str, x, adapter: Lora | None, dropout_key):
         y = getattr(self, name)(x)
         return y if adapter is None else y + adapter.delta(name, x, dropout_key)
 
+    def _heads(self, y: Float[Array, "B T N"], norm: RMSNorm | None = None) -> Float[Array, "B T h d"]:
+        heads = (*y.shape[:2], -1, self.config.head_dim)
+        if norm is None:
+            return y.reshape(heads)
+        return norm(y.reshape(heads)) if self.config.qk_norm == "head" else norm(y).reshape(heads)
+
     def qkv(self, x: Float[Array, "B T D"], adapter: Lora | None = None, dropout_key: jax.Array | None = None):
-        """q [B, T, H, d], k and v [B, T, Hkv, d], before any rotation."""
-        heads = {
-            "q_proj": self.config.num_heads,
-            "k_proj": self.config.num_kv_heads,
-            "v_proj": self.config.num_kv_heads,
-        }
-        return tuple(
-            self._apply(name, x, adapter, dropout_key).reshape(*x.shape[:2], count, self.config.head_dim)
-            for name, count in heads.items()
-        )
+        """q [B, T, H, d], k and v [B, T, Hkv, d], with bias and norms, before any rotation."""
+        q, k, v = (self._apply(name, x, adapter, dropout_key) for name in ("q_proj", "k_proj", "v_proj"))
+        return self._heads(q, self.q_norm), self._heads(k, self.k_norm), self._heads(v)
 
     def output(self, o: Float[Array, "B T H d"], adapter: Lora | None = None, dropout_key: jax.Array | None = None):
         """Concatenated heads through Wo."""
         return self._apply("o_proj", o.reshape(*o.shape[:2], -1), adapter, dropout_key)
 
 
+def build_norm(config: ModelConfig, path: str, stack: Stack, dtype) -> RMSNorm:
+    """The norm ``path`` of :func:`lawcat_jax.projections.norms`."""
+    letter, _ = projections.norms(config)[path]
+    return RMSNorm(projections.axis_sizes(config)[letter], config.rms_norm_eps, stack=stack, dtype=dtype)
+
+
 class DecoderLayer(nnx.Module):
-    """Pre-norm attention and SwiGLU; the mixer is handed in by the decoder."""
+    """Attention and SwiGLU, each with a norm before it (Llama) or behind it (OLMo 2); the decoder hands in the mixer."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Stack, dtype):
-        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, stack=stack, dtype=dtype)
+        self.norm_after = config.norm_position == "after"
+        for path in projections.norms(config):
+            if "/" not in path:
+                setattr(self, path, build_norm(config, path, stack, dtype))
         self.attention = Attention(config, rngs=rngs, stack=stack, dtype=dtype)
-        self.post_attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, stack=stack, dtype=dtype)
-        self.mlp = SwiGLU(config.hidden_size, config.mlp_size, rngs=rngs, stack=stack, dtype=dtype)
+        self.mlp = SwiGLU(config, rngs=rngs, stack=stack, dtype=dtype)
 
     def __call__(self, x, mix: Callable, adapter: Lora | None = None, dropout_key: jax.Array | None = None):
         """(next hidden state, what ``mix(h, q, k, v) -> (o, extra)`` returned beside its output)."""
-        h = self.input_norm(x)
+        h = x if self.norm_after else self.input_norm(x)
         o, extra = mix(h, *self.attention.qkv(h, adapter, dropout_key))
-        x = parallel.constrain(x + self.attention.output(o.astype(x.dtype), adapter, dropout_key))
+        o = self.attention.output(o.astype(x.dtype), adapter, dropout_key)
+        x = parallel.constrain(x + (self.attention_output_norm(o) if self.norm_after else o))
+        if self.norm_after:
+            return parallel.constrain(x + self.mlp_output_norm(self.mlp(x))), extra
         return parallel.constrain(x + self.mlp(self.post_attention_norm(x))), extra
 
 

@@ -1,5 +1,7 @@
-"""The Llama/Mistral decoder, shared by the softmax teacher and the linear-attention student; the token mixer is what
-differs.
+"""The decoder of every model family, for the softmax teacher and its linear-attention student, which differ in how layers
+mix tokens.
+
+A pass is: embed, run the layers segment by segment (a segment is a run of layers of one kind), norm, head.
 """
 
 from __future__ import annotations
@@ -20,20 +22,16 @@ from lawcat_jax.models.attention import softmax_attention
 from lawcat_jax.models.blocks import DecoderLayer, Embed, Segment, Stacked, rematerialized, split_segments
 from lawcat_jax.models.layers import Context, Linear, RMSNorm, static_config
 from lawcat_jax.models.lora import Lora
-from lawcat_jax.models.mixers.lawcat import LawcatMixer
-from lawcat_jax.models.mixers.lolcats import LolcatsMixer
+from lawcat_jax.models.mixers import MIXERS, TokenMixer, mixer_class
 from lawcat_jax.models.rope import rope_table, rotate
-from lawcat_jax.training import teacher_forced as transfer
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
-MIXERS = {"lawcat": LawcatMixer, "lolcats": LolcatsMixer}
-
 
 class Decoder(nnx.Module):
-    """Decoder of a Llama or Mistral checkpoint; with ``attention`` its linearised student, with ``lora`` adapters on
-    that.
+    """Decoder with the architecture ``config``; with ``attention`` the student in which token mixers stand for softmax
+    attention, with ``lora`` also adapters on the projections of those layers.
 
     Parameters are stacked over layers on axis 0 (see the module ``lawcat_jax.models``). Base parameters have ``dtype``;
     those of the mixers and adapters are float32. Activations have the dtype of the embedding.
@@ -77,9 +75,10 @@ class Decoder(nnx.Module):
         unroll_layers: bool = False,
         dropout_rng: jax.Array | None = None,
         return_hidden: bool = False,
-    ) -> Float[Array, "B T V"] | Float[Array, "B T D"]:
-        """Logits in float32 of every position, or with ``return_hidden`` the final-normed hidden states (for
-        :meth:`head`).
+        recurrent: caching.Cache | None = None,
+    ) -> Any:
+        """Logits in float32 [B, T, V] of every position, or with ``return_hidden`` the final-normed hidden states
+        [B, T, D] (for :meth:`head`); with ``recurrent`` a pair of that and the state after the last valid token.
 
         Args:
           tokens: int32; padding on the right, any id.
@@ -89,50 +88,49 @@ class Decoder(nnx.Module):
           remat: "none", "layer" (recompute each layer in the backward pass), "dots" (keep matrix products).
           unroll_layers: no loop over layers in the compiled program (see ``StageConfig``).
           dropout_rng: key of the adapters' dropout, None for evaluation.
+          recurrent: what the linearised layers remember of the tokens before these (:meth:`init_recurrent`). Softmax
+            layers of a hybrid see the tokens of this call only.
         """
-        context = self.context(tokens, lengths=lengths, positions=positions)
+        start = None if recurrent is None else recurrent["position"]
+        context = self.context(tokens, start, lengths, positions)
         x = self.embedded(tokens)
         options = {"remat": remat, "unroll": unroll_layers, "dropout_rng": dropout_rng, "as_teacher": as_teacher}
+        cache = recurrent
         for segment in self.segments(as_teacher):
-            x, _ = self._run(segment, x, context, **options)
+            if segment.linear:
+                x, cache = self._run(segment, x, context, cache=cache, **options)
+            else:
+                x, _ = self._run(segment, x, context, **options)
         hidden = self.final_norm(x)
-        return hidden if return_hidden else self.head(hidden)
+        out = hidden if return_hidden else self.head(hidden)
+        if cache is None:
+            return out
+        added = tokens.shape[1] if lengths is None else lengths
+        return out, {**cache, "position": cache["position"] + added}
 
-    def head_kernel(self) -> Float[Array, "V D"] | Float[Array, "D V"]:
-        """The matrix of :meth:`head` as it is stored (its dimensions: :attr:`head_axes`), gathered over ``fsdp``: for
-        loops over chunks, which would gather it each time.
+    def init_recurrent(self, batch_size: int) -> caching.Cache:
+        """What the linearised layers remember before the first token: ``position`` [B] int32 and ``linear``, their
+        states stacked over layers (nothing for a plain teacher).
         """
-        if self.lm_head is None:
-            return parallel.whole_rows(self.embed.embedding[...])
-        return parallel.whole_rows(self.lm_head.kernel[...].T).T
-
-    @property
-    def head_axes(self) -> str:
-        """Dimensions of :meth:`head_kernel`: "vd" when it is the embedding, else "dv"."""
-        return "vd" if self.lm_head is None else "dv"
-
-    def head(
-        self, hidden: Float[Array, "*b D"], kernel: Float[Array, "V D"] | Float[Array, "D V"] | None = None
-    ) -> Float[Array, "*b V"]:
-        """Logits in float32 of final-normed hidden states; ``kernel``: see :meth:`head_kernel`."""
-        if kernel is None:
-            kernel = self.embed.embedding[...] if self.lm_head is None else self.lm_head.kernel[...]
-        # The embedding is not transposed first: in a loop over chunks that would be a copy of it.
-        spec = f"...d,{self.head_axes}->...v"
-        return jnp.einsum(spec, hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        recurrent: caching.Cache = {"position": jnp.zeros((batch_size,), jnp.int32)}
+        attention = self.attention_config
+        if self.mixers is not None and attention is not None:
+            count, dtype = num_linear(self.config, attention), self.embed.embedding[...].dtype
+            state = mixer_class(attention).empty_state(self.config, attention, batch_size, dtype)
+            recurrent["linear"] = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), state)
+        return recurrent
 
     def init_cache(self, batch_size: int, max_length: int, *, as_teacher: bool = False) -> caching.Cache:
         """An empty cache. ``max_length`` bounds the tokens of softmax layers; linearised layers have no limit."""
         config, dtype = self.config, self.embed.embedding[...].dtype
-        cache: caching.Cache = {"position": jnp.zeros((batch_size,), jnp.int32)}
         attention = None if as_teacher or self.mixers is None else self.attention_config
         linear = 0 if attention is None else num_linear(config, attention)
+        cache = self.init_recurrent(batch_size)
+        if not linear:
+            cache.pop("linear", None)
         if config.num_layers > linear:
             shape = (config.num_layers - linear, batch_size, max_length, config.num_kv_heads, config.head_dim)
             cache["softmax"] = caching.empty_kv(*shape, dtype)
-        if attention is not None and linear:
-            state = MIXERS[attention.kind].empty_state(config, attention, batch_size, dtype)
-            cache["linear"] = jax.tree.map(lambda x: jnp.zeros((linear, *x.shape), x.dtype), state)
         return cache
 
     def prefill(
@@ -165,82 +163,185 @@ class Decoder(nnx.Module):
         """One more token for every sequence: (logits, new cache)."""
         return self.prefill(token[:, None], cache, as_teacher=as_teacher)
 
-    # Parts
+    def diagnostics(self, tokens: Int[Array, "B T"], *, lengths: Int[Array, " B"] | None = None) -> dict[str, Array]:
+        """The mixers' ``statistics`` in a forward pass of the student, stacked over the linearised layers."""
+        context = self.context(tokens, lengths=lengths)
+        x, collected = self.embedded(tokens), []
 
-    def embedded(self, tokens):
-        """Hidden states [B, T, D] before the first layer."""
+        def mix(mixer, index, state, *projections):
+            del state
+            own = self.layer_context(context, index)
+            return mixer(*projections, own)[0], mixer.statistics(*projections, own)
+
+        for segment in self.segments():
+            if segment.linear:
+                x, statistics = self.scan_linear(segment, x, mix)
+                collected.append(statistics)
+            else:
+                x, _ = self.run_softmax(segment, x, context)
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *collected) if collected else {}
+
+    # The first and the last step of every pass
+
+    def embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Hidden states before the first layer, in the dtype of the embedding."""
         table = self.embed.embedding[...]
         if tokens.size >= self.config.vocab_size // 16:  # for a few tokens the table is the larger thing to gather
             table = parallel.whole_rows(table)
         return parallel.constrain(jnp.take(table, tokens, axis=0))
 
-    def context(self, tokens, start=None, lengths=None, positions=None) -> Context:
-        """Rotary table and bookkeeping of one call; ``start`` [B] are the tokens before it."""
+    def context(
+        self,
+        tokens: Int[Array, "B T"],
+        start: Int[Array, " B"] | None = None,
+        lengths: Int[Array, " B"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> Context:
+        """What the layers know about the tokens of one call: rotary table, valid ``lengths``, and ``start``, the number
+        of tokens that each sequence had before (default 0). ``positions`` default to start .. start + T - 1.
+        """
         batch, length = tokens.shape
         start = jnp.zeros((batch,), jnp.int32) if start is None else start
         if positions is None:
             positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
-        cos, sin = rope_table(positions, self.config)
+        cos, sin = rope_table(positions, self.config, lengths)
         return Context(cos, sin, start, lengths)
 
+    def head_kernel(self) -> Float[Array, "V D"] | Float[Array, "D V"]:
+        """The matrix of :meth:`head` as it is stored (its dimensions: :attr:`head_axes`), gathered over ``fsdp``: for
+        loops over chunks, which would gather it each time.
+        """
+        if self.lm_head is None:
+            return parallel.whole_rows(self.embed.embedding[...])
+        return parallel.whole_rows(self.lm_head.kernel[...].T).T
+
+    @property
+    def head_axes(self) -> str:
+        """Dimensions of :meth:`head_kernel`: "vd" when it is the embedding, else "dv"."""
+        return "vd" if self.lm_head is None else "dv"
+
+    def head(
+        self, hidden: Float[Array, "*b D"], kernel: Float[Array, "V D"] | Float[Array, "D V"] | None = None
+    ) -> Float[Array, "*b V"]:
+        """Logits in float32 of final-normed hidden states; ``kernel``: see :meth:`head_kernel`."""
+        if kernel is None:
+            kernel = self.embed.embedding[...] if self.lm_head is None else self.lm_head.kernel[...]
+        # The embedding is not transposed first: in a loop over chunks that would be a copy of it.
+        spec = f"...d,{self.head_axes}->...v"
+        return jnp.einsum(spec, hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    # The layers between them
+
     def segments(self, as_teacher: bool = False) -> list[Segment]:
-        """Runs of layers of one kind."""
+        """Consecutive layers of one kind, softmax or linearised, in order; one softmax run ``as_teacher``."""
         layers = self.config.num_layers
         if as_teacher or self.mixers is None or self.attention_config is None:
             return split_segments(layers, tuple(range(layers)))
         return split_segments(layers, tuple(self.attention_config.softmax_layers))
 
     def _run(self, segment: Segment, x, context: Context, **options) -> tuple[Any, Any]:
-        run = self._run_linear if segment.linear else self._run_softmax
+        run = self.run_linear if segment.linear else self.run_softmax
         return run(segment, x, context, **options)
 
-    def teacher_attention(self, context: Context, q, k, v):
-        """Causal softmax attention of a whole sequence, with the rotary embedding."""
-        q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
-        return softmax_attention(q, k, v, window=self.config.sliding_window)
+    def layer_context(self, context: Context, layer: Int[Array, ""]) -> Context:
+        """``context`` for one layer, whose number may be known only while the program runs: without rotation where the
+        layer has none.
+        """
+        if not self.config.nope_layers:
+            return context
+        still = _is_in(layer, self.config.nope_layers, self.config.num_layers)
+        return context._replace(cos=jnp.where(still, 1.0, context.cos), sin=jnp.where(still, 0.0, context.sin))
 
-    def _run_softmax(
-        self, segment, x, context, *, cache=None, remat="none", unroll=False, dropout_rng=None, as_teacher=False
-    ):
+    def teacher_attention(
+        self,
+        context: Context,
+        layer: Int[Array, ""],
+        q: Float[Array, "B T H d"],
+        k: Float[Array, "B T Hkv d"],
+        v: Float[Array, "B T Hkv d"],
+    ) -> Float[Array, "B T H d"]:
+        """Causal softmax attention of one layer over a whole sequence, from q and k before rotation, with rotary embedding
+        and window: the heads before Wo.
+        """
+        context = self.layer_context(context, layer)
+        q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
+        return self._softmax_attention(layer, q, k, v)
+
+    def _softmax_attention(self, layer, q, k, v, start=None):
+        config = self.config
+        if config.sliding_window is None or not config.full_attention_layers:
+            return softmax_attention(q, k, v, start=start, window=config.sliding_window)
+        # Both branches are compiled, and one runs: kernels want to know the window beforehand.
+        full, sliding = (functools.partial(softmax_attention, window=n) for n in (None, config.sliding_window))
+        whole = _is_in(layer, config.full_attention_layers, config.num_layers)
+        return jax.lax.cond(whole, lambda *x: full(*x, start=start), lambda *x: sliding(*x, start=start), q, k, v)
+
+    def run_softmax(
+        self,
+        segment: Segment,
+        x: Float[Array, "B T D"],
+        context: Context,
+        *,
+        cache: caching.Cache | None = None,
+        remat: str = "none",
+        unroll: bool = False,
+        dropout_rng: jax.Array | None = None,
+        as_teacher: bool = False,
+    ) -> tuple[Float[Array, "B T D"], caching.Cache | None]:
+        """The softmax layers of a segment under one scan: (hidden states, the cache with these tokens appended).
+
+        ``remat`` and ``unroll`` as in :meth:`__call__`; they serve passes without a cache.
+        """
         del dropout_rng  # adapters exist in linearised layers only
         layers = Stacked(self.layers, segment.start, segment.stop)
 
-        def forward(x, params):
-            mix = lambda h, q, k, v: (self.teacher_attention(context, q, k, v), None)  # noqa: E731
+        def forward(x, xs):
+            params, layer = xs
+            mix = lambda h, q, k, v: (self.teacher_attention(context, layer, q, k, v), None)  # noqa: E731
             return layers.layer(params)(x, mix)
 
         def cached(carry, xs):
-            (x, keys, values), (params, index) = carry, xs
+            (x, keys, values), (params, layer, index) = carry, xs
 
             def mix(h, q, k, v):
-                q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
+                own = self.layer_context(context, layer)
+                q, k = (rotate(array, own.cos, own.sin) for array in (q, k))
                 new = (
                     caching.write_kv(keys, index, context.start, k),
                     caching.write_kv(values, index, context.start, v),
                 )
-                window = self.config.sliding_window
-                return softmax_attention(q, new[0][index], new[1][index], start=context.start, window=window), new
+                return self._softmax_attention(layer, q, new[0][index], new[1][index], context.start), new
 
             x, (keys, values) = layers.layer(params)(x, mix)
             return (x, keys, values), None
 
+        numbers = jnp.arange(segment.start, segment.stop)
         if cache is None:
-            x, _ = jax.lax.scan(rematerialized(forward, remat), x, layers.params, unroll=unroll)
+            x, _ = jax.lax.scan(rematerialized(forward, remat), x, (layers.params, numbers), unroll=unroll)
             return x, None
         # In the carry, the buffer is updated in place; as scanned input and output it would be copied at every token.
         indices = jnp.arange(segment.first, segment.first + segment.stop - segment.start)
         carry = (x, cache["softmax"]["k"], cache["softmax"]["v"])
-        (x, keys, values), _ = jax.lax.scan(cached, carry, (layers.params, indices))
+        (x, keys, values), _ = jax.lax.scan(cached, carry, (layers.params, numbers, indices))
         return x, {**cache, "softmax": {"k": keys, "v": values}}
 
-    def _run_linear(
-        self, segment, x, context, *, cache=None, remat="none", unroll=False, dropout_rng=None, as_teacher=False
-    ):
+    def run_linear(
+        self,
+        segment: Segment,
+        x: Float[Array, "B T D"],
+        context: Context,
+        *,
+        cache: caching.Cache | None = None,
+        remat: str = "none",
+        unroll: bool = False,
+        dropout_rng: jax.Array | None = None,
+        as_teacher: bool = False,
+    ) -> tuple[Float[Array, "B T D"], caching.Cache | None]:
+        """The linearised layers of a segment with their mixers: (hidden states, the cache with their next states)."""
         del as_teacher  # there are no linear segments then
 
         def mix(mixer, index, state, *projections):
-            del index
-            o, state = mixer(*projections, context, state)
+            o, state = mixer(*projections, self.layer_context(context, index), state)
             return o, None if cache is None else state
 
         kind = segment.mixers
@@ -255,19 +356,21 @@ class Decoder(nnx.Module):
     def scan_linear(
         self,
         segment: Segment,
-        x,
+        x: Float[Array, "B T D"],
         mix: Callable,
         *,
-        states=None,
-        remat="none",
+        states: Any = None,
+        remat: str = "none",
         unroll: bool = False,
-        dropout_rng=None,
+        dropout_rng: jax.Array | None = None,
         adapted: bool = True,
-    ):
-        """Run the linearised layers of a segment under one scan: (x, stacked extras).
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The linearised layers of a segment under one scan, with any token mixing: (hidden states, the extras of all
+        layers, stacked).
 
-        ``mix(mixer, index, state, h, q, k, v) -> (o, extra)`` is the token mixing of layer ``index`` with its module
-        and its slice of ``states``; ``adapted`` False leaves the adapters out.
+        ``mix(mixer, index, state, h, q, k, v) -> (o, extra)`` mixes the tokens of layer number ``index``: with the
+        layer's mixer, its slice of ``states``, the normed input and its projections it gives the heads' output.
+        ``adapted`` False leaves the adapters out.
         """
         layers = Stacked(self.layers, segment.start, segment.stop)
         mixers = Stacked(self.mixers, segment.mixers.start, segment.mixers.stop)
@@ -283,54 +386,6 @@ class Decoder(nnx.Module):
         xs = (layers.params, mixers.params, adapters.params, indices, states)
         return jax.lax.scan(rematerialized(body, remat), x, xs, unroll=unroll)
 
-    # What the stages look at
-
-    def teacher_forced(
-        self,
-        tokens: Int[Array, "B T"],
-        *,
-        mask: Bool[Array, "B T"] | None = None,
-        lengths: Int[Array, " B"] | None = None,
-        layer_loss: Callable,
-        unroll_layers: bool = False,
-    ) -> Any:
-        """Compare student and teacher layer by layer on the teacher's hidden states (attention transfer).
-
-        ``layer_loss(layer_index, teacher_out, student_out, mask)`` gets float32 [B, T, H d] outputs before Wo and
-        returns a pytree of scalars; the result stacks it over the M linearised layers. Gradients reach the mixers only,
-        and the backward pass of a layer runs right behind its forward pass, so that memory holds one layer's
-        activations.
-
-        Args:
-          tokens: int32, padding on the right.
-          mask: handed to ``layer_loss``; None for all valid tokens. Outputs at padding are finite and mean nothing.
-          lengths: valid tokens of each sequence, or None for all.
-          unroll_layers: as in :meth:`__call__`.
-
-        Raises:
-          UserError: without mixers, or when an output that depends on the student is no scalar.
-        """
-        return transfer.teacher_forced(self, tokens, mask, lengths, layer_loss, unroll_layers)
-
-    def diagnostics(self, tokens: Int[Array, "B T"], *, lengths: Int[Array, " B"] | None = None) -> dict[str, Array]:
-        """Statistics of every linearised layer in a forward pass of the student, stacked over layers (see
-        ``statistics``).
-        """
-        context = self.context(tokens, lengths=lengths)
-        x, collected = self.embedded(tokens), []
-
-        def mix(mixer, index, state, *projections):
-            del index, state
-            return mixer(*projections, context)[0], mixer.statistics(*projections, context)
-
-        for segment in self.segments():
-            if segment.linear:
-                x, statistics = self.scan_linear(segment, x, mix)
-                collected.append(statistics)
-            else:
-                x, _ = self._run_softmax(segment, x, context)
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *collected) if collected else {}
-
 
 def _last_valid(x: Float[Array, "B T D"], lengths: Int[Array, " B"] | None) -> Float[Array, "B D"]:
     if lengths is None:
@@ -338,14 +393,18 @@ def _last_valid(x: Float[Array, "B T D"], lengths: Int[Array, " B"] | None) -> F
     return jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
 
 
+def _is_in(layer: Int[Array, ""], chosen: tuple[int, ...], layers: int) -> Bool[Array, ""]:
+    return jnp.asarray([number in chosen for number in range(layers)])[layer]
+
+
 def num_linear(config: ModelConfig, attention: AttentionConfig) -> int:
     """M, the number of linearised layers."""
     return sum(layer not in attention.softmax_layers for layer in range(config.num_layers))
 
 
-def build_mixers(config: ModelConfig, attention: AttentionConfig, *, rngs: nnx.Rngs) -> nnx.Module:
+def build_mixers(config: ModelConfig, attention: AttentionConfig, *, rngs: nnx.Rngs) -> TokenMixer:
     """The stacked token mixers of all linearised layers, freshly initialised (float32)."""
-    return MIXERS[attention.kind](config, attention, rngs=rngs, stack=(num_linear(config, attention),))
+    return mixer_class(attention)(config, attention, rngs=rngs, stack=(num_linear(config, attention),))
 
 
 def build_lora(config: ModelConfig, attention: AttentionConfig, lora: LoraConfig, *, rngs: nnx.Rngs) -> Lora:
@@ -357,10 +416,8 @@ def _check(config: ModelConfig, attention: AttentionConfig | None, lora: LoraCon
     problems = model_problems(config)
     if attention is not None:
         problems += attention_problems(attention, "attention")
-        if attention.kind == "lolcats" and attention.window_size == 0:
-            problems.append("attention.window_size: lolcats needs a window of at least 1 token (64 in the paper)")
-        if attention.kind == "lawcat" and attention.window_size and not attention.normalize:
-            problems.append("attention.normalize: a window shares the denominator; turn it on, or set window_size=0")
+        if attention.kind in MIXERS:
+            problems += mixer_class(attention).problems(config, attention)
         problems += [
             f"attention.softmax_layers: layer {layer} does not exist, the model has layers 0 to {config.num_layers - 1}"
             for layer in attention.softmax_layers

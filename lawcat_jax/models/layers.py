@@ -15,6 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lawcat_jax import projections
+from lawcat_jax.config import ModelConfig
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
@@ -84,13 +87,27 @@ class Context(NamedTuple):
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel, kernel [in, out], no bias; a float32 kernel under bfloat16 activations is used in bfloat16."""
+    """y = x @ kernel (+ bias), kernel [in, out], bias [out]; float32 parameters under bfloat16 activations are used in
+    bfloat16.
+    """
 
-    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs, stack: Stack = (), dtype=jnp.float32, init=None):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        rngs: nnx.Rngs,
+        stack: Stack = (),
+        dtype=jnp.float32,
+        init=None,
+        bias: bool = False,
+    ):
         self.kernel = param(rngs, init or normal(0.02), stack, (inputs, outputs), dtype)
+        self.bias = nnx.Param(jnp.zeros((*stack, outputs), dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        return x @ self.kernel[...].astype(x.dtype)
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -109,10 +126,10 @@ class RMSNorm(nnx.Module):
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, hidden: int, inner: int, *, rngs: nnx.Rngs, stack: Stack = (), dtype=jnp.float32):
-        self.gate_proj = Linear(hidden, inner, rngs=rngs, stack=stack, dtype=dtype)
-        self.up_proj = Linear(hidden, inner, rngs=rngs, stack=stack, dtype=dtype)
-        self.down_proj = Linear(inner, hidden, rngs=rngs, stack=stack, dtype=dtype)
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Stack = (), dtype=jnp.float32):
+        for row in projections.MLP:
+            bias = row.has_bias(config)
+            setattr(self, row.name, Linear(*row.sizes(config), rngs=rngs, stack=stack, dtype=dtype, bias=bias))
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))

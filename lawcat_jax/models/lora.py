@@ -11,23 +11,10 @@ from flax import nnx
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.models.layers import Stack, param, static_config
+from lawcat_jax.projections import LORA_TARGETS, PROJECTIONS
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
-def projection_sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of the attention projections."""
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    hidden = config.hidden_size
-    return {
-        "q_proj": (hidden, queries),
-        "k_proj": (hidden, keys),
-        "v_proj": (hidden, keys),
-        "o_proj": (queries, hidden),
-    }
 
 
 def _kaiming_uniform(key, shape, dtype):
@@ -48,9 +35,9 @@ class Lora(nnx.Module):
 
     def __init__(self, config: ModelConfig, lora: LoraConfig, *, rngs: nnx.Rngs, stack: Stack = ()):
         self.config = static_config(lora)
-        for name, (inputs, outputs) in projection_sizes(config).items():
-            if name in lora.targets:
-                setattr(self, name, LoraPair(inputs, outputs, lora.rank, rngs=rngs, stack=stack))
+        for row in PROJECTIONS:
+            if row.name in lora.targets:
+                setattr(self, row.name, LoraPair(*row.sizes(config), lora.rank, rngs=rngs, stack=stack))
 
     def delta(self, name: str, x: Float[Array, "*b i"], dropout_key: jax.Array | None) -> Float[Array, "*b o"] | float:
         """The adapter's addition to projection ``name``, in x's dtype; 0.0 where there is none."""
@@ -59,7 +46,7 @@ class Lora(nnx.Module):
             return 0.0
         rate = self.config.dropout
         if dropout_key is not None and rate > 0:
-            key = jax.random.fold_in(dropout_key, PROJECTIONS.index(name))
+            key = jax.random.fold_in(dropout_key, LORA_TARGETS.index(name))
             x = jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
         scale = self.config.alpha / self.config.rank
         return (x @ pair.a[...].astype(x.dtype)) @ (scale * pair.b[...]).astype(x.dtype)

@@ -1,6 +1,6 @@
-"""Chips as the reports assume them: memory, peak rates and links of one JAX device, a TPU's or a GPU.
+"""Memory, peak rates and links of one JAX device, a TPU's or a GPU, as the reports assume them.
 
-Of GPUs also what XLA's compiler asks about a card, for compiling where there is none.
+For GPUs also what XLA's compiler asks about a card, so that it can compile where there is none.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ NODE = 8
 
 
 class Chip(NamedTuple):
-    """One JAX device. ``ici_bandwidth`` are bytes a second that a ring along one axis of the torus moves, both
-    directions; of a GPU what it sends over NVLink.
+    """One JAX device. ``ici_bandwidth`` is what a ring along one axis of the torus moves in bytes per second, both
+    directions together; for a GPU, what it sends over NVLink.
     """
 
     name: str
-    hbm_bytes: float  # of a GPU, what the driver leaves to a process
-    flops: float  # bf16 operations a second
-    hbm_bandwidth: float  # bytes a second
+    hbm_bytes: float  # for a GPU, what the driver leaves to a process
+    flops: float  # bf16 operations per second
+    hbm_bandwidth: float  # bytes per second
     ici_bandwidth: float
     dimensions: int  # of the topology's name
-    devices: int = 1  # JAX devices a chip
-    network_bandwidth: float = 0.0  # bytes a second that a GPU sends to other machines
+    devices: int = 1  # JAX devices per chip
+    network_bandwidth: float = 0.0  # bytes per second that a GPU sends to other machines
 
     @property
     def is_gpu(self) -> bool:
@@ -86,7 +86,7 @@ CHIPS = {
     "v6e": Chip("v6e", 32 * GIB, 918e12, 1.64e12, 180e9, 2),
     # A chip of this generation is two JAX devices; each has half of its 192 GiB, 2307 TFLOP/s and 7.4 TB/s.
     "tpu7x": Chip("tpu7x (one of two devices a chip)", 96 * GIB, 1153e12, 3.7e12, 180e9, 3, devices=2),
-    # SXM cards, dense bf16; the network is one 200 or 400 Gbit/s port a GPU.
+    # SXM cards, dense bf16; the network is one 200 or 400 Gbit/s port per GPU.
     "a100": Chip("a100", 79.1 * GIB, 312e12, 2.04e12, 300e9, 1, network_bandwidth=25e9),
     "h100": Chip("h100", 79.1 * GIB, 989e12, 3.35e12, 450e9, 1, network_bandwidth=50e9),
     "h200": Chip("h200", 139.8 * GIB, 989e12, 4.8e12, 450e9, 1, network_bandwidth=50e9),

@@ -7,8 +7,10 @@ import os
 import sys
 import threading
 import time
+from typing import Any
 
 import jax
+import numpy as np
 
 from lawcat_jax.errors import UserError
 
@@ -139,14 +141,22 @@ def agree(value: bool) -> bool:
     """The value of process 0, in every process (clocks differ, decisions must not)."""
     if jax.process_count() == 1:
         return value
-    import numpy as np
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
+def on_host(leaf: Any) -> np.ndarray:
+    """The whole of an array in this host's memory, also of one that is split over processes; all of them call this."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(leaf)
+
+
 def barrier(name: str) -> None:
-    """Wait for every process."""
+    """Wait until every process has come to the call of this name."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 

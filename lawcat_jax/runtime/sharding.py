@@ -1,7 +1,7 @@
-"""The device mesh, and one table that says over which mesh axes each parameter is split.
+"""The device mesh, and the rules that say over which mesh axes each array is split.
 
 Axes: ``data`` (batch only), ``fsdp`` (batch, and one dimension of every big matrix), ``tensor`` (heads and MLP),
-``sequence`` (tokens). The same table serves teacher, student, LoRA and optimizer state, since optimizer states
+``sequence`` (tokens). The same rules serve teacher, student, LoRA and optimizer state, since optimizer states
 carry the path of their parameter.
 """
 
@@ -11,7 +11,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -21,43 +21,48 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lawcat_jax.config import Config, MeshConfig
 from lawcat_jax.errors import UserError
+from lawcat_jax.projections import PROJECTIONS
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
 
 P = PartitionSpec
 T = TypeVar("T")
+Rule = tuple[str, PartitionSpec]
+"""(pattern searched in the '/'-joined path of an array, mesh axes of its dimensions)."""
 
-# (pattern searched at the end of the '/'-joined path, axes per dimension). Leading dimension L or M: stacked layers.
-RULES: tuple[tuple[str, PartitionSpec], ...] = (
+# Leading dimension L or M: stacked layers. Token mixers bring their own rules, see add_rules.
+RULES: tuple[Rule, ...] = (
     (r"embed/embedding$", P("tensor", "fsdp")),
     (r"lm_head/kernel$", P("fsdp", "tensor")),
     (r"norm/scale$", P()),
-    (r"attention/[qkv]_proj/kernel$", P(None, "fsdp", "tensor")),
-    (r"attention/o_proj/kernel$", P(None, "tensor", "fsdp")),
-    (r"mlp/(gate|up)_proj/kernel$", P(None, "fsdp", "tensor")),
-    (r"mlp/down_proj/kernel$", P(None, "tensor", "fsdp")),
-    (r"mixers/conv_\w+$", P(None, "tensor")),
-    (r"mixers/feature_map\w*$", P(None, "tensor")),
-    (r"mixers/gate_down/kernel$", P(None, "fsdp")),
-    (r"mixers/gate_up/kernel$", P(None, None, "tensor")),
-    (r"mixers/(gate|output_gate)/kernel$", P(None, "fsdp", "tensor")),
-    (r"mixers/(gate_up|gate|output_gate)/bias$", P(None, "tensor")),
-    (r"mixers/window_factor$", P(None, "tensor")),
-    (r"lora/[qkv]_proj/a$", P(None, "fsdp")),
-    (r"lora/[qkv]_proj/b$", P(None, None, "tensor")),
-    (r"lora/o_proj/a$", P(None, "tensor")),
-    (r"lora/o_proj/b$", P(None, None, "fsdp")),
+    *((rf"{row.path}/kernel$", P(None, *row.mesh_axes)) for row in PROJECTIONS),
+    *((rf"{row.path}/bias$", P(None, row.mesh_axes[1])) for row in PROJECTIONS),
+    *((rf"lora/{row.name}/a$", P(None, row.mesh_axes[0])) for row in PROJECTIONS if row.lora),
+    *((rf"lora/{row.name}/b$", P(None, None, row.mesh_axes[1])) for row in PROJECTIONS if row.lora),
     # Decoding caches: sequences over the batch's axes, heads over tensor.
-    (r"^position$", P(BATCH_AXES)),
+    (r"(^|/)(position|tokens|lengths)$", P(BATCH_AXES)),  # those of state passing as well
     (r"^softmax/[kv]$", P(None, BATCH_AXES, None, "tensor")),
-    (r"^linear/[Sz]$", P(None, BATCH_AXES, "tensor")),
-    (r"^linear/(conv_[qk]|window/\w+)$", P(None, BATCH_AXES, None, "tensor")),
 )
 
 
+_added: dict[str, PartitionSpec] = {}
+
+
+def add_rules(rules: Iterable[Rule]) -> None:
+    """Rules for arrays that are defined elsewhere, tried after :data:`RULES`; ``lawcat_jax.models`` adds those of its
+    token mixers when it is imported.
+
+    Raises:
+      ValueError: a pattern that was added before with other axes.
+    """
+    for pattern, spec in rules:
+        if _added.setdefault(pattern, spec) != spec:
+            raise ValueError(f"sharding rule {pattern!r}: added as {_added[pattern]} before, and now as {spec}")
+
+
 def common_rows(config: Config) -> int:
-    """The number of sequences that divides the micro-batches of all stages: so many ways a batch can be split."""
+    """The largest number of ways in which the micro-batches of all stages can be split by sequences."""
     return math.gcd(*(stage.batch_size // stage.grad_accum for _, stage in config.stages()))
 
 
@@ -97,11 +102,11 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Axes of one array. A dimension that an axis does not divide stays whole.
 
     Raises:
-      KeyError: no rule for ``path`` (a new parameter needs a line in :data:`RULES`).
+      KeyError: no rule for ``path`` (a new parameter needs a line in :data:`RULES`, or in the table of its mixer).
     """
     if math.prod(shape) <= 1:  # scalars: counters, learning rate scales
         return P()
-    for pattern, spec in RULES:
+    for pattern, spec in (*RULES, *_added.items()):
         if re.search(pattern, path):
             axes = [*spec, *[None] * (len(shape) - len(spec))][: len(shape)]
             fits = [
@@ -111,7 +116,10 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
             while fits and fits[-1] is None:
                 fits.pop()
             return P(*fits)
-    raise KeyError(f"no sharding rule for parameter {path!r}: add one to lawcat_jax/runtime/sharding.py")
+    raise KeyError(
+        f"no sharding rule for parameter {path!r}: add one to lawcat_jax/runtime/sharding.py, or to parameter_rules or "
+        "state_rules of its token mixer"
+    )
 
 
 def _axis_size(axis: str | tuple[str, ...], mesh: Mesh) -> int:
@@ -154,7 +162,7 @@ def mesh_of(params: Any) -> contextlib.AbstractContextManager:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over data x fsdp."""
+    """How a batch lies on the mesh: its rows split over data x fsdp."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
@@ -197,8 +205,8 @@ def data_shard(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
     return parts.index(tuple(sorted(held[process]))), len(parts)
 
 
-def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a batch (see :func:`data_shard`), as global arrays."""
+def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch (see :func:`data_shard`), numpy arrays by name, as arrays over all processes."""
     sharding, (_, parts) = batch_sharding(mesh), data_shard(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, value, (value.shape[0] * parts, *value.shape[1:]))

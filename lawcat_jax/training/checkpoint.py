@@ -10,9 +10,7 @@ does not notice damage afterwards, and does not fall back: both happen here.
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
-import os
 import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -22,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from lawcat_jax.errors import UserError, unraisable
+from lawcat_jax.checkpoints.orbax_errors import is_disk_full, unraisable_hook
+from lawcat_jax.errors import UserError
+from lawcat_jax.runtime import distributed
 from lawcat_jax.runtime.sharding import path_name
 
 Tree = Any
@@ -40,13 +40,6 @@ class Restored(NamedTuple):
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
-
-
-def is_full(problem: BaseException) -> bool:
-    """Whether an error of the operating system or of tensorstore says that a disk, or the user's share of it, is full."""
-    if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return any(os.strerror(number) in str(problem) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 class DamagedError(Exception):
@@ -95,9 +88,9 @@ class Checkpointer:
     def __init__(self, directory: str, *, keep: int, primary: bool = True):
         import orbax.checkpoint as ocp
 
-        # Orbax tells a dozen lines for every save, and a traceback in each of its threads before it raises the error.
+        # Orbax logs a dozen lines for every save, and prints a traceback in each of its threads before it raises the error.
         logging.getLogger("absl").addFilter(_not_of_orbax)
-        self._unraisable, sys.unraisablehook = sys.unraisablehook, unraisable
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, unraisable_hook
         self._ocp, self._primary = ocp, primary
         self._path = epath.Path(directory)
         if "://" not in str(directory):
@@ -136,7 +129,7 @@ class Checkpointer:
         self._saved = step
 
     def wait(self) -> None:
-        """Until every begun save is on disk.
+        """Wait until every begun save is on disk.
 
         Raises:
           UserError: a save failed.
@@ -160,7 +153,7 @@ class Checkpointer:
 
     def _failed(self, problem: Exception) -> UserError:
         text = " ".join(str(problem).split())
-        text = "no space left on the device; free some, and" if is_full(problem) else f"{text[:300]};"
+        text = "no space left on the device; free some, and" if is_disk_full(problem) else f"{text[:300]};"
         return UserError(
             f"checkpoint in {self._path} could not be written: {text} run the same command again (finished "
             "checkpoints are kept)"
@@ -217,8 +210,6 @@ class Checkpointer:
                     target.rmtree()
                 (self._path / str(step)).rename(target)
         if steps:
-            from lawcat_jax.runtime import distributed
-
             distributed.barrier("checkpoint_move_aside")
             self._manager.reload()
 

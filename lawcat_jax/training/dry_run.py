@@ -1,10 +1,9 @@
-"""``--config.dry_run=True``: everything that can be known about a run without its weights."""
+"""``--config.dry_run=True``: check everything about a run that can be checked without its weights."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from lawcat_jax.checkpoints import model_dir
 from lawcat_jax.config import Config, ModelConfig, StageConfig
 from lawcat_jax.data.tokenize import Tokenizer
 from lawcat_jax.errors import UserError
-from lawcat_jax.training import optim, run, stages
+from lawcat_jax.training import inputs, optim, stages
 
 
 def dry_run(config: Config, mesh: Mesh) -> int:
@@ -28,7 +27,8 @@ def dry_run(config: Config, mesh: Mesh) -> int:
     Raises:
       ConfigError, UserError: what would stop the real run.
     """
-    model, where = _architecture(config)
+    model, declared = inputs.architecture(config), config.teacher.architecture is not None
+    where = "declared in the config; weights not looked at" if declared else "read from its config.json"
     dtype = model_dir.resolve_dtype(config.teacher.dtype)
     devices = math.prod(mesh.shape.values())
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
@@ -43,27 +43,13 @@ def dry_run(config: Config, mesh: Mesh) -> int:
             f"{_millions(optim.merge(built.state.params, built.frozen))}"
         )
         print(f"  data: {_data(stage, tokenizer, config.seed, model, mesh)}")
-        adam = [leaf for leaf in jax.tree.leaves(built.state.opt_state)]
         print(
             f"  bytes a device: frozen {_bytes(built.frozen)}, trainable {_bytes(built.state.params)}, "
-            f"optimizer {_bytes(adam)}, batch {_bytes(built.batch)}"
+            f"optimizer {_bytes(built.state.opt_state)}, batch {_bytes(built.batch)}"
         )
         print(f"  compiled step: {_compiled(built)}", flush=True)
     print("dry run: all checks passed")
     return 0
-
-
-def _architecture(config: Config) -> tuple[ModelConfig, str]:
-    """The declared architecture, else that of a teacher on this machine. Nothing is downloaded."""
-    if config.teacher.architecture is not None:
-        return config.teacher.architecture, "declared in the config; weights not looked at"
-    source = config.teacher.source
-    try:
-        return run.read_architecture(source, config.teacher.revision, config.teacher.base)[
-            0
-        ], "read from its config.json"
-    except UserError as problem:
-        raise UserError(f"{problem}; or declare config.teacher.architecture to check without it") from problem
 
 
 def _tokenizer(config: Config, model: ModelConfig) -> Tokenizer | None:
@@ -76,7 +62,7 @@ def _tokenizer(config: Config, model: ModelConfig) -> Tokenizer | None:
             if found is None:
                 raise UserError(f"{path} has no tokenizer; name one with config.teacher.tokenizer")
             path = found
-        return run.checked_tokenizer(path, model)
+        return inputs.checked_tokenizer(path, model)
     except UserError as problem:
         if local:
             raise
@@ -85,14 +71,14 @@ def _tokenizer(config: Config, model: ModelConfig) -> Tokenizer | None:
 
 
 def _is_local(path: str) -> bool:
-    return path.startswith("asset:") or Path(path).exists()
+    return path.startswith(("asset:", "package:")) or Path(path).exists()
 
 
 def _data(stage: StageConfig, tokenizer: Tokenizer | None, seed: int, model: ModelConfig, mesh: Mesh) -> str:
     if tokenizer is None:
         return f"{stage.data.kind}, not checked (no tokenizer)"
     started = time.monotonic()
-    batch = next(run.training_batches(stage, tokenizer, seed, mesh))
+    batch = next(inputs.training_batches(stage, tokenizer, seed, mesh))
     seconds = time.monotonic() - started
     top = int(batch["tokens"].max())
     if top >= model.vocab_size:
@@ -122,18 +108,14 @@ def _compiled(built: stages.Stage) -> str:
     return text
 
 
-def _leaves(tree: Any) -> Iterable[Any]:
-    return jax.tree.leaves(tree)
-
-
 def _millions(tree: Any) -> str:
-    return f"{sum(math.prod(leaf.shape) for leaf in _leaves(tree)) / 1e6:,.2f} M parameters"
+    return f"{sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) / 1e6:,.2f} M parameters"
 
 
 def _bytes(tree: Any) -> str:
-    """Of one device's shards."""
+    """Size of what one device holds of a tree."""
     total = 0
-    for leaf in _leaves(tree):
+    for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
         total += math.prod(shape) * np.dtype(leaf.dtype).itemsize
     return _human(total)

@@ -5,16 +5,30 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lawcat_jax import models
 from lawcat_jax.config import StageConfig
-from lawcat_jax.training.step import Batch, LossFn, Sums
+from lawcat_jax.data.batch import Batch
+from lawcat_jax.training import state_passing
+from lawcat_jax.training.step import LossFn, StepInputs, Sums
 
 TokenSums = dict[str, jax.Array]
+
+
+class Teacher(NamedTuple):
+    """What the student is held against, and how: ``values`` are the teacher's logits [..., V] or hidden states
+    [..., D], ``weights`` f32 [...] those of the tokens in the divergence, ``temperature`` divides both logits, and
+    ``reverse`` asks for KL(student || teacher) instead of KL(teacher || student).
+    """
+
+    values: jax.Array
+    weights: jax.Array
+    temperature: float = 1.0
+    reverse: bool = False
 
 
 def _shifted(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -33,19 +47,27 @@ def _sums(weights: jax.Array, log_sum: jax.Array, picked: jax.Array) -> TokenSum
     }
 
 
-def token_sums(logits: jax.Array, targets: jax.Array, weights: jax.Array, teacher: jax.Array | None) -> TokenSums:
-    """Sums over tokens of cross entropy, KL(teacher || student) and hits (no token has a larger logit than the target),
-    each in f32, the first two weighted.
+def token_sums(logits: jax.Array, targets: jax.Array, weights: jax.Array, teacher: Teacher | None) -> TokenSums:
+    """Sums over tokens of cross entropy, divergence from the teacher and hits (no token has a larger logit than the
+    target's), each in f32, the first two weighted.
 
-    logits, teacher: f32 [..., V]; targets: i32 [...]; weights: f32 [...]. Cross entropy and KL are in nats. Tokens of
-    weight 0 add exactly 0, even where their logits are not finite.
+    logits: f32 [..., V]; targets: i32 [...]; weights: f32 [...]. Cross entropy and divergence are in nats; the
+    divergence is that of the tempered distributions times the temperature squared, so that its gradient does not shrink
+    with it (Hinton et al., 1503.02531). Tokens of weight 0 add exactly 0, even where their logits are not finite.
     """
     shifted, log_sum, picked = _shifted(logits, targets)
     sums = _sums(weights, log_sum, picked)
     if teacher is not None:
-        log_q = jax.nn.log_softmax(jax.lax.stop_gradient(teacher).astype(jnp.float32))
-        divergence = jnp.sum(jnp.exp(log_q) * (log_q - (shifted - log_sum[..., None])), axis=-1)
-        sums["kl"] = jnp.sum(jnp.where(weights > 0, weights * divergence, 0.0))
+        wanted = jax.lax.stop_gradient(teacher.values).astype(jnp.float32)
+        log_p = shifted - log_sum[..., None]
+        if teacher.temperature != 1.0:
+            wanted = wanted / teacher.temperature
+            log_p = jax.nn.log_softmax(shifted / teacher.temperature)
+        log_q = jax.nn.log_softmax(wanted)
+        if teacher.reverse:
+            log_p, log_q = log_q, log_p
+        divergence = jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1) * teacher.temperature**2
+        sums["kl"] = jnp.sum(jnp.where(teacher.weights > 0, teacher.weights * divergence, 0.0))
     return sums
 
 
@@ -65,21 +87,23 @@ def chunked_token_sums(
     hidden: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
-    teacher_hidden: jax.Array | None,
+    teacher: Teacher | None,
     chunk: int,
 ) -> TokenSums:
     """:func:`token_sums` of ``head(hidden)`` ([B, T, D] -> [B, T, V]) in chunks of ``chunk`` tokens of T.
 
     Only one chunk's logits exist at a time, in the backward pass too (they are computed again). ``chunk`` 0, or at
-    least T: at once. T is padded with weight 0 to whole chunks.
+    least T: at once. T is padded with weight 0 to whole chunks. ``teacher`` holds hidden states, which go through
+    the same head.
     """
 
     def one(piece: tuple) -> TokenSums:
-        hidden, targets, weights, teacher = piece
-        return token_sums(head(hidden), targets, weights, None if teacher is None else head(teacher))
+        hidden, targets, weights, values = piece
+        held = None if teacher is None else teacher._replace(values=head(values[0]), weights=values[1])
+        return token_sums(head(hidden), targets, weights, held)
 
     length = hidden.shape[1]
-    pieces = (hidden, targets, weights, teacher_hidden)
+    pieces = (hidden, targets, weights, None if teacher is None else (teacher.values, teacher.weights))
     if chunk == 0 or chunk >= length:
         return one(pieces)
     pieces = _chunks(pieces, length, chunk)
@@ -144,15 +168,24 @@ def _frozen_head_backward(axes, chunk, d_hidden, cotangents):
 frozen_head_sums.defvjp(_frozen_head_forward, _frozen_head_backward)
 
 
-def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
-    """Cross entropy on ``batch["loss_weights"]``, plus ``kl_weight`` times KL to the teacher on the same tokens.
+def kl_weight(stage: StageConfig, progress: jax.Array | float) -> jax.Array | float:
+    """Weight of the divergence at a share ``progress`` of the stage: linear from ``kl_weight`` to ``kl_weight_end``."""
+    if stage.kl_weight_end is None:
+        return stage.kl_weight
+    return stage.kl_weight + (stage.kl_weight_end - stage.kl_weight) * progress
 
-    The teacher is the same decoder with softmax attention and without LoRA (``as_teacher``), under stop_gradient.
+
+def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
+    """Cross entropy on ``batch["loss_weights"]``, plus :func:`kl_weight` times the divergence from the teacher on
+    ``batch["kl_weights"]`` (where a batch has none, on the same tokens).
+
+    The teacher is the same decoder with softmax attention and without LoRA (``as_teacher``), under stop_gradient. It
+    sees the tokens of the batch only, also where the student's rows go on from earlier ones.
     Metrics: ``cross_entropy`` (nats a token), ``accuracy`` (no logit above the target's, a share of the weighted
     tokens) and, with a teacher, ``kl``.
     """
 
-    def loss(params: dict, batch: Batch, key: jax.Array | None) -> Sums:
+    def loss(params: dict, batch: Batch, inputs: StepInputs) -> tuple[Sums, state_passing.Carry | None]:
         decoder = models.bind(graphdef, params)
         tokens, lengths, weights = batch["tokens"], batch["lengths"], batch["loss_weights"]
         options = {
@@ -161,10 +194,12 @@ def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
             "unroll_layers": stage.unroll_layers,
             "return_hidden": True,
         }
-        hidden = decoder(tokens, dropout_rng=key, **options)
+        hidden, leaving = _hidden(decoder, tokens, inputs, options)
         teacher = None
-        if stage.kl_weight > 0:
-            teacher = jax.lax.stop_gradient(decoder(tokens, as_teacher=True, **options))
+        if needs_teacher(stage):
+            values = jax.lax.stop_gradient(decoder(tokens, as_teacher=True, **options))
+            held = batch.get("kl_weights", weights)
+            teacher = Teacher(values, held, stage.kl_temperature, stage.kl_direction == "reverse")
         kernel = decoder.head_kernel()
         if teacher is None and _head_is_frozen(decoder, stage):
             kernel = jax.lax.stop_gradient(kernel)
@@ -179,11 +214,35 @@ def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
             "accuracy": (sums["hits"], jnp.sum(weights > 0, dtype=jnp.float32)),
         }
         if teacher is not None:
-            total = total + stage.kl_weight * sums["kl"]
-            metrics["kl"] = (jax.lax.stop_gradient(sums["kl"]), weight)
-        return Sums(loss=total, weight=weight, metrics=metrics)
+            total = total + kl_weight(stage, inputs.progress) * sums["kl"]
+            metrics["kl"] = (jax.lax.stop_gradient(sums["kl"]), jnp.sum(teacher.weights))
+        return Sums(loss=total, weight=weight, metrics=metrics), leaving
 
     return loss
+
+
+def needs_teacher(stage: StageConfig) -> bool:
+    """Whether a finetuning stage compares with the teacher."""
+    return stage.kl_weight > 0 or (stage.kl_weight_end or 0) > 0
+
+
+def _hidden(
+    decoder: models.Decoder, tokens: jax.Array, inputs: StepInputs, options: dict[str, Any]
+) -> tuple[jax.Array, state_passing.Carry | None]:
+    """(the student's hidden states, what its rows leave to the next step)."""
+    if inputs.entry is None:
+        return decoder(tokens, dropout_rng=inputs.key, **options), None
+    carry, keep = inputs.entry
+    recurrent, previous = carry.recurrent, None
+    if carry.previous is not None:
+        # The batch before once more, from the state before it: this time its state carries a gradient.
+        again = {**options, "lengths": carry.previous.lengths, "recurrent": recurrent}
+        _, recurrent = decoder(carry.previous.tokens, dropout_rng=inputs.key, **again)
+    start = state_passing.where_kept(recurrent, keep)
+    hidden, after = decoder(tokens, dropout_rng=inputs.key, recurrent=start, **options)
+    if carry.previous is not None:
+        previous, after = state_passing.Previous(tokens, options["lengths"]), start
+    return hidden, state_passing.Carry(jax.lax.stop_gradient(after), previous)
 
 
 def _head_is_frozen(decoder: models.Decoder, stage: StageConfig) -> bool:

@@ -1,4 +1,4 @@
-"""The training loop: steps, metrics, validation, checkpoints, signals. It knows neither the data nor the model."""
+"""The training loop: steps, metrics, validation, checkpoints, signals. It knows neither data nor models."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from lawcat_jax.runtime import distributed
 from lawcat_jax.training import checkpoint as checkpointing
 from lawcat_jax.training.metrics import MetricsWriter, Progress
 from lawcat_jax.training.optim import Params, Plateau
+from lawcat_jax.training.state_passing import Carry
 from lawcat_jax.training.step import TrainState
 
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the command again
@@ -38,12 +39,12 @@ class TrainingError(UserError):
 
 @dataclasses.dataclass
 class StageRun:
-    """What the loop drives.
+    """What the loop drives: one stage, as functions of its state.
 
     ``train_step(state, batch) -> (state, metrics)`` takes the host's batch and donates the state;
     ``evaluate(params) -> {"loss": ..., ...}`` or None; ``batches`` has ``__next__``, ``get_state`` (JSON values) and
     ``set_state``; ``tokens(batch)`` counts the tokens of a batch over all processes; ``diagnose(params)`` gives numbers
-    to log about the result; ``utilization(tokens a second)`` is the model FLOPs utilisation, None where unknown.
+    to log about the result; ``utilization`` maps tokens per second to the model FLOPs utilisation, or None if unknown.
     """
 
     name: str
@@ -100,12 +101,16 @@ def _on_disk(state: TrainState) -> dict[str, Any]:
         "params": state.params,
         "optimizer": serialization.to_state_dict(state.opt_state),
         **{name: getattr(state, name) for name in ("step", "lr_scale", "bad_in_row", "bad_total", "norm_mean")},
+        **({} if state.carry is None else {"carry": state.carry.as_dict()}),
+        **({} if state.average is None else {"average": state.average}),
     }
 
 
 def _from_disk(values: dict[str, Any], like: TrainState) -> TrainState:
     optimizer = serialization.from_state_dict(like.opt_state, values["optimizer"])
-    return TrainState(**{name: optimizer if name == "opt_state" else values[name] for name in TrainState._fields})
+    carry = Carry.from_dict(values["carry"]) if "carry" in values else None
+    values = {"average": None, **values, "opt_state": optimizer, "carry": carry}
+    return TrainState(**{name: values[name] for name in TrainState._fields})
 
 
 class Loop:
@@ -137,7 +142,7 @@ class Loop:
         self._window: tuple[float, int] | None = None  # (start, tokens) of the interval being timed
 
     def run(self, stop: StopSignal) -> Params:
-        """Train; returns the trainables (of the best validation loss, with ``keep_best``).
+        """Train to the last step; returns the trained parameters (with ``keep_best`` those of the best validation loss).
 
         Raises:
           InterruptedRunError: a signal came; everything is saved.
@@ -258,7 +263,7 @@ class Loop:
         if self._stage.evaluate is None:
             return
         started = time.monotonic()
-        values = self._stage.evaluate(self._state.params)
+        values = self._stage.evaluate(self._state.evaluated)
         if not values:
             return
         loss = float(values["loss"])
@@ -267,7 +272,7 @@ class Loop:
         if loss < self._best_loss:
             self._best_loss = loss
             if self._config.keep_best:
-                self._best = checkpointing.copy(self._state.params)
+                self._best = checkpointing.copy(self._state.evaluated)
         if self._config.schedule == "plateau":
             scale = np.float32(self._plateau.update(loss))
             self._state = self._state._replace(lr_scale=jax.device_put(scale, self._state.lr_scale.sharding))
@@ -313,7 +318,7 @@ class Loop:
                 print(f"{self._stage.name}: resumed at step {self._step} of {self._stage.steps}", flush=True)
 
     def _result(self) -> Params:
-        return self._state.params if self._best is None else self._best
+        return self._state.evaluated if self._best is None else self._best
 
     @contextlib.contextmanager
     def _profiled(self) -> Iterator[None]:

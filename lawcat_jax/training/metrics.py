@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl (always), TensorBoard, Weights & Biases, a progress bar, and the run manifest."""
+"""What a run writes about itself: metrics (a JSONL file, TensorBoard, Weights & Biases), a progress bar, its manifest."""
 
 from __future__ import annotations
 
@@ -31,9 +31,13 @@ def _plain(value: Any) -> Any:
 
 
 class MetricsWriter:
-    """Appends to ``<workdir>/metrics.jsonl`` and to the optional writers. Does nothing unless ``primary``.
+    """Appends numbers to ``<workdir>/metrics.jsonl``, and to TensorBoard and Weights & Biases where ``config`` asks for
+    them. Does nothing unless ``primary``.
 
-    ``written()`` is called after every line.
+    ``run_config`` is shown by Weights & Biases; ``written()`` is called after every line of the file.
+
+    Raises:
+      UserError: a writer that is asked for is not installed.
     """
 
     def __init__(
@@ -66,7 +70,9 @@ class MetricsWriter:
             self._wandb = wandb.init(dir=str(workdir), name=workdir.name, config=run_config, resume="allow")
 
     def write(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
-        """One line ``{"stage", "step", ...}``. Arrays become lists, and curves ``name/index`` elsewhere."""
+        """Write one line ``{"stage": ..., "step": ..., **values}``. An array becomes a list in the file, and one curve
+        ``name/index`` for each entry in the other writers.
+        """
         if self._file is None:
             return
         plain = {name: _plain(value) for name, value in values.items()}
@@ -88,7 +94,7 @@ class MetricsWriter:
             self._wandb.log(curves | {f"{stage}/step": step})
 
     def rewind(self, stage: str, step: int) -> None:
-        """Drop lines of ``stage`` beyond ``step``: a resumed run writes them again."""
+        """Drop the lines of ``stage`` after ``step``, which a resumed run writes again, and a last line cut short."""
         if self._file is None:
             return
         self._file.close()
@@ -117,7 +123,9 @@ class MetricsWriter:
 
 
 class Progress:
-    """A bar on a terminal, lines elsewhere. ``mode``: auto, bar, lines, off."""
+    """Progress of a stage on stderr. ``mode`` is ``bar``, ``lines`` (one every ``every`` steps), ``off``, or ``auto``: a bar on
+    a terminal and lines elsewhere. Shows nothing unless ``primary``.
+    """
 
     def __init__(self, stage: str, total: int, initial: int, mode: str, *, primary: bool = True, every: int = 10):
         self._stage, self._total, self._every = stage, total, every
@@ -132,8 +140,8 @@ class Progress:
             self._bar = tqdm.tqdm(total=total, initial=initial, desc=stage, unit="step", dynamic_ncols=True)
 
     def update(self, step: int, numbers: Mapping[str, str]) -> None:
-        """``step`` steps are done."""
-        if self._first is None:  # the first step compiles: the estimate starts behind it
+        """Show that ``step`` steps are done, with some numbers beside."""
+        if self._first is None:  # the first step compiles: the estimate starts after it
             self._first = (time.monotonic(), step)
         if self._bar is not None:
             self._bar.set_postfix(numbers, refresh=False)
@@ -145,7 +153,7 @@ class Progress:
             self.say(f"{self._stage} {step}/{self._total} eta {eta} {text}")
 
     def say(self, text: str) -> None:
-        """One line, without breaking the bar."""
+        """Print one line without breaking the bar."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         elif self._lines:
@@ -164,14 +172,14 @@ HARMLESS = ("workdir", "dry_run", "max_bad_steps", "mesh", "checkpoint", "log", 
 
 
 class Manifest:
-    """``<workdir>/manifest.json``: what this run is (config, git revision, versions, devices) and how far it is."""
+    """``<workdir>/manifest.json``: what a run is (config, git revision, versions, devices) and how far it has come."""
 
     def __init__(self, path: Path, values: dict[str, Any], *, primary: bool = True):
         self._path, self.values, self._primary = path, values, primary
 
     @classmethod
     def open(cls, workdir: Path, config: Config, *, primary: bool = True) -> Manifest:
-        """Of a new run, or of the one in ``workdir``.
+        """The manifest of a new run, or that of the run in ``workdir``, which is resumed.
 
         Raises:
           UserError: ``workdir`` holds a run with another configuration (the differing fields are named), or its

@@ -83,6 +83,17 @@ def schedule(stage: StageConfig, steps: int) -> Callable[[jax.Array], jax.Array]
     return rate
 
 
+def lr_multiplier(stage: StageConfig, path: str) -> float:
+    """Factor on the learning rate of the parameter at '/'-joined ``path``: the first of ``stage.lr_multipliers`` whose
+    pattern is found in it, else ``gate_lr_multiplier`` for the gate's parameters, else 1.
+    """
+    for item in stage.lr_multipliers:
+        pattern, _, factor = item.rpartition("=")
+        if re.search(pattern, path):
+            return float(factor)
+    return stage.gate_lr_multiplier if _GATE.search(path) else 1.0
+
+
 def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
     """AdamW without the learning rate, which the train step applies (it depends on schedule and plateau).
 
@@ -92,17 +103,16 @@ def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
     def decays(params: Params) -> Params:
         return unflatten({path: not _NO_DECAY.search(path) for path in flatten(params)})
 
-    def multiply_gate(updates: Params, _: Any = None) -> Params:
-        flat = flatten(updates)
-        return unflatten({p: u * stage.gate_lr_multiplier if _GATE.search(p) else u for p, u in flat.items()})
+    def multiply(updates: Params, _: Any = None) -> Params:
+        return unflatten({path: u * lr_multiplier(stage, path) for path, u in flatten(updates).items()})
 
     parts = [optax.scale_by_adam(b1=stage.b1, b2=stage.b2)]
     if stage.clip_norm > 0:
         parts.insert(0, optax.clip_by_global_norm(stage.clip_norm))
     if stage.weight_decay > 0:
         parts.append(optax.add_decayed_weights(stage.weight_decay, mask=decays))
-    if stage.gate_lr_multiplier != 1.0:
-        parts.append(optax.stateless(multiply_gate))
+    if stage.gate_lr_multiplier != 1.0 or stage.lr_multipliers:
+        parts.append(optax.stateless(multiply))
     return optax.chain(*parts)
 
 

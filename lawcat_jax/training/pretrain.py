@@ -16,6 +16,6 @@ def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
     Raises:
       UserError: ``kl_weight`` is set (there is no teacher of the teacher).
     """
-    if stage.kl_weight > 0:
+    if finetune.needs_teacher(stage):
         raise UserError("config.pretrain.kl_weight: pretraining has no teacher, set it to 0")
     return finetune.make_loss(graphdef, stage)

@@ -1,42 +1,34 @@
-"""A whole run: teacher -> student -> stages -> model directory -> evaluation. Run again, it resumes."""
+"""A whole run, top to bottom: open the teacher, build and train the stages, export, evaluate. Run again, it resumes."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from lawcat_jax import models
 from lawcat_jax.checkpoints import model_dir
-from lawcat_jax.config import AttentionConfig, Config, LoraConfig, ModelConfig, StageConfig, to_dict
-from lawcat_jax.data.pipeline import make_dataset
-from lawcat_jax.data.tokenize import Tokenizer, load_tokenizer
+from lawcat_jax.checkpoints.hf.write import write_hf
+from lawcat_jax.checkpoints.orbax_errors import is_disk_full
+from lawcat_jax.config import Config, to_dict
 from lawcat_jax.data.train_tokenizer import save_tokenizer
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import distributed, sharding
-from lawcat_jax.training import optim, stages
-from lawcat_jax.training.checkpoint import Checkpointer, is_full
+from lawcat_jax.tasks import report
+from lawcat_jax.tasks.runner import evaluate_model
+from lawcat_jax.training import inputs, optim, stages
+from lawcat_jax.training.checkpoint import Checkpointer
+from lawcat_jax.training.dry_run import dry_run
+from lawcat_jax.training.inputs import Student
 from lawcat_jax.training.loop import EXIT_INTERRUPTED, InterruptedRunError, Loop, StageRun, StopSignal
 from lawcat_jax.training.metrics import Manifest, MetricsWriter
 from lawcat_jax.training.step import validation
 from lawcat_jax.training.utilization import utilization
 from lawcat_jax.training.workdir import Workdir
-
-
-@dataclasses.dataclass
-class Student:
-    """What the stages work on. ``params`` has every part; for pretraining it is the teacher in the making."""
-
-    model: ModelConfig
-    params: optim.Params
-    tokenizer: Tokenizer
-    tokenizer_path: str
-    dtype: Any
 
 
 def run(config: Config) -> int:
@@ -45,44 +37,44 @@ def run(config: Config) -> int:
     Raises:
       ConfigError, UserError: whatever the user can mend, as one clear message.
     """
-    try:
-        return _run(config)
-    except OSError as problem:
-        if not is_full(problem):
-            raise
-        raise UserError(
-            f"{problem.filename or config.workdir}: no space left on the device; free some, and run the same command "
-            "again (finished checkpoints are kept)"
-        ) from problem
+    with _full_disk_as_one_line(config.workdir):
+        config.validate()
+        distributed.initialize(config.mesh.distributed, heartbeat_seconds=config.mesh.heartbeat_seconds)
+        mesh = sharding.make_mesh(config.mesh, rows=sharding.common_rows(config))
+        distributed.avoid_cached_collectives(mesh.size)
+        if config.dry_run:
+            return dry_run(config, mesh)
+        if not config.workdir:
+            raise UserError("config.workdir: name a folder for the run (--workdir=...)")
+        with Workdir(config.workdir, primary=distributed.is_primary()) as folder:
+            return run_in(folder, config, mesh)
 
 
-def _run(config: Config) -> int:
-    config.validate()
-    distributed.initialize(config.mesh.distributed, heartbeat_seconds=config.mesh.heartbeat_seconds)
-    mesh = sharding.make_mesh(config.mesh, rows=sharding.common_rows(config))
-    distributed.avoid_cached_collectives(mesh.size)
-    if config.dry_run:
-        from lawcat_jax.training.dry_run import dry_run
-
-        return dry_run(config, mesh)
-    if not config.workdir:
-        raise UserError("config.workdir: name a folder for the run (--workdir=...)")
-    with Workdir(config.workdir, primary=distributed.is_primary()) as folder:
-        return _run_in(folder, config, mesh)
-
-
-def _run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
-    workdir, primary = folder.local, distributed.is_primary()
-    manifest = Manifest.open(workdir, config, primary=primary)
+def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
+    """:func:`run` in an opened folder, on a mesh."""
+    manifest = Manifest.open(folder.local, config, primary=distributed.is_primary())
     if manifest.finished:
         say(f"{folder.name}: this run is finished; its report is in {folder.child('manifest.json')}")
         return 0
-    # What does not fit shows before weights are loaded.
-    model = config.teacher.architecture if config.pretrain.enabled else teacher_architecture(config)[0]
-    dtype = np.dtype("float32") if config.pretrain.enabled else model_dir.resolve_dtype(config.teacher.dtype)
+
+    # Load. The stages are built first: what does not fit shows before any weight is read.
+    teacher = None if config.pretrain.enabled else inputs.open_teacher(config)
+    model, dtype = teacher.model if teacher else config.teacher.architecture, inputs.frozen_dtype(config)
     built = [stages.build(name, config, model, mesh, dtype=dtype) for name, _ in config.stages()]
-    student = prepare(config, mesh)
-    writer = MetricsWriter(workdir, config.log, primary=primary, run_config=to_dict(config), written=folder.sync)
+    if teacher is None:
+        student = inputs.draw_teacher(config, mesh)
+    else:
+        say(f"loading {config.teacher.source}")
+        student = inputs.load_student(config, mesh, teacher)
+
+    # Train.
+    writer = MetricsWriter(
+        folder.local,
+        config.log,
+        primary=distributed.is_primary(),
+        run_config=to_dict(config),
+        written=folder.sync,
+    )
     try:
         with StopSignal() as stop:
             for stage in built:
@@ -95,10 +87,10 @@ def _run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
         return EXIT_INTERRUPTED
     finally:
         writer.close()
-    target = folder.child(export(config, student, workdir).name)
-    results: dict[str, Any] = {}
-    if config.eval.enabled:
-        results = evaluate(config, student, folder)
+
+    # Export, evaluate, report.
+    target = folder.child(export(config, student, folder.local).name)
+    results = evaluate(config, student, folder) if config.eval.enabled else {}
     manifest.update(status="finished", model=target, results=results)
     folder.sync(now=True)
     distributed.barrier("finished")  # jax's own farewell gives the slowest process little time
@@ -106,160 +98,15 @@ def _run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
     return 0
 
 
-def say(text: str) -> None:
-    """One line from process 0."""
-    if distributed.is_primary():
-        print(text, flush=True)
-
-
-def prepare(config: Config, mesh: Mesh) -> Student:
-    """Load (or, to pretrain, draw) the teacher and draw what the student adds to it, all on the mesh.
-
-    Raises:
-      UserError: a teacher or tokenizer that does not load, or does not fit the configuration.
-    """
-    if config.pretrain.enabled:
-        return _from_scratch(config, mesh)
-    teacher = config.teacher
-    model, attention, lora = teacher_architecture(config)
-    if attention is not None and attention != config.attention:
-        raise UserError(f"{teacher.source} is a student whose attention is not config.attention; name its teacher")
-    shapes = model_dir.expected_shapes(model, attention, lora)
-    say(f"loading {teacher.source}")
-    bundle = model_dir.load_model(
-        teacher.source,
-        revision=teacher.revision,
-        base=teacher.base,
-        dtype=teacher.dtype,
-        shardings=lambda path: NamedSharding(mesh, sharding.spec_for(path, shapes[path], mesh)),
-    )
-    tokenizer_path = teacher.tokenizer or bundle.tokenizer_path
-    if tokenizer_path is None:
-        raise UserError(f"{teacher.source} has no tokenizer; name one with config.teacher.tokenizer")
-    tokenizer = checked_tokenizer(tokenizer_path, model)
-    wants_lora = config.lora if config.stage2.enabled else None
-    params = models.init_params(model, config.attention, wants_lora, seed=config.seed, base=bundle.params)
-    if attention is not None:  # a student goes on from its own mixers, and adapters of the same form
-        params |= {"mixers": bundle.params["mixers"]}
-        if lora is not None and lora == wants_lora:
-            params |= {"lora": bundle.params["lora"]}
-    dtype = model_dir.resolve_dtype(teacher.dtype)
-    return Student(model, stages.place(params, mesh), tokenizer, tokenizer_path, dtype)
-
-
-def _from_scratch(config: Config, mesh: Mesh) -> Student:
-    model, path = config.teacher.architecture, config.teacher.tokenizer
-    if path is None:
-        raise UserError("config.teacher.tokenizer: pretraining needs one (a directory, asset:<name> or a hub id)")
-    tokenizer = checked_tokenizer(path, model)
-    model = dataclasses.replace(
-        model,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_ids=() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    params = models.init_params(model, None, None, seed=config.seed)
-    return Student(model, stages.place(params, mesh), tokenizer, path, np.dtype("float32"))
-
-
-def teacher_architecture(config: Config) -> tuple[ModelConfig, AttentionConfig | None, LoraConfig | None]:
-    """:func:`read_architecture` of the teacher, compared with what the experiment file declares.
-
-    Raises:
-      UserError: it cannot be read, or the declared architecture is another.
-    """
-    teacher = config.teacher
-    found = read_architecture(teacher.source, teacher.revision, teacher.base)
-    check_architecture(teacher.architecture, found[0], teacher.source)
-    return found
-
-
-def read_architecture(
-    source: str, revision: str | None = None, base: str | None = None
-) -> tuple[ModelConfig, AttentionConfig | None, LoraConfig | None]:
-    """Configurations of a model, without its weights.
-
-    Raises:
-      UserError: as :func:`lawcat_jax.checkpoints.model_dir.open_checkpoint`.
-    """
-    opened = model_dir.open_checkpoint(source, revision, base)
-    return opened.model, opened.attention, opened.lora
-
-
-def check_architecture(declared: ModelConfig | None, loaded: ModelConfig, source: str) -> None:
-    """Compare the teacher with what the experiment file says it is, but for ids that belong to the tokenizer.
-
-    Raises:
-      UserError: naming the fields that differ.
-    """
-    if declared is None:
-        return
-    skip = ("bos_token_id", "eos_token_ids", "pad_token_id")
-    a, b = to_dict(declared), to_dict(loaded)
-    differing = [
-        f"{name}: declared {a[name]!r}, found {b[name]!r}" for name in a if name not in skip and a[name] != b[name]
-    ]
-    if differing:
-        raise UserError(f"{source} is not the config.teacher.architecture of this experiment ({'; '.join(differing)})")
-
-
-def checked_tokenizer(path: str, model: ModelConfig) -> Tokenizer:
-    """Load a tokenizer and check that the model has an embedding for each of its tokens.
-
-    Raises:
-      UserError: it does not load, or has too many tokens.
-    """
-    tokenizer = load_tokenizer(path)
-    if len(tokenizer) > model.vocab_size:
-        raise UserError(f"tokenizer {path} has {len(tokenizer)} tokens, the model only {model.vocab_size}")
-    return tokenizer
-
-
-def training_batches(stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh: Mesh) -> Any:
-    """Iterator over this process's part of the endless training stream."""
-    part, parts = sharding.data_shard(mesh)
-    dataset = make_dataset(
-        stage.data,
-        tokenizer,
-        seq_length=stage.seq_length,
-        batch_size=stage.batch_size,
-        seed=seed,
-        process_index=part,
-        process_count=parts,
-    )
-    return iter(dataset)
-
-
-def validation_batches(stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh: Mesh) -> list[dict[str, Any]]:
-    """The validation split, on the devices (it is small and used again and again)."""
-    if stage.data.validation_samples == 0:
-        return []
-    # Without accumulation the whole batch would have to fit: evaluate in micro-batches.
-    size = stage.batch_size // stage.grad_accum
-    part, parts = sharding.data_shard(mesh)
-    dataset = make_dataset(
-        stage.data,
-        tokenizer,
-        seq_length=stage.validation_length or stage.seq_length,
-        batch_size=size,
-        seed=seed,
-        split="validation",
-        process_index=part,
-        process_count=parts,
-        repeat=False,
-    )
-    return [sharding.place_batch(batch, mesh) for batch in dataset]
-
-
 def run_stage(
     stage: stages.Stage, config: Config, student: Student, folder: Workdir, writer: MetricsWriter, stop: StopSignal
 ) -> optim.Params:
-    """Run or resume one stage; returns all parameters with its result in them."""
+    """Run or resume one stage; returns all parameters of the student with the stage's result in them."""
     mesh, seed = stage.mesh, config.seed
     _, parts = sharding.data_shard(mesh)
     state, frozen = stage.split(student.params)
     key = stage.key(seed)
-    held_out = validation_batches(stage.config, student.tokenizer, seed, mesh)
+    held_out = inputs.validation_batches(stage.config, student.tokenizer, seed, mesh)
 
     def train_step(state, batch):
         return stage.train_step(state, frozen, sharding.place_batch(batch, mesh), key)
@@ -277,9 +124,9 @@ def run_stage(
                 state=state,
                 train_step=train_step,
                 evaluate=validation(stage.eval_step, frozen, held_out) if held_out else None,
-                batches=training_batches(stage.config, student.tokenizer, seed, mesh),
+                batches=inputs.training_batches(stage.config, student.tokenizer, seed, mesh),
                 tokens=lambda batch: int(batch["lengths"].sum()) * parts,
-                diagnose=_diagnostics(stage, config, frozen, held_out),
+                diagnose=stage.diagnostics(frozen, held_out[0]) if config.log.diagnostics and held_out else None,
                 utilization=utilization(stage.name, config, student.model),
             ),
             checkpointer=checkpointer,
@@ -295,56 +142,22 @@ def run_stage(
     return stage.merged(trainable, student.params)
 
 
-def _diagnostics(stage: stages.Stage, config: Config, frozen: optim.Params, batches: list) -> Any:
-    """The decoder's own statistics (gates, denominators, ...) on one batch, as a function of the trainables."""
-    if not (config.log.diagnostics and batches) or stage.name == "pretrain":
-        return None
-
-    @functools.partial(jax.jit, out_shardings=sharding.replicated(stage.mesh))
-    def statistics(trainable, frozen, batch):
-        with jax.sharding.use_abstract_mesh(stage.mesh.abstract_mesh):
-            decoder = models.bind(stage.graphdef, optim.merge(trainable, frozen))
-            return decoder.diagnostics(batch["tokens"], lengths=batch["lengths"])
-
-    def diagnose(trainable: optim.Params) -> dict[str, Any]:
-        values = jax.device_get(statistics(trainable, frozen, batches[0]))
-        return {f"diagnostics/{sharding.path_name(path)}": x for path, x in jax.tree_util.tree_leaves_with_path(values)}
-
-    return diagnose
-
-
-def host_params(params: optim.Params) -> optim.Params:
-    """Whole arrays on the host, also of arrays that are split over processes."""
-
-    def whole(x: jax.Array) -> np.ndarray:
-        if not x.is_fully_addressable:
-            from jax.experimental import multihost_utils
-
-            return multihost_utils.process_allgather(x, tiled=True)
-        return np.asarray(x)
-
-    return jax.tree.map(whole, params)
-
-
 def export(config: Config, student: Student, workdir: Path) -> Path:
-    """Write ``student/`` (a model directory) or, after pretraining, ``teacher/`` (Hugging Face format).
+    """Write ``student/`` (a model directory) or, after pretraining, ``teacher/`` (Hugging Face format) in ``workdir``.
 
     Every process calls this: arrays that are split over processes are gathered, process 0 writes.
     """
-    pretraining, primary = config.pretrain.enabled, distributed.is_primary()
-    target = workdir / ("teacher" if pretraining else "student")
+    primary = distributed.is_primary()
     tokenizer_source = Path(student.tokenizer_path)
     if primary and not tokenizer_source.is_dir():  # a hub id or an embedded asset: its files may be anywhere
         tokenizer_source = save_tokenizer(student.tokenizer, workdir / "tokenizer")
-    if pretraining:
-        from lawcat_jax.checkpoints.hf.write import write_hf
-
-        params = host_params(student.params)
+    if config.pretrain.enabled:
+        target, params = workdir / "teacher", jax.tree.map(distributed.on_host, student.params)
         if primary:
             write_hf(target, model=student.model, params=params, tokenizer_source=tokenizer_source, overwrite=True)
         distributed.barrier("export")
         return target
-    last = config.stages()[-1][0]
+    target, (last, stage) = workdir / "student", config.stages()[-1]
     model_dir.save_model(
         target,
         model=student.model,
@@ -356,7 +169,7 @@ def export(config: Config, student: Student, workdir: Path) -> Path:
             "stage": last,
             "source": config.teacher.source,
             "revision": config.teacher.revision,
-            "training_length": getattr(config, last).seq_length,
+            "training_length": stage.seq_length,
             "eval": to_dict(config.eval),
         },
         overwrite=True,
@@ -364,11 +177,10 @@ def export(config: Config, student: Student, workdir: Path) -> Path:
     return target
 
 
-def evaluate(config: Config, student: Student, folder: Workdir) -> Any:
-    """Run the configured evaluation of the trained model; writes and returns its report."""
-    from lawcat_jax.tasks import report
-    from lawcat_jax.tasks.runner import evaluate_model
-
+def evaluate(config: Config, student: Student, folder: Workdir) -> dict[str, Any]:
+    """Evaluate the trained model as ``config.eval`` says; writes the reports in ``eval/`` and returns their numbers,
+    {task: {role: {length: values}}}.
+    """
     last, stage = config.stages()[-1]
     graphdef, _ = models.abstract(student.model, *stages.architecture(last, config), dtype=student.dtype)
     results = evaluate_model(
@@ -383,3 +195,22 @@ def evaluate(config: Config, student: Student, folder: Workdir) -> Any:
         write=distributed.is_primary(),
     )
     return report.rows(results)
+
+
+def say(text: str) -> None:
+    """Print one line, from process 0 only."""
+    if distributed.is_primary():
+        print(text, flush=True)
+
+
+@contextlib.contextmanager
+def _full_disk_as_one_line(workdir: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        if not is_disk_full(problem):
+            raise
+        raise UserError(
+            f"{problem.filename or workdir}: no space left on the device; free some, and run the same command "
+            "again (finished checkpoints are kept)"
+        ) from problem

@@ -1,8 +1,9 @@
-"""From a configuration to the jitted steps of a stage. Works on shapes alone, so that dry runs need no weights."""
+"""The jitted steps of a stage, built from a configuration. Shapes suffice for that, so a dry run needs no weights."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,11 @@ from jax.sharding import Mesh
 
 from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig, Config, LoraConfig, ModelConfig, StageConfig
+from lawcat_jax.data.batch import batch_shapes
+from lawcat_jax.data.pipeline import optional_arrays
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import sharding
-from lawcat_jax.training import attention_transfer, finetune, optim, pretrain
+from lawcat_jax.training import attention_transfer, finetune, optim, pretrain, state_passing
 from lawcat_jax.training.step import LossFn, TrainState, init_state, make_eval_step, make_train_step
 
 LOSSES: dict[str, Callable[[Any, StageConfig], LossFn]] = {
@@ -28,7 +31,7 @@ STREAMS = {"pretrain": 0, "stage1": 1, "stage2": 2}
 
 @dataclasses.dataclass
 class Stage:
-    """The compiled form of a stage. ``state`` and ``frozen`` are the shapes (with shardings) that the steps take."""
+    """One stage, ready to run. ``state`` and ``frozen`` are the shapes (with shardings) that the steps take."""
 
     name: str
     config: StageConfig
@@ -42,7 +45,7 @@ class Stage:
     mesh: Mesh
 
     def key(self, seed: int) -> jax.Array:
-        """Root of the stage's random streams."""
+        """The random key from which the keys of the stage's steps are derived."""
         # Computed on every device: an array of one process cannot be put on the devices of others.
         make = jax.jit(jax.random.fold_in, out_shardings=sharding.replicated(self.mesh))
         return make(jax.random.key(seed), STREAMS[self.name])
@@ -51,11 +54,36 @@ class Stage:
         """(state before the first step, frozen parameters) on the mesh; ``params`` may have more than is needed."""
         params = {name: value for name, value in params.items() if name in self._parts()}
         trainable, frozen = optim.split(params, self.config.trainable, f"config.{self.name}.trainable")
-        make = jax.jit(lambda tree: init_state(tree, self.config), out_shardings=_shardings_of(self.state))
+
+        def start(tree: optim.Params) -> TrainState:
+            # No row has a past before the first step.
+            carry = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.state.carry)
+            return init_state(tree, self.config, carry)
+
+        make = jax.jit(start, out_shardings=_shardings_of(self.state))
         return make(trainable), place(frozen, self.mesh)
 
     def _parts(self) -> set[str]:
         return set(self.state.params) | set(self.frozen)
+
+    def diagnostics(self, frozen: optim.Params, batch: Any) -> Callable[[optim.Params], dict[str, Any]] | None:
+        """The decoder's own statistics (gates, denominators, ...) on ``batch``, as a function of the trainables that
+        gives ``diagnostics/<name>`` -> values; None for pretraining, whose decoder has none.
+        """
+        if self.name == "pretrain":
+            return None
+
+        @functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
+        def statistics(trainable, frozen, batch):
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                decoder = models.bind(self.graphdef, optim.merge(trainable, frozen))
+                return decoder.diagnostics(batch["tokens"], lengths=batch["lengths"])
+
+        def diagnose(trainable: optim.Params) -> dict[str, Any]:
+            values = jax.tree_util.tree_leaves_with_path(jax.device_get(statistics(trainable, frozen, batch)))
+            return {f"diagnostics/{sharding.path_name(path)}": value for path, value in values}
+
+        return diagnose
 
     def merged(self, trainable: optim.Params, params: optim.Params) -> optim.Params:
         """``params`` with the stage's result in it."""
@@ -83,7 +111,7 @@ def build(name: str, config: Config, model: ModelConfig, mesh: Mesh, *, dtype: A
     """
     stage = getattr(config, name)
     sharding.check_batch(stage.batch_size, stage.grad_accum, mesh, f"config.{name}")
-    needs_teacher = name != "stage2" or stage.kl_weight > 0
+    needs_teacher = name != "stage2" or finetune.needs_teacher(stage)
     for field in ("seq_length", "validation_length"):
         if needs_teacher and getattr(stage, field) > model.max_position_embeddings:
             raise UserError(
@@ -95,7 +123,9 @@ def build(name: str, config: Config, model: ModelConfig, mesh: Mesh, *, dtype: A
     graphdef, shapes = models.abstract(model, attention, lora, dtype=dtype)
     trainable, frozen = optim.split(shapes, stage.trainable, f"config.{name}.trainable")
     loss_fn = LOSSES[name](graphdef, stage)
-    state = _with_shardings(jax.eval_shape(lambda tree: init_state(tree, stage), _real(trainable)), mesh)
+    carry = _carry_shapes(graphdef, shapes, stage) if stage.state_passing != "off" else None
+    state = jax.eval_shape(lambda tree, carry: init_state(tree, stage, carry), _real(trainable), carry)
+    state = _with_shardings(state, mesh)
     frozen = _with_shardings(frozen, mesh)
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     state_shardings, frozen_shardings = _shardings_of(state), _shardings_of(frozen)
@@ -110,17 +140,25 @@ def build(name: str, config: Config, model: ModelConfig, mesh: Mesh, *, dtype: A
         in_shardings=(state_shardings.params, frozen_shardings, rows),
         out_shardings=everywhere,
     )
-    batch = batch_shapes(stage, mesh)
+    batch = global_batch(stage, mesh)
     return Stage(name, stage, steps, graphdef, state, frozen, batch, train_step, eval_step, mesh)
 
 
-def batch_shapes(stage: StageConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A global batch (see :func:`lawcat_jax.data.pipeline.make_dataset`)."""
+def _carry_shapes(graphdef: Any, shapes: optim.Params, stage: StageConfig) -> state_passing.Carry:
+    """Shapes of what a step with state passing leaves to the next."""
+
+    def carry(params: optim.Params) -> state_passing.Carry:
+        recurrent = models.bind(graphdef, params).init_recurrent(stage.batch_size)
+        return state_passing.empty(recurrent, jnp.zeros((stage.batch_size, stage.seq_length)), stage)
+
+    return jax.eval_shape(carry, shapes)
+
+
+def global_batch(stage: StageConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of the batch of one step over all processes, with its rows split over the mesh."""
     rows = sharding.batch_sharding(mesh)
-    size = (stage.batch_size, stage.seq_length)
-    kinds = {"tokens": jnp.int32, "targets": jnp.int32, "loss_weights": jnp.float32, "mask": jnp.bool_}
-    shapes = {name: jax.ShapeDtypeStruct(size, kind, sharding=rows) for name, kind in kinds.items()}
-    return shapes | {"lengths": jax.ShapeDtypeStruct(size[:1], jnp.int32, sharding=rows)}
+    shapes = batch_shapes(stage.batch_size, stage.seq_length, optional_arrays(stage.data))
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in shapes.items()}
 
 
 def place(params: optim.Params, mesh: Mesh) -> optim.Params:

@@ -1,4 +1,4 @@
-"""One optimizer step, whatever the stage: micro-batches, token-weighted mean, AdamW, non-finite guard.
+"""One optimizer step of any stage: micro-batches, token-weighted mean, AdamW, and a guard against bad gradients.
 
 A stage supplies a loss function that returns *sums* over tokens. Sums and weights are added over micro-batches and
 divided once, so that accumulation equals the big batch however unevenly the tokens fall.
@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import optax
 
 from lawcat_jax.config import StageConfig
-from lawcat_jax.training import optim
-
-Batch = dict[str, jax.Array]
+from lawcat_jax.data.batch import Batch
+from lawcat_jax.training import optim, state_passing
 
 
 class Sums(NamedTuple):
@@ -31,8 +30,20 @@ class Sums(NamedTuple):
     metrics: dict[str, tuple[jax.Array, jax.Array]]
 
 
-# (all parameters, batch, key or None outside training) -> Sums
-LossFn = Callable[[optim.Params, Batch, jax.Array | None], Sums]
+class StepInputs(NamedTuple):
+    """What a loss function knows of the step beside parameters and batch.
+
+    ``key``: for what is random, None outside training. ``progress``: share of the stage's steps that are done, f32 in
+    [0, 1], 1 outside training. ``entry``: what the rows begin with, with state passing.
+    """
+
+    key: jax.Array | None = None
+    progress: jax.Array | float = 1.0
+    entry: state_passing.Entry | None = None
+
+
+# (all parameters, batch, inputs of the step) -> (Sums, what the rows leave to the next step or None)
+LossFn = Callable[[optim.Params, Batch, StepInputs], tuple[Sums, state_passing.Carry | None]]
 
 
 class TrainState(NamedTuple):
@@ -45,42 +56,88 @@ class TrainState(NamedTuple):
     bad_in_row: jax.Array  # i32
     bad_total: jax.Array  # i32
     norm_mean: jax.Array  # f32, running mean of the gradient norms of good steps
+    carry: state_passing.Carry | None = None  # with state passing
+    average: optim.Params | None = None  # moving average of the trainables, with ema_decay
+
+    @property
+    def evaluated(self) -> optim.Params:
+        """The trainables that are validated and kept: the moving average where there is one."""
+        return self.params if self.average is None else self.average
 
 
-# The spike guard compares with a mean over so many steps, and waits for some before it judges.
+# The spike guard compares with a mean over _SPIKE_MEMORY steps, and judges none of the first _SPIKE_PATIENCE.
 _SPIKE_MEMORY, _SPIKE_PATIENCE = 50, 10
+_ENTRY_STREAM = 2**31 - 1  # of the step's random key; micro-batches use the small numbers
 
 
-def init_state(trainable: optim.Params, stage: StageConfig) -> TrainState:
+def init_state(trainable: optim.Params, stage: StageConfig, carry: state_passing.Carry | None = None) -> TrainState:
     """State before the first step; ``trainable`` is copied to f32 (the step donates its input)."""
-    params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable)
+
+    def copied() -> optim.Params:
+        return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), trainable)
+
+    params = copied()
     zero = [jnp.zeros((), jnp.int32) for _ in range(3)]  # three buffers: a donated buffer may appear only once
-    opt_state = optim.make_optimizer(stage).init(params)
-    return TrainState(params, opt_state, zero[0], jnp.ones((), jnp.float32), *zero[1:], jnp.zeros((), jnp.float32))
+    return TrainState(
+        params=params,
+        opt_state=optim.make_optimizer(stage).init(params),
+        step=zero[0],
+        lr_scale=jnp.ones((), jnp.float32),
+        bad_in_row=zero[1],
+        bad_total=zero[2],
+        norm_mean=jnp.zeros((), jnp.float32),
+        carry=carry,
+        average=copied() if stage.ema_decay > 0 else None,
+    )
 
 
-def _accumulate(loss_fn: LossFn, trainable, frozen, batch: Batch, key: jax.Array, grad_accum: int):
-    """(gradients of the summed loss, Sums) of a batch, in ``grad_accum`` micro-batches."""
+def _deal(x: jax.Array, parts: int, axis: int = 0) -> jax.Array:
+    """[.., rows, ..] as [parts, .., rows / parts, ..]: rows are dealt out in turn, so that every device contributes to
+    every micro-batch from the rows it holds.
+    """
+    x = x.reshape(*x.shape[:axis], x.shape[axis] // parts, parts, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis + 1, 0)
 
-    def loss(params, micro, micro_key):
-        sums = loss_fn(optim.merge(params, frozen), micro, micro_key)
-        return sums.loss, sums
 
-    gradient = jax.grad(loss, has_aux=True)
+def _collect(x: jax.Array, axis: int = 0) -> jax.Array:
+    """Inverse of :func:`_deal`."""
+    x = jnp.moveaxis(x, 0, axis + 1)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def _accumulate(loss_fn: LossFn, trainable, frozen, batch: Batch, inputs: StepInputs, grad_accum: int):
+    """(gradients of the summed loss, Sums, what the rows leave) of a batch, in ``grad_accum`` micro-batches."""
+
+    def loss(params, micro, micro_inputs):
+        sums, leaving = loss_fn(optim.merge(params, frozen), micro, micro_inputs)
+        return sums.loss, (sums, leaving)
+
+    def gradient(micro, entry, index):
+        own = inputs._replace(key=jax.random.fold_in(inputs.key, index), entry=entry)
+        gradients, (sums, leaving) = jax.grad(loss, has_aux=True)(trainable, micro, own)
+        return (gradients, sums), leaving
+
+    entry = inputs.entry
     if grad_accum == 1:
-        return gradient(trainable, batch, jax.random.fold_in(key, 0))
+        (gradients, sums), leaving = gradient(batch, entry, 0)
+        return gradients, sums, leaving
 
-    # Rows are dealt out in turn, so that every device contributes to every micro-batch from the rows it holds.
-    micros = {k: v.reshape(v.shape[0] // grad_accum, grad_accum, *v.shape[1:]).swapaxes(0, 1) for k, v in batch.items()}
+    micros = {name: _deal(x, grad_accum) for name, x in batch.items()}
+    if entry is not None:
+        carry = state_passing.by_row(lambda x, axis: _deal(x, grad_accum, axis), entry.carry)
+        entry = state_passing.Entry(carry, _deal(entry.keep, grad_accum))
 
-    def body(carry, item):
-        micro, index = item
-        return jax.tree.map(jnp.add, carry, gradient(trainable, micro, jax.random.fold_in(key, index))), None
+    def body(total, item):
+        one, leaving = gradient(*item)
+        return jax.tree.map(jnp.add, total, one), leaving
 
-    first = {k: v[0] for k, v in micros.items()}
-    shapes = jax.eval_shape(gradient, trainable, first, key)
+    items = (micros, entry, jnp.arange(grad_accum))
+    shapes = jax.eval_shape(lambda items: gradient(*jax.tree.map(lambda x: x[0], items))[0], items)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(body, zeros, (micros, jnp.arange(grad_accum)))[0]
+    (gradients, sums), leaving = jax.lax.scan(body, zeros, items)
+    if leaving is not None:
+        leaving = state_passing.by_row(_collect, leaving)
+    return gradients, sums, leaving
 
 
 def _quotients(sums: Sums) -> dict[str, jax.Array]:
@@ -92,9 +149,9 @@ def make_train_step(loss_fn: LossFn, stage: StageConfig, steps: int):
     """``step(state, frozen, batch, stage_key) -> (state, metrics)``, to be jitted with the state donated.
 
     The random key of a step is ``fold_in(stage_key, state.step)``: a resumed run draws what a straight run draws.
-    A bad step changes no parameter and no optimizer state; it is counted. Bad are a loss or gradient that is not
-    finite, and with ``spike_factor``, after the warm-up, a gradient norm of more than that times its running mean
-    (over the last 50 good steps).
+    A bad step changes no parameter and no optimizer state; it is counted. A step is bad if its loss or gradient is not
+    finite, or, after the warm-up, if its gradient norm exceeds ``spike_factor`` (where set) times the running mean over
+    the last 50 good steps.
     Metrics are f32: loss, learning_rate, grad_norm (before clipping, total and per group), bad_in_row, bad_total,
     weight (of the loss, usually tokens), and the loss function's own.
     """
@@ -103,7 +160,11 @@ def make_train_step(loss_fn: LossFn, stage: StageConfig, steps: int):
 
     def step(state: TrainState, frozen, batch: Batch, stage_key: jax.Array):
         key = jax.random.fold_in(stage_key, state.step)
-        gradients, sums = _accumulate(loss_fn, state.params, frozen, batch, key, stage.grad_accum)
+        inputs = StepInputs(key, jnp.minimum(state.step / max(steps, 1), 1.0).astype(jnp.float32))
+        if state.carry is not None:
+            entry_key = jax.random.fold_in(key, _ENTRY_STREAM)
+            inputs = inputs._replace(entry=state_passing.enter(state.carry, batch, entry_key, stage))
+        gradients, sums, leaving = _accumulate(loss_fn, state.params, frozen, batch, inputs, stage.grad_accum)
         gradients = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1e-20), gradients)
         metrics = _quotients(sums)
         grad_norm = optax.global_norm(gradients)
@@ -119,6 +180,13 @@ def make_train_step(loss_fn: LossFn, stage: StageConfig, steps: int):
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
         )
+        carry, average = state.carry, state.average
+        if leaving is not None:  # the rows of a bad step may hold anything
+            carry = jax.tree.map(lambda new, old: jnp.where(good, new, old), leaving, carry)
+        if average is not None:
+            # The decay grows with the steps, so that the start does not weigh on a short stage.
+            decay = jnp.minimum(stage.ema_decay, (1.0 + seen) / (10.0 + seen))
+            average = jax.tree.map(lambda a, p: jnp.where(good, decay * a + (1 - decay) * p, a), average, params)
         bad = (~good).astype(jnp.int32)
         new = TrainState(
             params=params,
@@ -128,6 +196,8 @@ def make_train_step(loss_fn: LossFn, stage: StageConfig, steps: int):
             bad_in_row=(state.bad_in_row + 1) * bad,
             bad_total=state.bad_total + bad,
             norm_mean=jnp.where(good, state.norm_mean + change, state.norm_mean),
+            carry=carry,
+            average=average,
         )
         metrics |= {"learning_rate": learning_rate, "grad_norm": grad_norm, "weight": sums.weight}
         metrics |= {f"grad_norm/{name}": norm for name, norm in _group_norms(gradients).items()}
@@ -148,7 +218,7 @@ def make_eval_step(loss_fn: LossFn):
     """``step(trainable, frozen, batch) -> Sums``, without dropout."""
 
     def step(trainable, frozen, batch: Batch) -> Sums:
-        return loss_fn(optim.merge(trainable, frozen), batch, None)
+        return loss_fn(optim.merge(trainable, frozen), batch, StepInputs())[0]
 
     return step
 

@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation: operations that the model needs (:mod:`lawcat_jax.models.flops`) against what devices can do."""
+"""Model FLOPs utilisation: the operations that the model needs, as a share of what the devices can do at their peak."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from lawcat_jax.config import Config, ModelConfig
 from lawcat_jax.models.flops import model_flops
 from lawcat_jax.runtime.chips import CHIPS
 
-# Dense bf16 operations a second by the beginning of jax's device kind, longest first where one begins another.
+# Dense bf16 operations per second by the first words of jax's device kind; the first that matches counts, so longer
+# names stand before their beginnings.
 # Sources: the vendors' data sheets (without sparsity).
 _PEAKS: tuple[tuple[str, float], ...] = (
     ("TPU v5 lite", CHIPS["v5e"].flops),
@@ -31,16 +32,18 @@ _PEAKS: tuple[tuple[str, float], ...] = (
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """bf16 operations a second of one device; None when unknown (a CPU)."""
+    """Peak bf16 operations per second of one device; None when unknown (a CPU)."""
     return next((peak for name, peak in _PEAKS if device_kind.startswith(name)), None)
 
 
 def utilization(
     stage: str, config: Config, model: ModelConfig, devices: list[jax.Device] | None = None
 ) -> Callable[[float], float | None]:
-    """A function from tokens a second (over all devices) to the share of the devices' peak that they need, or None.
+    """A function from tokens per second (over all ``devices``) to the model FLOPs utilisation of a stage, in [0, 1], or
+    to None where the devices' peak is unknown.
 
-    Tokens are valid ones: padding counts as time lost, as does recomputation.
+    Only valid tokens count, by the operations of :func:`lawcat_jax.models.flops.model_flops`: padding and recomputation
+    are time lost.
     """
     devices = jax.devices() if devices is None else devices
     peak = peak_flops(devices[0].device_kind)

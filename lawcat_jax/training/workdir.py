@@ -22,8 +22,8 @@ _NEEDED = ("manifest.json", "metrics.jsonl")
 
 
 class Workdir:
-    """``local`` is where to write, ``name`` what the user called it; they differ for a bucket only. A context manager:
-    leaving it uploads the rest and removes the local copy.
+    """The folder of a run as a context manager. Write below ``local``; ``name`` is what the user called the folder, which
+    differs from ``local`` for a bucket only. On leaving, the rest is uploaded and the local copy of a bucket removed.
 
     Raises:
       UserError: it cannot be made, read, or (when left without another error) written.
@@ -56,8 +56,8 @@ class Workdir:
         return f"{self.name}/{name}" if self._bucket is not None else str(self.local / name)
 
     def sync(self, *, now: bool = False) -> None:
-        """Upload what has changed, when it is time or ``now``. A failure is tried again later; only when the folder is
-        left it is an error.
+        """Upload what has changed, if the last time was ``every_seconds`` ago or with ``now``. After a failure it is tried
+        again later; only a failure on leaving the folder is an error.
         """
         if self._bucket is None or not self._primary or (not now and time.monotonic() - self._last < self._every):
             return

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from lawcat_jax import doctor
+from lawcat_jax.analysis import packages
 
 ROOT = Path(__file__).resolve().parents[2]
 
 needs_cuda_plugin = pytest.mark.skipif(
-    not doctor.installed(doctor.CUDA_PLUGINS), reason="needs the CUDA plugin of jax: pip install 'jax[cuda13]'"
+    not packages.installed(packages.CUDA_PLUGINS), reason="needs the CUDA plugin of jax: pip install 'jax[cuda13]'"
 )
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lawcat_jax.analysis import compile_report, hlo
+from lawcat_jax.analysis import compile_report, hlo, out_of_memory, topology
 from lawcat_jax.analysis import compile_report_text as aot_text
+from lawcat_jax.analysis.flops import traced_flops
 from lawcat_jax.config import AttentionConfig, Config, MeshConfig, ModelConfig, StageConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.models import flops
@@ -43,8 +44,8 @@ Total hbm usage >= 23.36G:
 
 
 def test_memory_complaint():
-    assert compile_report.needed_bytes(MESSAGE) == 23.11 * 2**30
-    first, second = compile_report.largest_buffers(MESSAGE)
+    assert out_of_memory.needed_bytes(MESSAGE) == 23.11 * 2**30
+    first, second = out_of_memory.largest_buffers(MESSAGE)
     assert first["shape"] == "f32[16,1024,128256]"
     assert first["operation"] == "jit(step)/jvp()/dot_general"
     assert (second["bytes"], second["kind"]) == (512.5 * 2**20, "HLO temp")
@@ -52,20 +53,20 @@ def test_memory_complaint():
 
 def test_memory_complaint_without_buffers():
     message = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (72.80G) ..."
-    assert compile_report.needed_bytes(message) == 72.8 * 2**30
-    assert compile_report.largest_buffers(message) == []
+    assert out_of_memory.needed_bytes(message) == 72.8 * 2**30
+    assert out_of_memory.largest_buffers(message) == []
 
     def outer(x):
         return jax.jit(lambda x: jnp.sum(x[:, None] * x[None, :]))(x)
 
-    (first, *_) = compile_report.largest_arrays(jax.jit(outer).trace(jnp.zeros(64)).jaxpr, devices=2)
+    (first, *_) = out_of_memory.largest_arrays(jax.jit(outer).trace(jnp.zeros(64)).jaxpr, devices=2)
     assert (first["shape"], first["operation"], first["bytes"]) == ("float32[64, 64]", "mul", 64 * 64 * 4 / 2)
 
 
 def test_advice_names_buffers_and_remedies():
     config = Config(stage2=StageConfig(batch_size=16, trainable=("^lora/",)))
     report = compile_report.Report("stage2", 1, False, 16 * 2**30, peak_bytes=int(23.11 * 2**30))
-    report.largest = compile_report.largest_buffers(MESSAGE)
+    report.largest = out_of_memory.largest_buffers(MESSAGE)
     line = compile_report.advice("stage2", report, config)
     assert "\n" not in line
     for word in ("23.11 GiB of 16 GiB", "f32[16,1024,128256]", "remat=layer", "loss_chunk=256", "config.mesh.fsdp"):
@@ -131,13 +132,13 @@ def test_memory_that_jax_may_allocate(monkeypatch):
     gpu, tpu = chips.CHIPS["h200"], chips.CHIPS["v5e"]
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
         monkeypatch.delenv(name, raising=False)
-    assert compile_report.memory_limit(gpu) == 0.75 * gpu.hbm_bytes
+    assert topology.memory_limit(gpu) == 0.75 * gpu.hbm_bytes
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".9")
-    assert compile_report.memory_limit(gpu) == 0.9 * gpu.hbm_bytes
-    assert compile_report.memory_limit(tpu) == tpu.hbm_bytes
+    assert topology.memory_limit(gpu) == 0.9 * gpu.hbm_bytes
+    assert topology.memory_limit(tpu) == tpu.hbm_bytes
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "most")
     with pytest.raises(UserError, match="XLA_CLIENT_MEM_FRACTION=most: must be a number above 0"):
-        compile_report.memory_limit(gpu)
+        topology.memory_limit(gpu)
 
 
 def test_links_of_gpus():
@@ -149,9 +150,9 @@ def test_links_of_gpus():
 
 
 def test_without_the_cuda_plugin(monkeypatch):
-    monkeypatch.setattr("lawcat_jax.doctor.installed", lambda names: {})
+    monkeypatch.setattr("lawcat_jax.analysis.packages.installed", lambda names: {})
     with pytest.raises(UserError, match=rf"pip install 'jax\[cuda13\]=={re.escape(jax.__version__)}'"):
-        compile_report.topology_devices("h200:8")
+        topology.topology_devices("h200:8")
 
 
 def test_without_cudnn(monkeypatch):
@@ -159,7 +160,7 @@ def test_without_cudnn(monkeypatch):
         raise RuntimeError("cuDNN not found.")
 
     monkeypatch.setattr(compile_report, "_trace", trace)
-    monkeypatch.setattr("lawcat_jax.doctor.installed", lambda names: {"jax-cuda12-plugin": "0.10.2"})
+    monkeypatch.setattr("lawcat_jax.analysis.packages.installed", lambda names: {"jax-cuda12-plugin": "0.10.2"})
     with pytest.raises(UserError, match=r"stage1: cuDNN not found\. pip install 'jax\[cuda12\]"):
         compile_report.compile_program("stage1", None, None, None, chips.CHIPS["h200"], compile_report.Options())
 
@@ -183,7 +184,7 @@ def test_a_compiler_whose_programs_jaxlib_cannot_read(monkeypatch):
 def test_without_libtpu(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'jax\[tpu\]=="):
-        compile_report.topology_devices("v5e:2x2")
+        topology.topology_devices("v5e:2x2")
 
 
 def test_traced_flops():
@@ -192,8 +193,8 @@ def test_traced_flops():
 
     x, w = jnp.zeros((4, 8)), jnp.zeros((3, 8, 8))
     product = 2 * 4 * 8 * 8
-    assert flops.traced_flops(jax.jit(loop).trace(x, w).jaxpr) == 3 * product
-    assert flops.traced_flops(jax.jit(jax.grad(loop, argnums=(0, 1))).trace(x, w).jaxpr) == 9 * product
+    assert traced_flops(jax.jit(loop).trace(x, w).jaxpr) == 3 * product
+    assert traced_flops(jax.jit(jax.grad(loop, argnums=(0, 1))).trace(x, w).jaxpr) == 9 * product
 
 
 def test_model_flops_of_a_softmax_model():

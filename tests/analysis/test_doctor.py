@@ -9,7 +9,9 @@ import sys
 import pytest
 
 from lawcat_jax import doctor
-from lawcat_jax.doctor import Machine, Problem, device_problems, requirements, satisfies, version_problems
+from lawcat_jax.analysis import installation
+from lawcat_jax.analysis.installation import Machine, device_problems
+from lawcat_jax.analysis.packages import Problem, requirements, satisfies, version_problems
 
 ROOT = pathlib.Path(__file__).parents[2]
 WANTED = requirements((ROOT / "requirements.txt").read_text().splitlines()[1:])
@@ -136,13 +138,13 @@ def test_detect_machine(tmp_path, monkeypatch):
         for name, text in (("vendor", vendor), ("device", device), ("class", kind)):
             (folder / name).write_text(text + "\n")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert doctor.detect_machine(str(tmp_path)) == Machine(("NVIDIA 0x2330",), "", ("v5e",))
+    assert installation.detect_machine(str(tmp_path)) == Machine(("NVIDIA 0x2330",), "", ("v5e",))
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 'NVIDIA H100, 580.65.06'\necho 'NVIDIA H100, 580.65.06'\n")
     smi.chmod(0o755)
-    assert doctor.detect_machine(str(tmp_path)) == Machine(("NVIDIA H100",) * 2, "580.65.06", ("v5e",))
+    assert installation.detect_machine(str(tmp_path)) == Machine(("NVIDIA H100",) * 2, "580.65.06", ("v5e",))
     smi.write_text("#!/bin/sh\nexit 9\n")
-    assert doctor.detect_machine(str(tmp_path)).driver == ""
+    assert installation.detect_machine(str(tmp_path)).driver == ""
 
 
 def test_run_probe_survives_a_crash_and_a_hang(tmp_path, monkeypatch):
@@ -151,33 +153,35 @@ def test_run_probe_survives_a_crash_and_a_hang(tmp_path, monkeypatch):
     for script, says in (("echo boom >&2; kill -9 $$", "boom"), ("exec sleep 20", "did not answer within 0.5 s")):
         python.write_text(f"#!/bin/sh\n{script}\n")
         python.chmod(0o755)
-        assert says in doctor.run_probe(0.5)["error"]
+        assert says in installation.run_probe(0.5)["error"]
 
 
 def test_caches(tmp_path):
     (tmp_path / "file").write_text("")
     directories = {"good (A)": f"{tmp_path}/new/deep", "a file (B)": f"{tmp_path}/file"}
-    (problem,) = doctor.cache_problems(directories)
+    (problem,) = installation.cache_problems(directories)
     assert "for a file (B) cannot be written" in problem.what
     assert problem.remedy.startswith("set B to")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
-    (problem,) = doctor.cache_problems({"good (A)": str(tmp_path)}, least_free=2**70)
+    (problem,) = installation.cache_problems({"good (A)": str(tmp_path)}, least_free=2**70)
     assert "GiB left" in problem.what
-    named = doctor.cache_directories({"HF_HOME": "/x", "JAX_COMPILATION_CACHE_DIR": "gs://bucket/cache"})
+    named = installation.cache_directories({"HF_HOME": "/x", "JAX_COMPILATION_CACHE_DIR": "gs://bucket/cache"})
     assert "/x" in named.values()
     assert "gs://bucket/cache" not in named.values()
 
 
 def test_hf_token(tmp_path):
-    assert doctor.has_hf_token({"HF_TOKEN": "x"})
-    assert not doctor.has_hf_token({"HF_HOME": str(tmp_path)})
+    assert installation.has_hf_token({"HF_TOKEN": "x"})
+    assert not installation.has_hf_token({"HF_HOME": str(tmp_path)})
     (tmp_path / "token").write_text("hf_secret")
-    assert doctor.has_hf_token({"HF_HOME": str(tmp_path)})
+    assert installation.has_hf_token({"HF_HOME": str(tmp_path)})
 
 
 def test_problems_set_the_exit_status(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "run_probe", lambda: {"error": "jax did not answer within 120 s"})
-    monkeypatch.setattr(doctor, "cache_problems", lambda directories: [Problem("the disk is full", "free some space")])
+    monkeypatch.setattr(installation, "run_probe", lambda: {"error": "jax did not answer within 120 s"})
+    monkeypatch.setattr(
+        installation, "cache_problems", lambda directories: [Problem("the disk is full", "free some space")]
+    )
     assert doctor.main([]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert "problem:   the disk is full -> free some space" in lines
@@ -200,5 +204,5 @@ def test_this_installation():
     row = kernels["gated_linear_attention", "d=64 bfloat16"]
     assert row["uses"] == "scan"
     assert "cuda" in row["not"]["pallas_triton"]
-    text = doctor.render(report)
+    text = installation.render(report)
     assert "kernel:    gated_linear_attention (d=64 bfloat16, d=128 bfloat16, d=32 float32): scan; not pallas" in text

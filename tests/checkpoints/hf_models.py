@@ -50,19 +50,36 @@ CASES = {
 }
 
 
+PREFIX = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "smollm3": "SmolLM3",
+    "olmo2": "Olmo2",
+    "phi3": "Phi3",
+}
+
+
 def make(directory: Path, name: str = "llama_grouped", **changes) -> Path:
     """Write the random checkpoint ``name`` to ``directory``."""
+    family, values, dtype, shard = CASES[name]
+    return make_random(directory, family, {**values, **changes}, dtype, shard)
+
+
+def make_random(directory: Path, family: str, values: dict, dtype: str = "float32", shard: str | None = None) -> Path:
+    """Write a random checkpoint of a family, with biases and norms that are not what they start as."""
     import torch
     import transformers
 
-    family, values, dtype, shard = CASES[name]
-    prefix = {"llama": "Llama", "mistral": "Mistral"}[family]
-    config = getattr(transformers, f"{prefix}Config")(**{**SIZES, **values, **changes})
+    config = getattr(transformers, f"{PREFIX[family]}Config")(**{**SIZES, **values})
     torch.manual_seed(0)
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config).to(getattr(torch, dtype))
+    model = getattr(transformers, f"{PREFIX[family]}ForCausalLM")(config).to(getattr(torch, dtype))
     for parameter_name, parameter in model.named_parameters():
         if "norm" in parameter_name:  # ones by default, which would hide a swap of the two norms
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif parameter_name.endswith("bias"):
+            torch.nn.init.uniform_(parameter, -0.5, 0.5)
     model.save_pretrained(directory, **({"max_shard_size": shard} if shard else {}))
     return directory
 

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 TINY = ModelConfig(
     vocab_size=16, hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, mlp_size=12, eos_token_ids=(2,)
 )
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -98,8 +99,12 @@ DAMAGE = {
         "LlamaForSequenceClassification.* not supported",
     ),
     "biases": (
-        lambda d: edit(d / "config.json", attention_bias=True, mlp_bias=True),
-        "attention_bias true.*mlp_bias true",
+        lambda d: edit(d / "config.json", **MISTRAL, attention_bias=True, mlp_bias=True),
+        "attention_bias true.*MistralForCausalLM.*mlp_bias true",
+    ),
+    "no biases": (
+        lambda d: edit(d / "config.json", attention_bias=True),
+        r"8 missing: model\.layers\.0\.self_attn\.q_proj\.bias",
     ),
     "missing fields": (
         lambda d: edit(d / "config.json", vocab_size=..., hidden_size=...),
@@ -108,8 +113,8 @@ DAMAGE = {
     "wrong type": (lambda d: edit(d / "config.json", vocab_size="many"), "vocab_size: 'many' is not a int"),
     "heads": (lambda d: edit(d / "config.json", num_key_value_heads=3), "does not divide"),
     "rope": (
-        lambda d: edit(d / "config.json", rope_scaling={"rope_type": "yarn", "factor": 2}),
-        "rope type 'yarn'.*llama3",
+        lambda d: edit(d / "config.json", rope_scaling={"rope_type": "spiral", "factor": 2}),
+        "rope type 'spiral'.*llama3",
     ),
     "rope fields": (lambda d: edit(d / "config.json", rope_scaling={"type": "linear"}), "needs factor"),
     "activation": (lambda d: edit(d / "config.json", hidden_act="gelu"), "hidden_act 'gelu'.*silu"),

@@ -13,9 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 import kernels_pallas as kp
 from kernels_pallas import context_parallel
+from kernels_pallas.testing import oracle
+from kernels_pallas.testing.cases import FLOAT32, REGIMES, expected, make_case
 
-from . import oracle
-from .base import FLOAT32, REGIMES, assert_close, expected, make_case
+from .base import assert_close
 from .test_lawcat import make_inputs
 
 

@@ -9,9 +9,10 @@ import pytest
 
 import kernels_pallas as kp
 from kernels_pallas.gated_linear_attention import scan
+from kernels_pallas.testing import oracle
+from kernels_pallas.testing.cases import FLOAT32, expected, make_case, run_vjp
 
-from . import oracle
-from .base import FLOAT32, GlaBackend, RequiredCases, assert_close, expected, make_case, run_vjp
+from .base import GlaBackend, RequiredCases, assert_close
 
 
 class TestScan(GlaBackend):

@@ -12,8 +12,7 @@ import pytest
 
 import kernels_pallas as kp
 from kernels_pallas.lawcat_attention.xla import feature_map
-
-from . import oracle
+from kernels_pallas.testing import oracle
 
 TAPS = 4
 
@@ -38,27 +37,6 @@ def make_inputs(*, batch=2, length=20, heads=4, kv_heads=2, width=8, features=4,
         ),
         "conv_state": (draw(batch, TAPS - 1, heads, width), draw(batch, TAPS - 1, kv_heads, width)),
     }
-
-
-def layer(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, bound=-1.25):
-    """The layer in NumPy float64, with explicitly repeated heads (no padding)."""
-    q, k, v, gate_logits, conv_q, conv_k, phi = (
-        np.asarray(x, np.float64) for x in (q, k, v, gate_logits, conv_q, conv_k, phi)
-    )
-    group = q.shape[2] // k.shape[2]
-    tails = [np.asarray(x, np.float64) for x in conv_state]
-    k, tails[1], v, gate_logits = (np.repeat(x, group, axis=2) for x in (k, tails[1], v, gate_logits))
-
-    def features(x, tail, taps):
-        rows = np.concatenate([tail, x], axis=1)
-        u = sum(taps[None, None, :, j] * rows[:, j : j + x.shape[1]] for j in range(TAPS))
-        s = np.einsum("bthd,hdf->bthf", u, phi)
-        e, f = np.exp(s - s.max(-1, keepdims=True)), np.exp(s.min(-1, keepdims=True) - s)
-        return np.maximum(np.concatenate([e / e.sum(-1, keepdims=True), f / f.sum(-1, keepdims=True)], -1), 1e-12)
-
-    log_g = -np.logaddexp(0, -gate_logits) / 16
-    out = oracle.gla(features(q, tails[0], conv_q), features(k, tails[1], conv_k), v, log_g, initial_state, bound=bound)
-    return out["o"], out["S"], out["z"]
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -91,7 +69,7 @@ def test_causal_conv1d_errors():
 def test_layer_equals_numpy():
     inputs = make_inputs(length=70)
     o, state, tails = jax.jit(kp.lawcat_attention)(**inputs)
-    for got, want in zip((o, *state), layer(**inputs), strict=True):
+    for got, want in zip((o, *state), oracle.lawcat_attention(**inputs), strict=True):
         assert oracle.error(got, want) < 5e-6
     np.testing.assert_array_equal(tails[0], inputs["q"][:, -3:])
     np.testing.assert_array_equal(tails[1], inputs["k"][:, -3:])

@@ -14,11 +14,13 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import kernels_pallas as kp
-from kernels_pallas.gated_linear_attention import block_sizes, mosaic_gpu
+from kernels_pallas import chunking
+from kernels_pallas.gated_linear_attention import mosaic_gpu
 from kernels_pallas.lawcat_attention import mosaic_gpu as lawcat
 from kernels_pallas.lawcat_attention.xla import prepare
+from kernels_pallas.testing import cases, oracle
 
-from . import base, oracle
+from . import base
 from .test_triton import lawcat_inputs
 
 ON_GPU = jax.default_backend() == "gpu"
@@ -29,7 +31,7 @@ def interpreted():
     return contextlib.nullcontext() if ON_GPU else kp.interpret()
 
 
-def forward(case: base.Case, save_residuals: bool = False):
+def forward(case: cases.Case, save_residuals: bool = False):
     run = functools.partial(
         mosaic_gpu.forward,
         normalize=case.options["normalize"],
@@ -40,14 +42,14 @@ def forward(case: base.Case, save_residuals: bool = False):
         return jax.jit(run)(*case.arrays, case.state)
 
 
-def make(name: str, **options) -> base.Case:
-    regime = next(r for r in base.REGIMES if r.name == name)
-    return base.make_case(regime, **{"dtype": jnp.bfloat16, **options})
+def make(name: str, **options) -> cases.Case:
+    regime = next(r for r in cases.REGIMES if r.name == name)
+    return cases.make_case(regime, **{"dtype": jnp.bfloat16, **options})
 
 
-def check(case: base.Case) -> None:
+def check(case: cases.Case) -> None:
     o, (S, z), _ = forward(case)
-    base.assert_close({"o": o, "S": S, "z": z}, base.expected(case), base.BFLOAT16)
+    base.assert_close({"o": o, "S": S, "z": z}, cases.expected(case), cases.BFLOAT16)
 
 
 @supported
@@ -68,7 +70,7 @@ def test_forward(name, options):
 @supported
 @pytest.mark.parametrize(("length", "shortest", "segments"), [(260, 64, 3), (650, 320, 2)])
 def test_segments_equal_one_pass(monkeypatch, length, shortest, segments):
-    monkeypatch.setattr(block_sizes, "MIN_SEGMENT", shortest)
+    monkeypatch.setattr(chunking, "MIN_SEGMENT", shortest)
     monkeypatch.setattr(mosaic_gpu, "PROGRAMS", 6)
     case = make("gla", length=length, heads=4, value_heads=2)
     assert mosaic_gpu.plan(case.arrays[0], case.arrays[2])[1].segments == segments
@@ -113,10 +115,10 @@ def test_gradients_of_a_chunk():
     """The kernel of the gradients inside the whole backward pass, states between segments and padding included."""
     case = make("below", length=70, heads=2, gate_heads=1, value_heads=1)
     with interpreted():
-        got = base.run_vjp.__wrapped__(
+        got = cases.run_vjp.__wrapped__(
             case.arrays, case.state, case.cotangents, **case.options, implementation="pallas_mosaic_gpu"
         )
-    base.assert_close(got, base.expected(case), base.BFLOAT16)
+    base.assert_close(got, cases.expected(case), cases.BFLOAT16)
 
 
 @supported
@@ -149,7 +151,7 @@ class _MosaicGpu:
     interpreted = not ON_GPU
     supports_unbounded = False
     rematerialises = ON_GPU  # the interpreter's callbacks have effects, which jax.checkpoint refuses
-    dtypes: ClassVar = {"bfloat16": base.BFLOAT16}
+    dtypes: ClassVar = {"bfloat16": cases.BFLOAT16}
 
     def _skip(self, regime, dtype):
         super()._skip(regime, dtype)

@@ -9,8 +9,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 import kernels_pallas as kp
 from kernels_pallas.gated_linear_attention import tpu, tpu_plan
+from kernels_pallas.testing.cases import BFLOAT16, REGIMES, expected, make_case, run_vjp
 
-from .base import BFLOAT16, REGIMES, GlaBackend, RequiredCases, assert_close, expected, make_case, run_vjp
+from .base import GlaBackend, RequiredCases, assert_close
 
 REGIME = {r.name: r for r in REGIMES}
 

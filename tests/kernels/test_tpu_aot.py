@@ -131,7 +131,7 @@ def layer(*arrays):
     )
     return o, o2, *state
 
-backward, fused = ("gla_states", "gla_backward"), ("lawcat_prefill", "lawcat_decode")
+backward, layer_kernels = ("gla_states", "gla_backward"), ("lawcat_prefill", "lawcat_decode")
 mesh = Mesh(devices.reshape(2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 rows = P("data", None, "model")
 sharded = jax.shard_map(gradient, mesh=mesh, in_specs=(rows,) * 4, out_specs=(rows,) * 4)
@@ -140,8 +140,8 @@ one = NamedSharding(Mesh(devices.flat[:1], ("x",)), P())
 compiles(jax.vmap(gradient), one, (3, 2), backward)
 out = (rows, rows, P("data", "model"), P("data", "model"))
 sharded = jax.shard_map(layer, mesh=mesh, in_specs=(rows,) * 4, out_specs=out)
-compiles(sharded, NamedSharding(mesh, rows), (2,), fused, 4)
-compiles(jax.vmap(layer), one, (3, 2), fused, 4)
+compiles(sharded, NamedSharding(mesh, rows), (2,), layer_kernels, 4)
+compiles(jax.vmap(layer), one, (3, 2), layer_kernels, 4)
 """
 
 

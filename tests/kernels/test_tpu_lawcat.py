@@ -16,10 +16,10 @@ import kernels_pallas as kp
 from kernels_pallas.gated_linear_attention import tpu as gla_tpu
 from kernels_pallas.gated_linear_attention import tpu_decode
 from kernels_pallas.lawcat_attention import tpu
+from kernels_pallas.testing import oracle
+from kernels_pallas.testing.cases import BFLOAT16, FLOAT32, make_case
 
-from . import oracle
-from .base import BFLOAT16, FLOAT32, make_case
-from .test_lawcat import TAPS, layer
+from .test_lawcat import TAPS
 
 PER_TOKEN = ("q", "k", "v", "gate_logits")
 
@@ -64,7 +64,7 @@ def in_float64(inputs, bound=-1.25):
         "conv_state": tuple(np.zeros((batch, TAPS - 1, inputs[x].shape[2], width)) for x in "qk"),
     }
     widened = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
-    return dict(zip(("o", "S", "z"), layer(**start | widened, bound=bound), strict=True))
+    return dict(zip(("o", "S", "z"), oracle.lawcat_attention(**start | widened, bound=bound), strict=True))
 
 
 def call(inputs, implementation="pallas_tpu", **options):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import subprocess
+import sys
 from typing import ClassVar
 
 import jax
@@ -16,10 +18,12 @@ import numpy as np
 import pytest
 
 import kernels_pallas as kp
+from kernels_pallas import chunking
 from kernels_pallas.gated_linear_attention import block_sizes, triton
 from kernels_pallas.gated_linear_attention.block_sizes import BlockSizes
+from kernels_pallas.testing import cases, oracle
 
-from . import base, oracle
+from . import base
 
 ON_GPU = jax.default_backend() == "gpu"
 SMALL = BlockSizes(16, 32, 4, 1, 64)
@@ -34,18 +38,18 @@ def interpreted():
     return contextlib.nullcontext() if ON_GPU else kp.interpret()
 
 
-def run(case: base.Case, sizes: BlockSizes | None = None) -> dict:
+def run(case: cases.Case, sizes: BlockSizes | None = None) -> dict:
     overrides = {} if sizes is None else dict.fromkeys(block_sizes.KERNELS, sizes)
     with interpreted(), block_sizes.override(**overrides):
-        # Not base.run_vjp: its cache does not know the block sizes.
+        # Not cases.run_vjp: its cache does not know the block sizes.
         options = case.options | {"implementation": "pallas_triton"}
-        return jax.jit(functools.partial(base.run_vjp.__wrapped__, **options), compiler_options=QUICK)(
+        return jax.jit(functools.partial(cases.run_vjp.__wrapped__, **options), compiler_options=QUICK)(
             case.arrays, case.state, case.cotangents
         )
 
 
-def regime(name: str) -> base.Regime:
-    return next(r for r in base.REGIMES if r.name == name)
+def regime(name: str) -> cases.Regime:
+    return next(r for r in cases.REGIMES if r.name == name)
 
 
 @pytest.mark.parametrize(
@@ -59,37 +63,37 @@ def regime(name: str) -> base.Regime:
     ],
 )
 def test_bfloat16(name, options):
-    base.assert_close(run(case := make(name, **options)), base.expected(case), base.BFLOAT16)
+    base.assert_close(run(case := make(name, **options)), cases.expected(case), cases.BFLOAT16)
 
 
-def make(name: str, **options) -> base.Case:
-    return base.make_case(regime(name), **{"dtype": jnp.bfloat16, **options})
+def make(name: str, **options) -> cases.Case:
+    return cases.make_case(regime(name), **{"dtype": jnp.bfloat16, **options})
 
 
 def test_float32():
     case = make("gla", length=40, heads=2, gate_heads=1, dtype=jnp.float32)
-    base.assert_close(run(case), base.expected(case), base.FLOAT32)
+    base.assert_close(run(case), cases.expected(case), cases.FLOAT32)
 
 
 @pytest.mark.parametrize("segments", [4, 16])
 def test_segments(monkeypatch, segments):
     """Both ways to combine segments: inside the program (few) and by a launch of its own (many)."""
-    monkeypatch.setattr(block_sizes, "MIN_SEGMENT", 16)
+    monkeypatch.setattr(chunking, "MIN_SEGMENT", 16)
     monkeypatch.setattr(triton, "PREFIX_SEGMENTS", 8)
     case = make("gla", length=32 * segments - 3, heads=1, K=32, V=32)
     sizes = BlockSizes(16, 32, 4, 1, segments)
     _, split = triton_split(case, sizes)
     assert split.segments == segments
-    base.assert_close(run(case, sizes), base.expected(case), base.BFLOAT16)
+    base.assert_close(run(case, sizes), cases.expected(case), cases.BFLOAT16)
     with interpreted(), block_sizes.override(forward=sizes, segment_state=sizes):
         o, state = jax.jit(
             lambda x, s: kp.gated_linear_attention(*x, initial_state=s, implementation="pallas_triton"),
             compiler_options=QUICK,
         )(case.arrays, case.state)
-    base.assert_close({"o": o, "S": state[0], "z": state[1]}, base.expected(case), base.BFLOAT16)
+    base.assert_close({"o": o, "S": state[0], "z": state[1]}, cases.expected(case), cases.BFLOAT16)
 
 
-def triton_split(case: base.Case, sizes: BlockSizes):
+def triton_split(case: cases.Case, sizes: BlockSizes):
     with block_sizes.override(forward=sizes):
         return triton.plan_forward(case.arrays[0], case.arrays[2], -1.25)
 
@@ -108,6 +112,11 @@ def test_reasons():
     assert reason(dtype=jnp.float32, bound=-5.0, differentiated=False) is None
 
 
+def test_rows_of_one_reference():
+    bounds = (-5.0, -2.5, -1.25, -0.625, None)
+    assert [chunking.reference_rows(b, 128) for b in bounds] == [16, 32, 64, 128, 1]
+
+
 def test_block_sizes(tmp_path, monkeypatch):
     table = tmp_path / "table.json"
     entry = {"chunk": 32, "block_v": 64, "num_warps": 8, "num_stages": 3, "programs": 99}
@@ -120,7 +129,23 @@ def test_block_sizes(tmp_path, monkeypatch):
         assert block_sizes.lookup("forward", jnp.bfloat16, 64, 64) == SMALL
     with pytest.raises(ValueError, match="unknown kernel 'nothing'"), block_sizes.override(nothing=SMALL):
         pass
-    assert [block_sizes.single_reference_limit(b) for b in (-5.0, -2.5, -1.25, -0.625, None)] == [16, 32, 64, 128, 1]
+
+
+@pytest.mark.slow
+def test_tuned_sizes_are_judged_by_the_oracle():
+    # In a process of its own: tune defines flags whose names other command lines have as well.
+    code = """
+import kernels_pallas
+from kernels_pallas import tune
+from kernels_pallas.gated_linear_attention import block_sizes
+from kernels_pallas.testing import oracle
+chosen = dict.fromkeys(block_sizes.KERNELS, block_sizes.BlockSizes(16, 32, 4, 1, 64))
+with kernels_pallas.interpret():
+    assert not tune.wrong(32, chosen, length=40, heads=1)
+    oracle.EPS = 0.5
+    assert "o" in tune.wrong(32, chosen, length=40, heads=1)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def lawcat_inputs(*, length, batch=1, heads=2, kv_heads=1, width=64, state=True, seed=0, dtype=jnp.bfloat16):
@@ -155,7 +180,7 @@ def lawcat_inputs(*, length, batch=1, heads=2, kv_heads=1, width=64, state=True,
     ],
 )
 def test_lawcat(monkeypatch, options, segments):
-    monkeypatch.setattr(block_sizes, "MIN_SEGMENT", 16)
+    monkeypatch.setattr(chunking, "MIN_SEGMENT", 16)
     arrays = lawcat_inputs(**options)
     sizes = BlockSizes(16, 32, 4, 1, 2 * segments)
     with interpreted(), block_sizes.override(features=sizes, forward=sizes, segment_state=sizes):
@@ -169,8 +194,8 @@ def test_lawcat(monkeypatch, options, segments):
         assert oracle.error(np.asarray(a.astype(jnp.float32)), np.asarray(b)) < limit
 
 
-def fused(arrays: dict) -> tuple:
-    """lawcat_attention by the fused kernels, (o, (S, z), tails)."""
+def by_kernel(arrays: dict) -> tuple:
+    """lawcat_attention by the layer kernels, (o, (S, z), tails)."""
     with interpreted():
         run = jax.jit(lambda x: kp.lawcat_attention(**x, implementation="pallas_triton"), compiler_options=QUICK)
         return run(arrays)
@@ -205,27 +230,27 @@ def test_decode(options, given, sizes):
     arrays = lawcat_inputs(length=1, **options)
     arrays = {n: x for n, x in arrays.items() if n not in ("initial_state", "conv_state") or n in given}
     with block_sizes.override(**({} if sizes is None else {"decode": sizes})):
-        got = fused(arrays)
+        got = by_kernel(arrays)
     want = kp.lawcat_attention(**jax.tree.map(lambda x: x.astype(jnp.float32), arrays), implementation="scan")
     assert_lawcat(got, want, DECODE_LIMITS[arrays["q"].dtype.type])
 
 
 def test_prefill_and_decode_equal_the_whole():
     arrays = lawcat_inputs(length=6, width=32, heads=4, kv_heads=2, dtype=jnp.float32)
-    whole = fused(arrays)
+    whole = by_kernel(arrays)
     sequence = {n: arrays.pop(n) for n in ("q", "k", "v", "gate_logits")}
     start = {n: arrays.pop(n) for n in ("initial_state", "conv_state")}
-    o, state, tails = fused(arrays | start | {n: x[:, :3] for n, x in sequence.items()})
+    o, state, tails = by_kernel(arrays | start | {n: x[:, :3] for n, x in sequence.items()})
     parts = [o]
     for t in range(3, 6):
         one = {n: x[:, t : t + 1] for n, x in sequence.items()}
-        o, state, tails = fused(arrays | one | {"initial_state": state, "conv_state": tails})
+        o, state, tails = by_kernel(arrays | one | {"initial_state": state, "conv_state": tails})
         parts.append(o)
     assert_lawcat((jnp.concatenate(parts, axis=1), state, tails), whole, (1e-5, 1e-5, 1e-5))
 
 
 def test_decode_gradient():
-    """Of everything a step returns, the tails among it, to everything it is given."""
+    """The gradient from all that a decode step returns, tails included, to all that it is given."""
     arrays = lawcat_inputs(length=1, width=32, heads=4, kv_heads=2, dtype=jnp.float32)
 
     def loss(implementation, arrays):
@@ -244,7 +269,7 @@ class _Triton:
     interpreted = not ON_GPU
     supports_unbounded = False
     checks_varying = ON_GPU  # the interpreter types the loops of a kernel without mesh axes
-    dtypes: ClassVar = {"bfloat16": base.BFLOAT16, "float32": base.FLOAT32}
+    dtypes: ClassVar = {"bfloat16": cases.BFLOAT16, "float32": cases.FLOAT32}
 
     def _skip(self, regime, dtype):
         super()._skip(regime, dtype)

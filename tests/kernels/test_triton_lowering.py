@@ -85,11 +85,11 @@ def test_gla_launches(options, expected):
 )
 @pytest.mark.parametrize("d", [64, 128])
 def test_lawcat_launches(batch, length, expected, d):
-    found = launches(fused, lawcat_arrays(batch, length, d))
+    found = launches(by_kernel, lawcat_arrays(batch, length, d))
     assert sorted(found) == sorted(expected)
 
 
-def fused(arrays):
+def by_kernel(arrays):
     return kp.lawcat_attention(**arrays, implementation="pallas_triton")
 
 
@@ -113,6 +113,6 @@ def lawcat_arrays(batch, length, d, kv_heads=8):
 @pytest.mark.parametrize(("d", "kv_heads"), [(64, 8), (128, 32)])
 def test_decode_writes_the_state_in_place(d, kv_heads):
     """S alone, input 9; the new tails come from the kernel, not from XLA."""
-    text = cuda_module(fused, lawcat_arrays(2, 1, d, kv_heads))
+    text = cuda_module(by_kernel, lawcat_arrays(2, 1, d, kv_heads))
     assert re.findall(r"output_operand_alias<[^>]*operand_index = (\d+)", text) == ["9"]
     assert "stablehlo.concatenate" not in text

@@ -13,8 +13,9 @@ from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.models.layers import Context
-from lawcat_jax.models.mixers.lawcat import INITS, LawcatMixer, gate_bias, half_lives
-from lawcat_jax.models.mixers.lolcats import LolcatsMixer
+from lawcat_jax.models.mixers import mixer_class
+from lawcat_jax.models.mixers.gates import gate_bias, half_lives
+from lawcat_jax.models.mixers.inits import INITS
 from lawcat_jax.models.rope import rope_table
 from tests.models.helpers import LAWCAT, TINY, build, drawn, forward, jit, tokens
 
@@ -32,9 +33,9 @@ def context():
     return Context(*rope_table(positions, TINY), jnp.zeros((B,), jnp.int32))
 
 
-def mixer_of(kind, attention, seed=0):
+def mixer_of(attention, seed=0):
     """(mixer with random parameters, those parameters in float64)."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: kind(TINY, attention, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: mixer_class(attention)(TINY, attention, rngs=nnx.Rngs(0))))
     params = drawn(nnx.to_pure_dict(state), seed)
     return nnx.merge(graphdef, params), jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
 
@@ -68,7 +69,7 @@ def rotated(x):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_lawcat_equals_the_recurrence_of_the_paper(normalize):
     attention = dataclasses.replace(LAWCAT, normalize=normalize, feature_dim=3)
-    mixer, p = mixer_of(LawcatMixer, attention)
+    mixer, p = mixer_of(attention)
     x, q, k, v = inputs()
     expected = np.zeros((B, T, H, WIDTH))
     logits = x @ p["gate_down"]["kernel"] @ p["gate_up"]["kernel"] + p["gate_up"]["bias"]
@@ -86,22 +87,22 @@ def test_lawcat_equals_the_recurrence_of_the_paper(normalize):
         np.testing.assert_allclose(run(mixer, x, q, k, np.ones_like(v)), 1.0, atol=1e-5)
 
 
-def test_composed_and_fused_paths_agree():
-    """The parts put together by hand, and a window whose share is 0, give what the fused call gives."""
-    mixer, p = mixer_of(LawcatMixer, LAWCAT)
+def test_the_parts_one_by_one_and_in_one_call_agree():
+    """The parts put together by hand, and a window whose share is 0, give what the one call gives."""
+    mixer, p = mixer_of(LAWCAT)
     arrays = inputs()
-    fused = run(mixer, *arrays)
+    in_one_call = run(mixer, *arrays)
 
     def compose(x, q, k, v):
         parts, _ = mixer.recurrence(x, q, k, context(), None)
         return kernels_pallas.gated_linear_attention(parts.q, parts.k, v, parts.log_g)[0]
 
-    np.testing.assert_allclose(jit(compose)(*arrays), fused, atol=1e-6)
-    windowed, _ = mixer_of(LawcatMixer, dataclasses.replace(LAWCAT, window_size=4))
+    np.testing.assert_allclose(jit(compose)(*arrays), in_one_call, atol=1e-6)
+    windowed, _ = mixer_of(dataclasses.replace(LAWCAT, window_size=4))
     values = {**p, "window_factor": np.full(H, -100.0)}
     graphdef, _ = nnx.split(windowed)
     windowed = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(np.float32), values))
-    np.testing.assert_allclose(run(windowed, *arrays), fused, atol=1e-5)
+    np.testing.assert_allclose(run(windowed, *arrays), in_one_call, atol=1e-5)
 
 
 @pytest.mark.parametrize(("affine", "sinks"), [(False, 0), (True, 2)])
@@ -110,7 +111,7 @@ def test_joint_window_forms_equal_their_quadratic_definition(kind, affine, sinks
     window = 3
     changes = dict(kind=kind, window_size=window, affine_window=affine, sinks=sinks, conv="off", tie_qk=False)
     attention = dataclasses.replace(LAWCAT, **changes, gate_kind="none")
-    mixer, p = mixer_of(LolcatsMixer if kind == "lolcats" else LawcatMixer, attention)
+    mixer, p = mixer_of(attention)
     x, q, k, v = inputs()
     share = 1 / (1 + np.exp(-p["window_factor"]))
     expected = np.zeros((B, T, H, WIDTH))
@@ -138,7 +139,7 @@ def test_identity_initialisation():
     np.testing.assert_allclose(params["conv_k"][:, :, :-1], 0.001)
     np.testing.assert_array_equal(params["gate_up"]["bias"], 0.0)  # a half-life of 16 tokens
     assert abs(float(jnp.std(params["gate_down"]["kernel"])) - 0.006) < 0.002
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: LawcatMixer(TINY, LAWCAT, rngs=nnx.Rngs(0))))
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: mixer_class(LAWCAT)(TINY, LAWCAT, rngs=nnx.Rngs(0))))
     mixer = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], params))
     x, q, k, _ = inputs()
     parts = jit(lambda x, q, k: mixer.recurrence(x, q, k, context(), None)[0])(x, q, k)

@@ -14,6 +14,7 @@ from lawcat_jax.config import LoraConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.models.attention import softmax_attention
 from lawcat_jax.models.rope import rotate
+from lawcat_jax.training.attention_transfer import teacher_forced
 from tests.models.helpers import LAWCAT, TINY, build, forward, jit, tokens
 
 HYBRID = dataclasses.replace(LAWCAT, softmax_layers=(1,))
@@ -37,7 +38,7 @@ def test_teacher_forced_equals_monolithic_autodiff():
     def forced(unroll_layers, params):
         model = models.bind(graphdef, params)
         options = {"mask": mask, "lengths": lengths, "unroll_layers": unroll_layers}
-        sums = model.teacher_forced(inputs, layer_loss=layer_loss, **options)
+        sums = teacher_forced(model, inputs, layer_loss=layer_loss, **options)
         return jnp.sum(sums["error"] ** 2), sums
 
     def monolithic(mixers):
@@ -86,13 +87,13 @@ def test_layer_loss_must_return_scalars():
 
     def loss(params):
         model = models.bind(graphdef, params)
-        return jnp.sum(model.teacher_forced(tokens(), layer_loss=lambda index, teacher, student, mask: student))
+        return jnp.sum(teacher_forced(model, tokens(), layer_loss=lambda index, teacher, student, mask: student))
 
     with pytest.raises(UserError, match="scalars"):
         jax.eval_shape(jax.grad(loss), params)
     plain, base = build()
     with pytest.raises(UserError, match="no linearised layers"):
-        models.bind(plain, base).teacher_forced(tokens(), layer_loss=layer_loss)
+        teacher_forced(models.bind(plain, base), tokens(), layer_loss=layer_loss)
 
 
 def test_adapters_merge_and_leave_the_teacher_alone():

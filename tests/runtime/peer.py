@@ -6,7 +6,8 @@ import sys
 
 from doubles import ROOT  # noqa: F401  (makes the packages importable)
 
-from lawcat_jax.errors import UserError, run_main
+from lawcat_jax.command_line import run_main
+from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import distributed
 
 HEARTBEAT = 6

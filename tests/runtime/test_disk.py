@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from doubles import Run
 
+from lawcat_jax.checkpoints import orbax_errors
+from lawcat_jax.config import Config
 from lawcat_jax.errors import UserError
 from lawcat_jax.training import checkpoint, loop, metrics, run
 
@@ -82,8 +84,8 @@ def test_failed_save_is_noticed_before_the_next_one(tmp_path, monkeypatch):
 
 def test_other_files_of_a_run(tmp_path, monkeypatch):
     """metrics.jsonl or the manifest cannot be written: the same line, with the folder's name."""
-    config = run.Config(workdir=str(tmp_path))
-    monkeypatch.setattr(run, "_run", no_space)
+    config = Config(workdir=str(tmp_path))
+    monkeypatch.setattr(metrics.Manifest, "open", no_space)
     with pytest.raises(UserError, match=f"^{tmp_path}: no space left on the device; free some"):
         run.run(config)
 
@@ -109,4 +111,4 @@ def test_damaged_last_line_of_metrics_is_dropped(tmp_path):
     ],
 )
 def test_what_counts_as_full(problem, full):
-    assert checkpoint.is_full(problem) is full
+    assert orbax_errors.is_disk_full(problem) is full

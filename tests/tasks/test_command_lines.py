@@ -247,7 +247,7 @@ def test_generate_command(student, tmp_path):
         ),
         ("evaluate", ["--checkpoint=x", "--lengths=many"], "--lengths: 'many' is not a number of tokens"),
         ("generate", ["--checkpoint=x"], "--prompt is missing"),
-        ("data.train_tokenizer", ["--input=none/*.txt", "--target=t"], "no such file"),
+        ("train_tokenizer", ["--input=none/*.txt", "--target=t"], "no such file"),
     ],
 )
 def test_error_lines(module, arguments, message, tmp_path):

@@ -18,6 +18,7 @@ from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig, LoraConfig, MeshConfig, ModelConfig, StageConfig
 from lawcat_jax.runtime import sharding
 from lawcat_jax.training import finetune
+from lawcat_jax.training.step import StepInputs
 
 MODEL = ModelConfig(
     vocab_size=48, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, mlp_size=24,
@@ -103,7 +104,7 @@ def test_the_loss_does_not_depend_on_the_path(tied, monkeypatch):
         loss = finetune.make_loss(graphdef, stage)
 
         def value(lora):
-            sums = loss({**params, "lora": lora}, batch, None)
+            sums, _ = loss({**params, "lora": lora}, batch, StepInputs())
             return sums.loss, sums.metrics
 
         fast = {"xla_backend_optimization_level": 0}  # to compile

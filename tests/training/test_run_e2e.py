@@ -98,10 +98,23 @@ def numbers(workdir: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def straight(teacher, tmp_path_factory) -> Path:
-    workdir = tmp_path_factory.mktemp("run")
-    assert run.run(make_config(teacher, workdir)) == 0
-    return workdir
+def watched(teacher, tmp_path_factory) -> tuple[Path, list[str]]:
+    """(the folder of a finished run, directories whose model.json it read)."""
+    workdir, read = tmp_path_factory.mktemp("run"), []
+    read_model_json = model_dir.read_model_json
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_dir, "read_model_json", lambda path: read.append(str(path)) or read_model_json(path))
+        assert run.run(make_config(teacher, workdir)) == 0
+    return workdir, read
+
+
+@pytest.fixture(scope="module")
+def straight(watched) -> Path:
+    return watched[0]
+
+
+def test_the_teacher_is_opened_once(watched, teacher):
+    assert watched[1] == [str(teacher)]
 
 
 def test_run_leaves_student_report_and_manifest(straight, teacher):

@@ -21,10 +21,9 @@ def one_step(stage: StageConfig, loss=loss_fn, batch=None):
     return run(state, frozen, make_batch(0) if batch is None else batch, jax.random.key(0))
 
 
-def quiet(params, batch, key):
+def quiet(params, batch, inputs):
     """The loss without noise, which differs between micro-batches."""
-    del key
-    return loss_fn(params, batch, None)
+    return loss_fn(params, batch, inputs._replace(key=None))
 
 
 def test_accumulation_equals_the_big_batch_with_uneven_weights():
@@ -68,7 +67,7 @@ def test_matches_adamw_of_optax():
     )
 
     def loss(p):
-        sums = quiet(p, make_batch(0), None)
+        sums, _ = quiet(p, make_batch(0), step.StepInputs())
         return sums.loss / sums.weight
 
     gradient = jax.grad(loss)(start)
@@ -132,7 +131,8 @@ def test_chunked_cross_entropy_and_its_gradient(chunk):
     weights = jnp.asarray(rng.integers(0, 3, size=(2, 13)), jnp.float32)
 
     def total(kernel, chunk):
-        sums = finetune.chunked_token_sums(lambda h: h @ kernel, hidden, targets, weights, teacher, chunk)
+        held = finetune.Teacher(teacher, weights)
+        sums = finetune.chunked_token_sums(lambda h: h @ kernel, hidden, targets, weights, held, chunk)
         return sums["cross_entropy"] + sums["kl"], sums
 
     gradient, sums = jax.grad(total, has_aux=True)(kernel, chunk)

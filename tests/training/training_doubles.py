@@ -14,7 +14,7 @@ from lawcat_jax.training import optim
 from lawcat_jax.training.checkpoint import Checkpointer
 from lawcat_jax.training.loop import Loop, StageRun, StopSignal
 from lawcat_jax.training.metrics import MetricsWriter
-from lawcat_jax.training.step import Sums, init_state, make_eval_step, make_train_step, validation
+from lawcat_jax.training.step import StepInputs, Sums, init_state, make_eval_step, make_train_step, validation
 
 STEPS = 12
 
@@ -31,16 +31,17 @@ def params() -> dict:
     }
 
 
-def loss_fn(params: dict, batch: dict, key: jax.Array | None) -> Sums:
+def loss_fn(params: dict, batch: dict, inputs: StepInputs) -> tuple[Sums, None]:
     """Weighted squared error of a linear model, with multiplicative noise when there is a key (like dropout)."""
     x = batch["x"]
-    if key is not None:
-        x = x * (1 + 0.1 * jax.random.normal(key, x.shape))
+    if inputs.key is not None:
+        x = x * (1 + 0.1 * jax.random.normal(inputs.key, x.shape))
     mixers = params["mixers"]
     y = x @ params["layers"]["kernel"].astype(jnp.float32) @ mixers["conv_q"] + mixers["gate_up"]["bias"]
     error = jnp.sum(jnp.square(y - batch["y"]), axis=-1)
     weights = batch["w"]
-    return Sums(jnp.sum(weights * error), jnp.sum(weights), {"mean_error": (jnp.sum(error), jnp.float32(error.size))})
+    metrics = {"mean_error": (jnp.sum(error), jnp.float32(error.size))}
+    return Sums(jnp.sum(weights * error), jnp.sum(weights), metrics), None
 
 
 def make_batch(index: int, rows: int = 8) -> dict[str, np.ndarray]:

@@ -182,7 +182,7 @@ def _memory(compiled: Any) -> dict[str, int]:
 
 
 def _peak_bytes(devices: list[jax.Device]) -> int | None:
-    """Of the fullest of this process's devices; None where the platform does not say (CPUs)."""
+    """Peak bytes of the fullest of this process's devices; None where the platform does not tell (CPUs)."""
     stats = [device.memory_stats() or {} for device in devices if device.process_index == jax.process_index()]
     return max((entry["peak_bytes_in_use"] for entry in stats if "peak_bytes_in_use" in entry), default=None)
 

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from lawcat_jax.analysis.packages import installed
 from lawcat_jax.config import Config, from_dict
-from lawcat_jax.doctor import installed
+from lawcat_jax.data.batch import Batch
 from lawcat_jax.files import read_json, write_json
 
 PACKAGES = (
@@ -35,12 +36,12 @@ PACKAGES = (
 
 @dataclasses.dataclass
 class Request:
-    """What one side shall measure.
+    """What one side is asked to measure.
 
     A step is timed ``repeats`` times over ``steps`` steps each, after ``warmup`` steps; no repeat begins that would end
     after ``deadline`` (seconds since the epoch; None: no limit), but one is always made. ``results`` is the file to write to. For the
     peer: ``gla`` (``fla`` or ``reference``), ``normalisers`` (see :mod:`lawcat_jax.analysis.throughput.torch_model`), and by
-    stage the number of sequences a step and of trainable parameters (none given: the configuration's, and unchecked).
+    stage the number of sequences per step and of trainable parameters (none given: the configuration's, and unchecked).
     """
 
     config: dict[str, Any]
@@ -68,10 +69,10 @@ class Request:
 class Measurement:
     """One stage on one side. Without ``ms`` it was not measured, and ``problem`` says why.
 
-    ``ms``: median, least and most over the repeats, milliseconds a step. ``tokens_per_second`` over all devices;
+    ``ms``: median, least and most over the repeats, milliseconds per step. ``tokens_per_second`` over all devices;
     ``mfu`` the share of their bf16 peak that the model's own operations make up (None: unknown device).
     ``peak_bytes`` is the allocator's peak of the fullest device since the process began, which on the JAX side includes
-    drawing the weights (``notes["peak_bytes_before"]``). ``memory``: bytes a device by the compiler's own account.
+    drawing the weights (``notes["peak_bytes_before"]``). ``memory``: bytes per device by the compiler's own account.
     ``compile_seconds``: tracing and compiling; ``first_step_seconds``: the first step after that (PyTorch: with all
     kernels' compilation and tuning). ``losses``: of the first and of the last step.
     """
@@ -98,7 +99,7 @@ class Measurement:
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def timed(self, seconds: list[float]) -> None:
-        """Enter the seconds a step of every repeat so far."""
+        """Enter the seconds per step of every repeat so far."""
         median = statistics.median(seconds)
         self.ms = {"median": 1e3 * median, "least": 1e3 * min(seconds), "most": 1e3 * max(seconds)}
         self.repeats = len(seconds)
@@ -143,8 +144,8 @@ def one_line(problem: BaseException) -> str:
     return f"{text or type(problem).__name__}"[:300]
 
 
-def example_batch(vocabulary: int, batch: int, length: int, seed: int) -> dict[str, np.ndarray]:
-    """Random tokens in the form of a training batch: no padding, and every token but the last has a target."""
+def example_batch(vocabulary: int, batch: int, length: int, seed: int) -> Batch:
+    """Random tokens as a training batch: no padding, and every token but the last has a target."""
     tokens = np.random.default_rng(seed).integers(0, vocabulary, (batch, length)).astype(np.int32)
     weights = np.ones((batch, length), np.float32)
     weights[:, -1] = 0
@@ -157,6 +158,6 @@ def example_batch(vocabulary: int, batch: int, length: int, seed: int) -> dict[s
     }
 
 
-def example_batches(vocabulary: int, batch: int, length: int) -> Iterator[dict[str, np.ndarray]]:
+def example_batches(vocabulary: int, batch: int, length: int) -> Iterator[Batch]:
     """A few different :func:`example_batch`, in turn, without end."""
     return itertools.cycle([example_batch(vocabulary, batch, length, seed) for seed in range(4)])

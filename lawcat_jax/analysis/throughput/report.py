@@ -11,7 +11,7 @@ from lawcat_jax.models.flops import model_flops
 from lawcat_jax.runtime.chips import GIB
 
 TARGET = 1.5
-"""Times the tokens a second of the peer that each stage is to reach."""
+"""The goal of each stage: this many times the peer's tokens per second and device."""
 
 
 def add_utilization(measurements: list[Measurement], config: Config) -> None:
@@ -26,8 +26,8 @@ def add_utilization(measurements: list[Measurement], config: Config) -> None:
 
 
 def comparisons(measurements: list[Measurement]) -> dict[str, dict[str, Any]]:
-    """By stage: ``ratio`` of tokens a second and device, ours over the fastest peer's, and that peer's ``variant``; or
-    the ``problem`` that keeps the two from being compared.
+    """Per stage, how our speed compares with the peer's: ``ratio`` of tokens per second and device, ours over those of its
+    fastest variant, which ``variant`` names; or the ``problem`` that keeps the two from being compared.
     """
     found: dict[str, dict[str, Any]] = {}
     for stage in dict.fromkeys(entry.stage for entry in measurements):

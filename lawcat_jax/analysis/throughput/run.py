@@ -25,11 +25,11 @@ GRACE_SECONDS = 5.0
 
 @dataclasses.dataclass
 class Options:
-    """What the command line says beyond the configuration. ``batch`` and ``length`` 0: the configuration's own;
-    ``seconds`` 0: no limit.
+    """What the command line says beyond the configuration. No ``stages``: all enabled ones; ``batch`` and ``length`` 0:
+    the configuration's own; ``seconds`` 0: no limit.
     """
 
-    stages: list[str]
+    stages: list[str] = dataclasses.field(default_factory=list)
     batch: int = 0
     length: int = 0
     steps: int = 10
@@ -41,6 +41,23 @@ class Options:
     normalisers: tuple[str, ...] = NORMALISERS[:2]
     out: str = "throughput_results"
     command: str = ""
+
+
+def benchmark(config: Config, options: Options) -> int:
+    """Check the options, enter them into ``config``, and measure; the exit code of :meth:`Benchmark.run`.
+
+    Raises:
+      UserError, ConfigError: options that cannot run, naming the flag, or no teacher to read the architecture from.
+    """
+    options.stages = options.stages or [name for name, _ in config.stages() if name in STAGES]
+    check(options, config)
+    model = config.teacher.architecture
+    if model is None:
+        from lawcat_jax.training.inputs import architecture  # imports jax: only where it must
+
+        model = architecture(config)
+    settle(config, options, model)
+    return Benchmark(config, options).run()
 
 
 def check(options: Options, config: Config) -> None:
@@ -132,7 +149,7 @@ class Benchmark:
         self._write()
 
     def _request(self, stages: list[str], results: Path) -> Request:
-        """For one side; the peer, which has one device, takes a device's share of our sequences."""
+        """What to ask of one side. The peer runs on one device and gets the sequences that one device takes of ours."""
         options = self._options
         ours = {entry.stage: entry for entry in self.measurements if entry.side == "jax" and entry.trainable}
         results.unlink(missing_ok=True)  # of an earlier run

@@ -284,7 +284,7 @@ def make_step(decoder: Any, name: str, stage: StageConfig, device: str) -> Step:
 
 
 def _seconds(run: Callable[[], None], count: int, device: str) -> float:
-    """Seconds a call: on a GPU between two events on the stream, with the device idle before and after."""
+    """Seconds per call: on a GPU between two events on the stream, with the device idle before and after."""
     if device != "cuda":
         started = time.perf_counter()
         for _ in range(count):

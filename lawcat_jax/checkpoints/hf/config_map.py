@@ -1,64 +1,59 @@
 """``config.json`` of Hugging Face <-> :class:`~lawcat_jax.config.ModelConfig`.
 
-transformers 4 stores ``rope_theta`` and ``rope_scaling``; transformers 5 stores both in ``rope_parameters``.
-Both forms are read, and both are written side by side: version 5 lets a non-null ``rope_scaling`` override
-``rope_parameters`` and takes ``rope_theta`` from beside it, version 4 ignores ``rope_parameters``.
+What all families share is here; what one family has of its own is in its file in
+:mod:`lawcat_jax.checkpoints.hf.families`, the rotary embedding in :mod:`lawcat_jax.checkpoints.hf.rope_map`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from lawcat_jax.config import ModelConfig, RopeScaling, model_problems, type_problems
+from lawcat_jax.checkpoints.hf import families
+from lawcat_jax.checkpoints.hf.fields import Fields
+from lawcat_jax.checkpoints.hf.rope_map import rope_from_hf, rope_to_hf
+from lawcat_jax.config import ModelConfig, model_problems, type_problems
 from lawcat_jax.errors import UserError
 
-SUPPORTED = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-_ROPE_TYPES = ("default", "linear", "llama3")
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# What transformers assumes for a field that config.json does not state.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
-    "mistral": {
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-}
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def model_config_from_hf(values: dict[str, Any], where: str = "config.json") -> ModelConfig:
+def model_config_from_hf(
+    values: dict[str, Any], where: str = "config.json", generation: Mapping[str, Any] | None = None
+) -> ModelConfig:
     """The architecture that a Hugging Face configuration describes.
 
     Args:
       values: the parsed ``config.json``.
       where: named in error messages.
+      generation: token ids of ``generation_config.json`` (:func:`generation_ids`), which take precedence.
 
     Raises:
       UserError: unsupported architecture or option, or fields that are missing, of the wrong type or out
         of range; all problems in one message.
     """
-    family = _family(values, where)
+    name = _family(values, where)
+    family = families.find(name)
+    fields = Fields(values, family.defaults, where)
     problems = [f"{name} is missing" for name in _REQUIRED if values.get(name) is None]
-    problems += _unsupported(values)
+    problems += [
+        f"{name}: {values[name]!r} is not a int"
+        for name in _REQUIRED
+        if values.get(name) is not None and (not isinstance(values[name], int) or isinstance(values[name], bool))
+    ]
+    problems += _unsupported(values, family)
     if problems:
-        raise UserError(f"{where}: {'; '.join(problems)}")
-
-    def get(name: str, default: Any = None) -> Any:
-        return values.get(name, _DEFAULTS[family].get(name, default))
-
-    heads, hidden = values["num_attention_heads"], values["hidden_size"]
-    head_dim = values.get("head_dim")
-    if head_dim is None and all(isinstance(n, int) and n > 0 for n in (heads, hidden)):
+        fields.fail("; ".join(problems))
+    heads, hidden, head_dim = values["num_attention_heads"], values["hidden_size"], fields.get("head_dim")
+    if head_dim is None and heads > 0 and hidden > 0:
         if hidden % heads:
-            raise UserError(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+            fields.fail(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
         head_dim = hidden // heads
-    kv_heads = get("num_key_value_heads")
-    eos = get("eos_token_id")
-    theta, scaling = _rope_from_hf(values, where)
+    kv_heads = fields.get("num_key_value_heads")
+    theta, scaling = rope_from_hf(fields, family.rope_types)
     config = ModelConfig(
-        family=family,
+        family=name,
         vocab_size=values["vocab_size"],
         hidden_size=hidden,
         num_layers=values["num_hidden_layers"],
@@ -66,20 +61,18 @@ def model_config_from_hf(values: dict[str, Any], where: str = "config.json") -> 
         num_kv_heads=heads if kv_heads is None else kv_heads,
         head_dim=head_dim,
         mlp_size=values["intermediate_size"],
-        rms_norm_eps=get("rms_norm_eps", 1e-6),
+        rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        max_position_embeddings=get("max_position_embeddings"),
-        tie_embeddings=get("tie_word_embeddings", False),
-        sliding_window=get("sliding_window") if family == "mistral" else None,
-        bos_token_id=get("bos_token_id"),
-        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-        pad_token_id=values.get("pad_token_id"),
+        max_position_embeddings=fields.get("max_position_embeddings"),
+        tie_embeddings=fields.get("tie_word_embeddings", False),
+        **token_ids({name: fields.get(name) for name in TOKEN_IDS} | dict(generation or {})),
+        **family.read(fields),
     )
     problems = type_problems(config, "")
     problems = [problem.removeprefix(".") for problem in problems or model_problems(config, "")]
     if problems:
-        raise UserError(f"{where}: {'; '.join(problems)}")
+        fields.fail("; ".join(problems))
     return config
 
 
@@ -90,17 +83,9 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
       config: the architecture.
       dtype: of the weights, e.g. ``bfloat16``.
     """
-    eos = list(config.eos_token_ids)
-    scaling = config.rope_scaling
-    rope: dict[str, Any] = {"rope_type": "default" if scaling.kind == "none" else scaling.kind}
-    if scaling.kind != "none":
-        rope["factor"] = scaling.factor
-    if scaling.kind == "llama3":
-        rope["low_freq_factor"] = scaling.low_freq_factor
-        rope["high_freq_factor"] = scaling.high_freq_factor
-        rope["original_max_position_embeddings"] = scaling.original_max_position_embeddings
-    values: dict[str, Any] = {
-        "architectures": [SUPPORTED[config.family]],
+    family = families.find(config.family)
+    return {
+        "architectures": [family.architecture],
         "model_type": config.family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -112,83 +97,87 @@ def model_config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": config.rms_norm_eps,
         "max_position_embeddings": config.max_position_embeddings,
-        "rope_theta": config.rope_theta,
-        # Version 4 reads the older key "type" for linear scaling, and refuses neither.
-        "rope_scaling": None if scaling.kind == "none" else {**rope, "type": rope["rope_type"]},
-        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
+        **rope_to_hf(config),
         "attention_dropout": 0.0,
         "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else (eos or None),
-        "pad_token_id": config.pad_token_id,
+        **token_ids_to_hf(config),
         "torch_dtype": dtype,
         "dtype": dtype,
         "use_cache": True,
+        **family.write(config),
     }
-    if config.family == "llama":
-        values |= {"attention_bias": False, "mlp_bias": False}
-    else:
-        values["sliding_window"] = config.sliding_window
-    return values
+
+
+def token_ids(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Special token ids as fields of :class:`ModelConfig`; only those that ``values`` has."""
+    fields = {name: values[name] for name in ("bos_token_id", "pad_token_id") if name in values}
+    if "eos_token_id" in values:
+        eos = values["eos_token_id"]
+        fields["eos_token_ids"] = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    return fields
+
+
+def token_ids_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of :func:`token_ids`, with null for those that the model does not have."""
+    eos = list(config.eos_token_ids)
+    return {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else (eos or None),
+        "pad_token_id": config.pad_token_id,
+    }
+
+
+def generation_ids(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The special token ids that a ``generation_config.json`` states: what generation goes by, whatever config.json says
+    (chat models often name their end of turn here alone).
+
+    Raises:
+      UserError: an id that is no whole number, or for ``eos_token_id`` a list of them.
+    """
+    found = {name: values[name] for name in TOKEN_IDS if values.get(name) is not None}
+    for name, value in found.items():
+        ids = value if name == "eos_token_id" and isinstance(value, list) else [value]
+        if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in ids):
+            raise UserError(
+                f"{where}: {name} {value!r} should be a token id; correct it, or remove it to use config.json"
+            )
+    return found
 
 
 def _family(values: dict[str, Any], where: str) -> str:
-    supported = ", ".join(SUPPORTED.values())
+    known = {family.architecture: name for name, family in families.table().items()}
+    supported = ", ".join(known)
     architectures = values.get("architectures") or []
-    family = values.get("model_type")
+    name = values.get("model_type")
     if not isinstance(architectures, list) or len(architectures) > 1:
         raise UserError(f"{where}: architectures {architectures!r} is not one name; supported: {supported}")
     if architectures:
-        named = {name: key for key, name in SUPPORTED.items()}.get(architectures[0])
-        if named is None or family not in (None, named):
+        named = known.get(str(architectures[0]))
+        if named is None or name not in (None, named):
             raise UserError(
-                f"{where}: architecture {architectures[0]!r} (model_type {family!r}) is not supported; "
+                f"{where}: architecture {architectures[0]!r} (model_type {name!r}) is not supported; "
                 f"supported: {supported}"
             )
         return named
-    if family not in SUPPORTED:
-        raise UserError(f"{where}: model_type {family!r} is not supported; supported: {supported}")
-    return family
+    if name not in known.values():
+        raise UserError(f"{where}: model_type {name!r} is not supported; supported: {supported}")
+    return name
 
 
-def _unsupported(values: dict[str, Any]) -> list[str]:
+def _unsupported(values: dict[str, Any], family: families.Family) -> list[str]:
     problems = []
     for name in ("attention_bias", "mlp_bias"):
-        if values.get(name):
-            problems.append(f"{name} true is not supported (projections here have no bias)")
+        if values.get(name) and name not in family.options:
+            problems.append(f"{name} true is not supported (these projections have no bias in {family.architecture})")
     if values.get("hidden_act", "silu") not in ("silu", "swish"):
         problems.append(f"hidden_act {values['hidden_act']!r} is not supported (supported: 'silu')")
     if values.get("quantization_config"):
         problems.append("quantized weights (quantization_config) are not supported; convert the original checkpoint")
-    if values.get("partial_rotary_factor") not in (None, 1, 1.0):
-        problems.append(f"partial_rotary_factor {values['partial_rotary_factor']!r} is not supported")
+    for share in [values, *(values.get(name) for name in ("rope_scaling", "rope_parameters"))]:
+        part = share.get("partial_rotary_factor") if isinstance(share, dict) else None
+        if part not in (None, 1, 1.0) and "partial_rotary_factor" not in family.options:
+            problems.append(f"partial_rotary_factor {part!r} is not supported")
     kinds = values.get("layer_types")
-    if isinstance(kinds, list) and len({str(kind) for kind in kinds}) > 1:
+    if isinstance(kinds, list) and len({str(kind) for kind in kinds}) > 1 and "layer_types" not in family.options:
         problems.append("layer_types that differ between layers are not supported")
     return problems
-
-
-def _rope_from_hf(values: dict[str, Any], where: str) -> tuple[float, RopeScaling]:
-    # The precedence of transformers 5: a non-null rope_scaling wins over rope_parameters.
-    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{where}: rope_scaling / rope_parameters should be an object, not {rope!r}")
-    theta = rope.get("rope_theta", values.get("rope_theta"))
-    if theta is None and isinstance(values.get("rope_parameters"), dict):
-        theta = values["rope_parameters"].get("rope_theta")
-    theta = 10000.0 if theta is None else theta
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE_TYPES:
-        raise UserError(f"{where}: rope type {kind!r} is not supported; supported: {', '.join(_ROPE_TYPES)}")
-    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise UserError(f"{where}: partial_rotary_factor {rope['partial_rotary_factor']!r} is not supported")
-    needed = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }[kind]
-    missing = [name for name in needed if rope.get(name) is None]
-    if missing:
-        raise UserError(f"{where}: rope type {kind!r} needs {', '.join(missing)}")
-    scaling = RopeScaling(**({"kind": "none"} if kind == "default" else {"kind": kind, **{n: rope[n] for n in needed}}))
-    return theta, scaling

@@ -1,6 +1,7 @@
-"""The one table between Hugging Face tensor names and our parameter paths, used in both directions.
+"""Hugging Face tensor names and our parameter paths: one list of rules for both directions.
 
-Ours stack the layers on axis 0 and keep kernels as [in, out]; Hugging Face has one [out, in] matrix a layer.
+Ours stack the layers on axis 0 and keep kernels as [in, out]; Hugging Face has one [out, in] matrix per layer. The
+modules of a layer are those of :mod:`lawcat_jax.projections`; the families say which of them go by another name.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from lawcat_jax import projections
+from lawcat_jax.checkpoints.hf import families
 from lawcat_jax.config import AttentionConfig, ModelConfig
 
 
 class Rule(NamedTuple):
-    """One row: our path, the HF name (``{layer}`` when stacked), transposed or not, our per-layer axes."""
+    """One row: our path, the HF name (``{layer}`` when stacked), transposed or not, the letters of our sizes per layer
+    (see :mod:`lawcat_jax.projections`).
+    """
 
     path: str
     hf: str
@@ -26,47 +31,46 @@ class Rule(NamedTuple):
 
 
 _BLOCK = "model.layers.{layer}."
-# Axes: V vocabulary, D width, Q = H*d, N = Hkv*d, F MLP width.
-TABLE = (
-    Rule("embed/embedding", "model.embed_tokens.weight", False, ("V", "D")),
-    Rule("layers/input_norm/scale", _BLOCK + "input_layernorm.weight", False, ("D",)),
-    Rule("layers/attention/q_proj/kernel", _BLOCK + "self_attn.q_proj.weight", True, ("D", "Q")),
-    Rule("layers/attention/k_proj/kernel", _BLOCK + "self_attn.k_proj.weight", True, ("D", "N")),
-    Rule("layers/attention/v_proj/kernel", _BLOCK + "self_attn.v_proj.weight", True, ("D", "N")),
-    Rule("layers/attention/o_proj/kernel", _BLOCK + "self_attn.o_proj.weight", True, ("Q", "D")),
-    Rule("layers/post_attention_norm/scale", _BLOCK + "post_attention_layernorm.weight", False, ("D",)),
-    Rule("layers/mlp/gate_proj/kernel", _BLOCK + "mlp.gate_proj.weight", True, ("D", "F")),
-    Rule("layers/mlp/up_proj/kernel", _BLOCK + "mlp.up_proj.weight", True, ("D", "F")),
-    Rule("layers/mlp/down_proj/kernel", _BLOCK + "mlp.down_proj.weight", True, ("F", "D")),
-    Rule("final_norm/scale", "model.norm.weight", False, ("D",)),
-    Rule("lm_head/kernel", "lm_head.weight", True, ("D", "V")),
-)
 # Buffers that old checkpoints carry and that are computed here.
 _IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 
 class Slot(NamedTuple):
-    """Where one HF tensor belongs."""
+    """Where one HF tensor belongs: its rows are those of ``parts``, (path, number of rows) each, one after another."""
 
-    path: str
+    parts: tuple[tuple[str, int], ...]
     layer: int | None
     transpose: bool
     hf_shape: tuple[int, ...]
 
 
 def rules(config: ModelConfig) -> tuple[Rule, ...]:
-    """The rows that apply: without ``lm_head`` when embeddings are tied."""
-    return tuple(rule for rule in TABLE if not (config.tie_embeddings and rule.path == "lm_head/kernel"))
+    """The rows for one architecture, in the order of a checkpoint; several may share an HF name (a fused matrix)."""
+    top = [Rule("embed/embedding", "model.embed_tokens.weight", False, ("V", "D"))]
+    end = [Rule("final_norm/scale", "model.norm.weight", False, ("D",))]
+    if not config.tie_embeddings:
+        end.append(Rule("lm_head/kernel", "lm_head.weight", True, ("D", "V")))
+    return (*top, *_layer_rules(config), *end)
+
+
+def _layer_rules(config: ModelConfig) -> list[Rule]:
+    renamed = families.find(config.family).renamed
+    modules: dict[str, list[Rule]] = {}
+    for path, (size, hf) in projections.norms(config).items():
+        modules[path] = [Rule(f"layers/{path}/scale", f"{_BLOCK}{renamed.get(path, hf)}.weight", False, (size,))]
+    for row in projections.PROJECTIONS:
+        path, hf = f"layers/{row.path}", _BLOCK + renamed.get(row.path, row.hf)
+        modules[row.path] = [Rule(f"{path}/kernel", f"{hf}.weight", True, (row.inputs, row.outputs))]
+        if row.has_bias(config):
+            modules[row.path].append(Rule(f"{path}/bias", f"{hf}.bias", False, (row.outputs,)))
+    attention, mlp = ([row.path for row in rows] for rows in (projections.ATTENTION, projections.MLP))
+    order = ["input_norm", *attention, "attention/q_norm", "attention/k_norm", "attention_output_norm"]
+    order += ["post_attention_norm", *mlp, "mlp_output_norm"]
+    return [rule for path in order for rule in modules.get(path, [])]
 
 
 def _shape(config: ModelConfig, rule: Rule) -> tuple[int, ...]:
-    sizes = {
-        "V": config.vocab_size,
-        "D": config.hidden_size,
-        "Q": config.num_heads * config.head_dim,
-        "N": config.num_kv_heads * config.head_dim,
-        "F": config.mlp_size,
-    }
+    sizes = projections.axis_sizes(config)
     return tuple(sizes[axis] for axis in rule.axes)
 
 
@@ -77,18 +81,20 @@ def base_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def hf_slots(config: ModelConfig) -> dict[str, Slot]:
     """Every HF tensor name of the architecture, in checkpoint order, and where it belongs."""
-    slots: dict[str, Slot] = {}
     chosen = rules(config)
     first = next(index for index, rule in enumerate(chosen) if rule.stacked)
     last = max(index for index, rule in enumerate(chosen) if rule.stacked)
     order: list[tuple[Rule, int | None]] = [(rule, None) for rule in chosen[:first]]
     order += [(rule, layer) for layer in range(config.num_layers) for rule in chosen[first : last + 1]]
     order += [(rule, None) for rule in chosen[last + 1 :]]
+    slots: dict[str, Slot] = {}
     for rule, layer in order:
         shape = _shape(config, rule)
-        slots[rule.hf.format(layer=layer)] = Slot(
-            rule.path, layer, rule.transpose, shape[::-1] if rule.transpose else shape
-        )
+        rows, *columns = shape[::-1] if rule.transpose else shape
+        name = rule.hf.format(layer=layer)
+        before = slots[name] if name in slots else Slot((), layer, rule.transpose, (0,))
+        parts = (*before.parts, (rule.path, rows))
+        slots[name] = Slot(parts, layer, rule.transpose, (before.hf_shape[0] + rows, *columns))
     return slots
 
 

@@ -14,32 +14,31 @@ from typing import Any
 
 import numpy as np
 
-from lawcat_jax.checkpoints.hf.mapping import TABLE, flatten, linearised_layers, unflatten
+from lawcat_jax.checkpoints.hf import families
+from lawcat_jax.checkpoints.hf.mapping import flatten, linearised_layers, unflatten
 from lawcat_jax.checkpoints.hf.tensors import open_tensors, write_tensors
 from lawcat_jax.checkpoints.hf.write import check_leaves
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import new_directory, read_json, write_json
+from lawcat_jax.projections import LORA_TARGETS, PROJECTIONS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "base_model.model.{module}.lora_{part}.weight"
-_KERNELS = {rule.path: rule for rule in TABLE}
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_README = """These LoRA adapters were trained for a student with linear attention. On the softmax attention of their base model they
-are another model, not the student: that needs its token mixers too (`lawcat_jax.convert --to=transformers` or
-`--to=delta`).
+_README = """These LoRA adapters were trained for a student with linear attention. On the softmax attention of their base
+model they are another model, not the student: that needs its token mixers too (`lawcat_jax.convert --to=transformers`
+or `--to=delta`).
 """
+_ROWS = {row.name: row for row in PROJECTIONS}
 _NEUTRAL = {"use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "bias": "none", "modules_to_save": None}
 
 
 def lora_shapes(model: ModelConfig, attention: AttentionConfig | None, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the adapter arrays by path, stacked over the linearised layers."""
-    count, width = len(linearised_layers(model, attention)), model.hidden_size
-    query, key = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    sizes = {"q_proj": (width, query), "k_proj": (width, key), "v_proj": (width, key), "o_proj": (query, width)}
+    count = len(linearised_layers(model, attention))
     shapes = {}
     for target in lora.targets:
-        inputs, outputs = sizes[target]
+        inputs, outputs = _ROWS[target].sizes(model)
         shapes[f"lora/{target}/a"] = (count, inputs, lora.rank)
         shapes[f"lora/{target}/b"] = (count, lora.rank, outputs)
     return shapes
@@ -68,6 +67,7 @@ def write_adapter(
     Raises:
       UserError: no adapters in ``params``, wrong shapes, or the target exists.
     """
+    _check_names(model, f"cannot write {target}")
     leaves = {f"lora/{path}": leaf for path, leaf in flatten(params.get("lora", {}))}
     if not leaves:
         raise UserError(f"cannot write {target}: the model has no LoRA adapters")
@@ -115,6 +115,7 @@ def read_adapter(
       UserError: not a plain LoRA adapter, or one for other layers, modules or shapes; names are listed.
     """
     source = Path(source)
+    _check_names(model, source)
     values = read_json(source / CONFIG)
     lora = _lora_config(values, source)
     if not (source / WEIGHTS).is_file() and (source / "adapter_model.bin").is_file():
@@ -141,8 +142,18 @@ def read_adapter(
 
 
 def _tensor_name(projection: str, part: str, layer: int) -> str:
-    module = _KERNELS[f"layers/attention/{projection}/kernel"].hf.format(layer=layer).removesuffix(".weight")
-    return _NAME.format(module=module, part=part.upper())
+    return _NAME.format(module=f"model.layers.{layer}.{_ROWS[projection].hf}", part=part.upper())
+
+
+def _check_names(model: ModelConfig, where: str | os.PathLike) -> None:
+    fused = [
+        path for path in families.find(model.family).renamed if path in {row.path for row in PROJECTIONS if row.lora}
+    ]
+    if fused:
+        raise UserError(
+            f"{where}: {model.family} keeps {', '.join(fused)} in one matrix, for which PEFT has other adapters; merge them "
+            "into the model instead"
+        )
 
 
 def _lora_config(values: dict[str, Any], source: Path) -> LoraConfig:
@@ -156,14 +167,14 @@ def _lora_config(values: dict[str, Any], source: Path) -> LoraConfig:
     targets = values.get("target_modules")
     if isinstance(targets, str):  # PEFT: one regular expression, full match on the module's name
         try:
-            targets = [name for name in _PROJECTIONS if re.fullmatch(targets, f"model.layers.0.self_attn.{name}")]
+            targets = [name for name in LORA_TARGETS if re.fullmatch(targets, f"model.layers.0.self_attn.{name}")]
         except re.error:
             targets = None
-    unknown = sorted(set(targets or ["nothing"]) - set(_PROJECTIONS))
+    unknown = sorted(set(targets or ["nothing"]) - set(LORA_TARGETS))
     if unknown:
-        raise UserError(f"{where}: target_modules has {', '.join(unknown)}; supported: {', '.join(_PROJECTIONS)}")
+        raise UserError(f"{where}: target_modules has {', '.join(unknown)}; supported: {', '.join(LORA_TARGETS)}")
     rank, alpha = values.get("r"), values.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise UserError(f"{where}: r {rank!r} and lora_alpha {alpha!r} should be numbers, r at least 1")
-    ordered = tuple(name for name in _PROJECTIONS if name in (targets or ()))
+    ordered = tuple(name for name in LORA_TARGETS if name in (targets or ()))
     return LoraConfig(rank=rank, alpha=float(alpha), dropout=float(values.get("lora_dropout") or 0.0), targets=ordered)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lawcat_jax.checkpoints.hf.config_map import model_config_from_hf
+from lawcat_jax.checkpoints.hf.config_map import generation_ids, model_config_from_hf
 from lawcat_jax.checkpoints.hf.mapping import Slot, base_shapes, hf_slots, ignored, unflatten
 from lawcat_jax.checkpoints.hf.tensors import DTYPES, Tensor, open_tensors
 from lawcat_jax.config import ModelConfig
@@ -29,6 +29,8 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+GENERATION = "generation_config.json"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LISTED = 20  # names per kind of problem in one message
 
@@ -55,7 +57,7 @@ def resolve_source(source: str, revision: str | None = None) -> Path:
     except ImportError:
         raise UserError(f"no such directory: {source} (and huggingface_hub is not installed)") from None
     # Only what is read here: repositories also carry .bin, .pth and "consolidated" copies of the weights.
-    patterns = ["config.json", "generation_config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES]
+    patterns = ["config.json", GENERATION, "model*.safetensors", INDEX, *TOKENIZER_FILES]
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     except GatedRepoError:
@@ -73,6 +75,15 @@ def resolve_source(source: str, revision: str | None = None) -> Path:
         ) from None
 
 
+def stated_ids(file: Path) -> dict[str, Any]:
+    """The special token ids of a generation_config.json; none without the file.
+
+    Raises:
+      UserError: not a JSON object, or with ids that are none.
+    """
+    return generation_ids(read_json(file), str(file)) if file.is_file() else {}
+
+
 class Checkpoint:
     """An opened HF directory: its architecture, and every tensor by name, checked but not read.
 
@@ -83,11 +94,22 @@ class Checkpoint:
         missing, unexpected or wrongly shaped tensors by name.
     """
 
-    def __init__(self, path: Path):
+    def __init__(
+        self, path: Path, *, values: dict[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None
+    ):
+        """``values`` and ``tensors`` are given by other file formats, which then name ``path`` in messages."""
         self.path = path
-        self.values = read_json(path / "config.json")
-        self.config: ModelConfig = model_config_from_hf(self.values, str(path / "config.json"))
-        self.tensors: dict[str, Tensor] = _collect(path)
+        own = values is None
+        self._where = "config.json" if own else "its configuration"
+        self.values = read_json(path / "config.json") if own else values
+        self.config: ModelConfig = model_config_from_hf(
+            self.values,
+            str(path / "config.json" if own else path),
+            stated_ids(path / GENERATION) if own else {},
+        )
+        self.tensors: dict[str, Tensor] = _collect(path) if tensors is None else dict(tensors)
+        if self.config.tie_embeddings and _EMBEDDING not in self.tensors and _HEAD in self.tensors:
+            self.tensors[_EMBEDDING] = self.tensors.pop(_HEAD)  # one matrix, stored under the name of its other use
         self.slots: dict[str, Slot] = hf_slots(self.config)
         self._check()
 
@@ -100,7 +122,8 @@ class Checkpoint:
         """The stored dtype of each of our parameters; layers that differ meet in float32, without loss."""
         found: dict[str, set[np.dtype]] = {}
         for name, slot in self.slots.items():
-            found.setdefault(slot.path, set()).add(self.tensors[name].dtype)
+            for path, _ in slot.parts:
+                found.setdefault(path, set()).add(self.tensors[name].dtype)
         return {path: kinds.pop() if len(kinds) == 1 else np.dtype(np.float32) for path, kinds in found.items()}
 
     def _check(self) -> None:
@@ -120,13 +143,17 @@ class Checkpoint:
         }
         parts = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
         if parts:
-            raise UserError(f"{self.path}: tensors do not fit config.json: {'; '.join(parts)}")
-        head, embedding = self.tensors.get("lm_head.weight"), self.tensors["model.embed_tokens.weight"]
-        if self.config.tie_embeddings and head is not None and not _equal(head, embedding):
+            raise UserError(f"{self.path}: tensors do not fit {self._where}: {'; '.join(parts)}")
+        head, embedding = self.tensors.get(_HEAD), self.tensors[_EMBEDDING]
+        if self.config.tie_embeddings and head is not None and not _same_values(head, embedding):
             raise UserError(
                 f"{self.path}: config.json ties the embeddings, but lm_head.weight differs from "
                 "model.embed_tokens.weight; set tie_word_embeddings to false to use both"
             )
+
+    def tokenizer_directory(self) -> str | None:
+        """The directory of the tokenizer's files; None when there are none."""
+        return str(self.path) if any((self.path / name).is_file() for name in TOKENIZER_FILES) else None
 
     def params(
         self, *, dtype: np.dtype | None = None, shardings: Shardings | None = None, progress: Progress = lambda n: None
@@ -144,7 +171,10 @@ class Checkpoint:
         """
         by_path: dict[str, list[tuple[Tensor, Slot]]] = {}
         for name, slot in self.slots.items():
-            by_path.setdefault(slot.path, []).append((self.tensors[name], slot))
+            start = 0
+            for path, rows in slot.parts:
+                by_path.setdefault(path, []).append((self.tensors[name].part(start, start + rows), slot))
+                start += rows
         stored, leaves = self.dtypes(), {}
         for path, shape in base_shapes(self.config).items():
             kind = stored[path] if dtype is None else dtype
@@ -208,11 +238,13 @@ def _fits(source: np.ndarray, cast: np.ndarray) -> bool:
     return bool((np.isfinite(cast) | ~np.isfinite(source.astype(np.float32))).all())
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype or a.dtype is None:
+def _same_values(head: Tensor, embedding: Tensor) -> bool:
+    """Equal, or equal up to the rounding of a head that is stored in a narrower dtype."""
+    if head.shape != embedding.shape or head.dtype is None:
         return False
-    pairs = zip(a.blocks(0, a.shape[0]), b.blocks(0, b.shape[0]), strict=True)
-    return all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for (_, x), (_, y) in pairs)
+    pairs = zip(head.blocks(0, head.shape[0]), embedding.blocks(0, head.shape[0]), strict=True)
+    with np.errstate(over="ignore"):
+        return all(np.array_equal(x.view(np.uint8), y.astype(x.dtype).view(np.uint8)) for (_, x), (_, y) in pairs)
 
 
 def _listed(names: list[str]) -> str:

@@ -41,6 +41,14 @@ class Tensor:
         assert self.dtype is not None
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def part(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of axis 0 as a tensor of their own."""
+        if (start, stop) == (0, self.shape[0]):
+            return self
+        assert self.dtype is not None
+        offset = self._offset + start * math.prod(self.shape[1:]) * self.dtype.itemsize
+        return Tensor(self.file, self.name, self.code, (stop - start, *self.shape[1:]), offset)
+
     def rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Rows [start, stop) of axis 0, read into ``out`` (C-contiguous, same dtype) when given."""
         assert self.dtype is not None

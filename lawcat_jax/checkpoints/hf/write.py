@@ -11,13 +11,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from lawcat_jax.checkpoints.hf.config_map import model_config_to_hf
+from lawcat_jax.checkpoints.hf.config_map import model_config_to_hf, token_ids_to_hf
 from lawcat_jax.checkpoints.hf.mapping import Slot, base_shapes, flatten, hf_slots, linearised_layers
-from lawcat_jax.checkpoints.hf.read import INDEX, TOKENIZER_FILES, Progress
+from lawcat_jax.checkpoints.hf.read import GENERATION, INDEX, TOKENIZER_FILES, Progress
 from lawcat_jax.checkpoints.hf.tensors import CODES, write_tensors
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig
 from lawcat_jax.errors import UserError
-from lawcat_jax.files import new_directory, write_json
+from lawcat_jax.files import new_directory, read_json, write_json
 
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers: hub uploads and memory maps stay manageable
 
@@ -37,7 +37,7 @@ def write_hf(
 ) -> None:
     """Write config.json, generation_config.json, safetensors and tokenizer files.
 
-    The linear-attention mixers have no place in a Llama or Mistral and are left out; LoRA, when ``params``
+    The linear-attention mixers have no place in a pretrained architecture and are left out; LoRA, when ``params``
     has it, is merged in float32 and rounded once: W + (alpha / r) a b.
 
     Args:
@@ -58,7 +58,7 @@ def write_hf(
     check_leaves(leaves, base_shapes(model), f"cannot write {target}", partial=True)
     merge = _merger(model, attention, lora, leaves)
     entries = [
-        (name, np.dtype(dtype or leaves[slot.path].dtype), slot.hf_shape, _maker(leaves, slot, merge, dtype))
+        (name, kind := _dtype(leaves, slot, dtype), slot.hf_shape, _maker(leaves, slot, merge, kind))
         for name, slot in hf_slots(model).items()
     ]
     kinds = {kind for _, kind, _, _ in entries}
@@ -80,15 +80,16 @@ def write_hf(
         if len(shards) > 1:
             write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         copied = copy_tokenizer(tokenizer_source, directory)
-        if "generation_config.json" not in copied:
-            names = ("bos_token_id", "eos_token_id", "pad_token_id")
-            write_json(directory / "generation_config.json", {n: values[n] for n in names if values[n] is not None})
+        ids = {name: value for name, value in token_ids_to_hf(model).items() if value is not None}
+        stated = read_json(directory / GENERATION) if GENERATION in copied else {}
+        if GENERATION not in copied or any(stated.get(name) != value for name, value in ids.items()):
+            write_json(directory / GENERATION, {**stated, **ids})
 
 
 def copy_tokenizer(source: str | os.PathLike | None, target: Path) -> list[str]:
     """Copy tokenizer files and generation_config.json; returns the names that existed."""
     copied = []
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
+    for name in (*TOKENIZER_FILES, GENERATION):
         if source is not None and (Path(source) / name).is_file():
             target.mkdir(exist_ok=True)
             shutil.copyfile(Path(source) / name, target / name)  # content only: hub caches hold read-only links
@@ -136,12 +137,21 @@ def _merger(model, attention, lora, leaves) -> Callable[[str, int | None, np.nda
     return merge
 
 
-def _maker(leaves, slot: Slot, merge, dtype) -> Callable[[], np.ndarray]:
-    def make() -> np.ndarray:
-        leaf = leaves[slot.path]
+def _dtype(leaves, slot: Slot, dtype: np.dtype | None) -> np.dtype:
+    kinds = {np.dtype(dtype or leaves[path].dtype) for path, _ in slot.parts}
+    return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)  # parts that differ meet there without loss
+
+
+def _maker(leaves, slot: Slot, merge, dtype: np.dtype) -> Callable[[], np.ndarray]:
+    def part(path: str) -> np.ndarray:
+        leaf = leaves[path]
         array = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
-        array = merge(slot.path, slot.layer, array if dtype is None else array.astype(dtype))
+        array = merge(path, slot.layer, array if array.dtype == dtype else array.astype(dtype))
         return _transposed(array) if slot.transpose else array
+
+    def make() -> np.ndarray:
+        parts = [part(path) for path, _ in slot.parts]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     return make
 

@@ -1,5 +1,6 @@
-"""Feature maps of linear attention: non-negative functions of one learned projection per query head (paper section 3;
-LoLCATs, T2R).
+"""Feature maps of linear attention: non-negative functions of one learned projection per query head.
+
+Sources: Hedgehog (arXiv 2402.04347) as in section 3 of the paper and in LoLCATs (2410.10254); T2R (2103.13076) for relu.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from lawcat_jax.config import AttentionConfig, ModelConfig
+from lawcat_jax.models.layers import Initializer, Stack, param
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 FLOOR = 1e-12
+"""Least value of a feature, so that no denominator is 0."""
 
 
 def _both_softmax(s):
@@ -29,8 +33,8 @@ def _exp_dim(s):
 
 
 class FeatureMap(NamedTuple):
-    """``function`` of the scores u^T Phi (f of them) gives ``copies`` * f features; ``bias``: the scores have a learned
-    bias.
+    """A feature map: ``function`` turns the f scores u^T Phi into ``copies`` * f features; with ``bias`` the scores have
+    a learned bias [f] as well.
     """
 
     function: Callable[[jax.Array], jax.Array]
@@ -38,7 +42,7 @@ class FeatureMap(NamedTuple):
     bias: bool = False
 
 
-FEATURE_MAPS = {
+FEATURE_MAPS = {  # AttentionConfig.feature_map -> map
     "softmax_dim": FeatureMap(_both_softmax, 2),
     "half_softmax": FeatureMap(lambda s: jax.nn.softmax(s, axis=-1), 1),
     "exp_dim": FeatureMap(_exp_dim, 2),
@@ -60,8 +64,33 @@ def features(
     phi: Float[Array, "H d f"],
     bias: Float[Array, "H f"] | None = None,
 ) -> Float[Array, "B T H K"]:
-    """phi_h(u) >= 1e-12 in float32."""
+    """phi_h(u) >= 1e-12 in float32, for the map ``kind`` of :data:`FEATURE_MAPS` with matrices ``phi`` (and ``bias``)."""
     scores = jnp.einsum("bthd,hdf->bthf", u.astype(jnp.float32), phi, precision=jax.lax.Precision.HIGHEST)
     if bias is not None:
         scores = scores + bias
     return jnp.maximum(FEATURE_MAPS[kind].function(scores), FLOOR)
+
+
+def add_map(
+    module: nnx.Module,
+    name: str,
+    config: ModelConfig,
+    attention: AttentionConfig,
+    *,
+    rngs: nnx.Rngs,
+    stack: Stack,
+    init: Initializer,
+) -> None:
+    """Give ``module`` the parameters of one map: ``name`` [H, d, f] and, where the map has one, ``name``_bias [H, f]."""
+    scores, _ = feature_sizes(config, attention)
+    setattr(module, name, param(rngs, init, stack, (config.num_heads, config.head_dim, scores)))
+    if FEATURE_MAPS[attention.feature_map].bias:
+        setattr(module, f"{name}_bias", nnx.Param(jnp.zeros((*stack, config.num_heads, scores))))
+
+
+def apply_map(
+    module: nnx.Module, name: str, attention: AttentionConfig, u: Float[Array, "B T H d"]
+) -> Float[Array, "B T H K"]:
+    """:func:`features` with the parameters of :func:`add_map`."""
+    bias = getattr(module, f"{name}_bias", None)
+    return features(attention.feature_map, u, getattr(module, name)[...], None if bias is None else bias[...])

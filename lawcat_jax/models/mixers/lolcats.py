@@ -11,52 +11,61 @@ no gate.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from lawcat_jax.config import AttentionConfig, ModelConfig
 from lawcat_jax.models.layers import Context, Stack, constant, param, static_config
 from lawcat_jax.models.mixers.diagnostics import entropy
-from lawcat_jax.models.mixers.feature_maps import FEATURE_MAPS, feature_sizes, features
-from lawcat_jax.models.mixers.lawcat import INITS, WINDOW_FACTOR, Recurrence, linear_terms
-from lawcat_jax.models.mixers.window import empty_window, joint, window_attention
+from lawcat_jax.models.mixers.feature_maps import add_map, apply_map
+from lawcat_jax.models.mixers.inits import INITS, WINDOW_FACTOR
+from lawcat_jax.models.mixers.linear_attention import STATE_RULES, Recurrence, empty_sums, linear_terms, sums_flops
+from lawcat_jax.models.mixers.mixer import Rules, State
+from lawcat_jax.models.mixers.window import WINDOW_STATE_RULES, empty_window, joint, window_attention, window_flops
 from lawcat_jax.models.rope import rotate
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-    State = dict[str, Any]
-
 
 class LolcatsMixer(nnx.Module):
-    """feature_map_q, feature_map_k [H, d, f] (with relu also *_bias [H, f]) and window_factor [H], float32, under
-    ``stack`` axes.
+    """The LoLCATs baseline: a :class:`~lawcat_jax.models.mixers.mixer.TokenMixer`.
+
+    Parameters, float32 under ``stack`` axes: feature_map_q, feature_map_k [H, d, f] (with relu also *_bias [H, f]) and
+    window_factor [H].
     """
+
+    parameter_rules: ClassVar[Rules] = {r"feature_map\w*": P("tensor"), "window_factor": P("tensor")}
+    state_rules: ClassVar[Rules] = {**STATE_RULES, **WINDOW_STATE_RULES}
 
     def __init__(self, config: ModelConfig, attention: AttentionConfig, *, rngs: nnx.Rngs, stack: Stack = ()):
         self.config, self.attention = static_config(config), static_config(attention)
-        scores, _ = feature_sizes(config, attention)
-        heads = config.num_heads
-        _, init, _ = INITS[attention.init]
         for name in ("feature_map_q", "feature_map_k"):
-            setattr(self, name, param(rngs, init, stack, (heads, config.head_dim, scores)))
-            if FEATURE_MAPS[attention.feature_map].bias:
-                setattr(self, f"{name}_bias", nnx.Param(jnp.zeros((*stack, heads, scores))))
-        self.window_factor = param(rngs, constant(WINDOW_FACTOR), stack, (heads,))
+            add_map(self, name, config, attention, rngs=rngs, stack=stack, init=INITS[attention.init].feature_map)
+        self.window_factor = param(rngs, constant(WINDOW_FACTOR), stack, (config.num_heads,))
 
     @staticmethod
-    def empty_state(config: ModelConfig, attention: AttentionConfig, batch: int, dtype) -> State:
+    def problems(config: ModelConfig, attention: AttentionConfig) -> list[str]:
+        """A window is part of the method."""
+        del config
+        if attention.window_size == 0:
+            return ["attention.window_size: lolcats needs a window of at least 1 token (64 in the paper)"]
+        return []
+
+    @staticmethod
+    def flops_per_token(config: ModelConfig, attention: AttentionConfig) -> float:
+        """Features and state, and the softmax over the window."""
+        return sums_flops(config, attention) + window_flops(config, attention)
+
+    @staticmethod
+    def empty_state(config: ModelConfig, attention: AttentionConfig, batch: int, dtype: Any) -> State:
         """(S, z) of the tokens that left the window, float32, and the window's rotated keys and values."""
-        _, channels = feature_sizes(config, attention)
-        heads = config.num_heads
-        return {
-            "S": jnp.zeros((batch, heads, channels, config.head_dim)),
-            "z": jnp.zeros((batch, heads, channels)),
-            "window": empty_window(config, attention, batch, dtype),
-        }
+        sums = empty_sums(config, attention, batch)
+        return {**sums, "window": empty_window(config, attention, batch, dtype)}
 
     def __call__(
         self,
@@ -67,8 +76,8 @@ class LolcatsMixer(nnx.Module):
         context: Context,
         state: State | None = None,
     ) -> tuple[Float[Array, "B T H d"], State]:
-        """(output of the heads before Wo, next state). Linear in T: what token t adds to (S, z) is the token t - w
-        leaving the window.
+        """(output of the heads before Wo, next state); see ``TokenMixer.__call__``. Linear in T: at token t the sums
+        (S, z) take in token t - w, which then leaves the window.
         """
         del x
         q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
@@ -81,29 +90,34 @@ class LolcatsMixer(nnx.Module):
         o = joint(window, numerator, denominator, factor, affine=self.attention.affine_window)
         return o.astype(v.dtype), {"S": S, "z": z, "window": new_window}
 
-    def statistics(self, x, q, k, v, context: Context) -> dict[str, Array]:
-        """entropy_q, entropy_k [H]: of the features of q and k, nats; window_share [H]: sigmoid of the factor."""
+    def statistics(
+        self,
+        x: Float[Array, "B T D"],
+        q: Float[Array, "B T H d"],
+        k: Float[Array, "B T Hkv d"],
+        v: Float[Array, "B T Hkv d"],
+        context: Context,
+    ) -> dict[str, Array]:
+        """entropy_q, entropy_k [H]: of the features of q and k, nats; window_share [H]: sigmoid(window_factor)."""
         del x, v
         q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
         k = jnp.repeat(k, self.config.num_heads // self.config.num_kv_heads, axis=2)
         return {
-            "entropy_q": entropy(self._features("feature_map_q", q), context),
-            "entropy_k": entropy(self._features("feature_map_k", k), context),
+            "entropy_q": entropy(apply_map(self, "feature_map_q", self.attention, q), context),
+            "entropy_k": entropy(apply_map(self, "feature_map_k", self.attention, k), context),
             "window_share": jax.nn.sigmoid(self.window_factor[...]),
         }
 
-    def recurrence(self, q, evicted, context: Context) -> Recurrence:
-        """Features of the rotated q, and of the keys leaving the window (0 where none leaves, or it is a sink); no
-        decay.
+    def recurrence(
+        self, q: Float[Array, "B T H d"], evicted: Float[Array, "B T Hkv d"], context: Context
+    ) -> Recurrence:
+        """Operands of linear attention: features of the rotated q and of the keys that leave the window (0 where none
+        leaves, or where it is a sink); no decay.
         """
         length = q.shape[1]
         positions = context.start[:, None] + jnp.arange(length) - self.attention.window_size
         leaving = context.valid() & (positions >= self.attention.sinks)
         evicted = jnp.repeat(evicted, self.config.num_heads // self.config.num_kv_heads, axis=2)
-        phi_k = jnp.where(leaving[:, :, None, None], self._features("feature_map_k", evicted), 0)
-        phi_q = self._features("feature_map_q", q)
+        phi_k = jnp.where(leaving[:, :, None, None], apply_map(self, "feature_map_k", self.attention, evicted), 0)
+        phi_q = apply_map(self, "feature_map_q", self.attention, q)
         return Recurrence(phi_q, phi_k, jnp.zeros((*phi_q.shape[:2], 1, phi_q.shape[-1]), jnp.float32))
-
-    def _features(self, name: str, u):
-        bias = getattr(self, f"{name}_bias", None)
-        return features(self.attention.feature_map, u, getattr(self, name)[...], None if bias is None else bias[...])

@@ -10,15 +10,21 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from lawcat_jax.config import AttentionConfig, ModelConfig
+from lawcat_jax.models import parallel
 from lawcat_jax.models.cache import extend, last_rows
 from lawcat_jax.models.layers import Context
+from lawcat_jax.models.mixers.mixer import Rules
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
     WindowState = dict[str, Array]
+
+WINDOW_STATE_RULES: Rules = {r"window/\w+": P(parallel.BATCH, None, parallel.HEADS)}
+"""How the arrays of :func:`empty_window`, kept under "window" in a mixer's state, are split over the mesh."""
 
 BLOCK = 64
 """Fewest queries that share one slice of keys."""
@@ -39,7 +45,7 @@ class Extended(NamedTuple):
 
 
 def empty_window(config: ModelConfig, attention: AttentionConfig, batch: int, dtype) -> WindowState:
-    """The state of no tokens."""
+    """The window's state before the first token: k, v [B, w, Hkv, d] and sink_k, sink_v [B, sinks, Hkv, d]."""
     tail = (config.num_kv_heads, config.head_dim)
     recent, sinks = (batch, attention.window_size, *tail), (batch, attention.sinks, *tail)
     return {
@@ -120,6 +126,11 @@ def _update_sinks(old, x, sinks: int, context: Context):
     taken = jnp.take_along_axis(x, jnp.clip(source, 0, x.shape[1] - 1)[:, :, None, None], axis=1)
     fresh = ((source >= 0) & (source < limit))[:, :, None, None]
     return jnp.where(fresh, taken, jnp.zeros_like(taken) if old is None else old.astype(x.dtype))
+
+
+def window_flops(config: ModelConfig, attention: AttentionConfig) -> float:
+    """Operations per token of the softmax over window and sinks."""
+    return 4.0 * config.num_heads * config.head_dim * (attention.window_size + attention.sinks)
 
 
 def joint(

@@ -1,4 +1,8 @@
-"""Float64 NumPy oracle of gated linear attention: token recurrence forward, hand-written token recurrence backward."""
+"""Float64 NumPy oracle of gated linear attention and of LAWCAT attention.
+
+Gated linear attention is a loop over tokens, and its gradient another one from the last token to the first, written by
+hand. Nothing here shares code with the kernels. Slow: milliseconds per token.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,10 @@ def _expand(x: np.ndarray, heads: int) -> np.ndarray:
 
 
 def gla(q, k, v, log_g, state=None, *, normalize=True, bound=None, cotangents=None):
-    """Outputs {o, S, z}, and with cotangents (do, dS, dz) also {dq, dk, dv, dlog_g, dS0, dz0}; grouped heads summed.
+    """Gated linear attention: {o, S, z}, and with ``cotangents`` (do, dS, dz) also {dq, dk, dv, dlog_g, dS0, dz0}.
 
-    The gate bound is applied here, so that its zero gradient below the bound is part of what is tested.
+    Arguments as ``kernels_pallas.gated_linear_attention`` takes them; gradients of shared heads are summed. The gate bound
+    is applied here, so that its zero gradient below the bound is part of what is tested.
     """
     heads, value_heads, gate_heads = q.shape[2], v.shape[2], log_g.shape[2]
     raw = _expand(log_g, heads)
@@ -82,7 +87,30 @@ def gla(q, k, v, log_g, state=None, *, normalize=True, bound=None, cotangents=No
     }
 
 
+def lawcat_attention(
+    q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, bound=-1.25, gate_normalizer=16.0
+):
+    """(o, S, z) of LAWCAT attention; arguments as ``kernels_pallas.lawcat_attention`` takes them, all of them given."""
+    q, k, v, gate_logits, conv_q, conv_k, phi = (
+        np.asarray(x, np.float64) for x in (q, k, v, gate_logits, conv_q, conv_k, phi)
+    )
+    group = q.shape[2] // k.shape[2]
+    tails = [np.asarray(x, np.float64) for x in conv_state]
+    k, tails[1], v, gate_logits = (np.repeat(x, group, axis=2) for x in (k, tails[1], v, gate_logits))
+
+    def features(x, tail, taps):
+        rows = np.concatenate([tail, x], axis=1)
+        u = sum(taps[None, None, :, j] * rows[:, j : j + x.shape[1]] for j in range(taps.shape[1]))
+        s = np.einsum("bthd,hdf->bthf", u, phi)
+        e, f = np.exp(s - s.max(-1, keepdims=True)), np.exp(s.min(-1, keepdims=True) - s)
+        return np.maximum(np.concatenate([e / e.sum(-1, keepdims=True), f / f.sum(-1, keepdims=True)], -1), 1e-12)
+
+    log_g = -np.logaddexp(0, -gate_logits) / gate_normalizer
+    out = gla(features(q, tails[0], conv_q), features(k, tails[1], conv_k), v, log_g, initial_state, bound=bound)
+    return out["o"], out["S"], out["z"]
+
+
 def error(got, want) -> float:
-    """Relative root mean square error."""
+    """Relative root mean square error of ``got`` against ``want``."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return float(np.sqrt(np.mean((got - want) ** 2) / max(np.mean(want**2), 1e-30)))

@@ -1,0 +1,270 @@
+"""Sources of training documents: random access to tokens and their loss weights, one class a kind of data.
+
+A document is a pure function of (data config, tokenizer, seed, split, index). What becomes of documents (a row each,
+several packed into a row, or a long one cut into pieces) is not decided here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Protocol
+
+import numpy as np
+
+from lawcat_jax.config import DataConfig
+from lawcat_jax.data import text as text_data
+from lawcat_jax.data.babilong import BabilongGenerator
+from lawcat_jax.data.haystack import load_haystack
+from lawcat_jax.data.instructions import conversations, encode_conversation
+from lawcat_jax.data.passkey import PasskeyGenerator
+from lawcat_jax.data.retrieval import RetrievalGenerator
+from lawcat_jax.data.samples import Sample, sample_rng
+from lawcat_jax.data.tokenize import Tokenizer
+from lawcat_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """``tokens`` int32 [n], and ``weights`` float32 [n]: ``weights[i]`` is the loss weight of predicting ``tokens[i]``
+    (0 for the first). ``needle_end`` and ``question_start`` are those of :class:`lawcat_jax.data.samples.Sample`.
+    ``joined``: it holds several texts, each closed by eos. ``kl_weight``: factor on its weights in the divergence from the
+    teacher.
+    """
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    needle_end: int = 0
+    question_start: int = 0
+    joined: bool = False
+    kl_weight: float = 1.0
+
+
+class Source(Protocol):
+    """Random access to ``len()`` documents of one split."""
+
+    def __len__(self) -> int: ...
+
+    def document(self, index: int) -> Document:
+        """Document ``index`` for one row: at most ``seq_length`` tokens, or one more where every token but the first is
+        predicted within the row (text)."""
+        ...
+
+    def bound(self, index: int) -> int:
+        """The most tokens of a row that document ``index`` takes; cheap, for packing. (A generated one whose drawn length is
+        below its frame is longer; the end of its row is cut.)"""
+        ...
+
+    def long_document(self, index: int, max_tokens: int) -> Document:
+        """A document of at most ``max_tokens`` tokens (generated kinds and text fill it); any ``index`` >= 0."""
+        ...
+
+
+def stream_wording(data: DataConfig, split: str) -> str:
+    """The wording of a split: validation of the varied wording is "selection" unless the config says otherwise."""
+    if split == "train":
+        return data.wording
+    return data.validation_wording or ("selection" if data.wording == "varied" else data.wording)
+
+
+def make_source(data: DataConfig, tokenizer: Tokenizer, *, seq_length: int, seed: int, split: str) -> Source:
+    """The source of a config of a kind other than "mixture".
+
+    Raises:
+      UserError: a length too short for the samples, or a source that cannot be read.
+    """
+    if data.kind == "text":
+        return TextSource(data, tokenizer, seq_length=seq_length, seed=seed, split=split)
+    if data.kind == "instruction":
+        return InstructionSource(data, tokenizer, seq_length=seq_length, split=split)
+    source = GeneratedSource(data, tokenizer, seq_length=seq_length, seed=seed, split=split)
+    source.check()  # a length that does not fit fails here, not in the middle of a run
+    return source
+
+
+class GeneratedSource:
+    """Passkey, NIAH and BABILong samples."""
+
+    def __init__(self, data: DataConfig, tokenizer: Tokenizer, *, seq_length: int, seed: int, split: str):
+        self._data, self._seq_length, self._seed, self._split = data, seq_length, seed, split
+        wording, add_bos = stream_wording(data, split), data.add_bos
+        self._words = data.passkey_words if data.kind == "passkey" and wording == "paper" else 0
+        if data.kind == "babilong":
+            self._generator = BabilongGenerator(
+                tokenizer,
+                tasks=data.babi_tasks,
+                wording=wording,
+                facts=data.babi_source,
+                noise=load_haystack(data.hay_source),
+                add_bos=add_bos,
+            )
+        elif data.kind in ("passkey", "text") and wording == "paper":
+            self._generator = PasskeyGenerator(tokenizer, add_bos=add_bos)
+        else:
+            self._generator = RetrievalGenerator(
+                tokenizer,
+                task="niah" if data.kind == "niah" else "passkey",
+                wording=wording,
+                hay=data.hay,
+                haystack=load_haystack(data.hay_source) if data.hay != "noise" else None,
+                add_bos=add_bos,
+            )
+
+    def __len__(self) -> int:
+        return self._data.num_samples if self._split == "train" else self._data.validation_samples
+
+    def document(self, index: int) -> Document:
+        rng, share = self._draw(index)
+        if self._words and isinstance(self._generator, PasskeyGenerator):
+            sample = self._generator.sample_words(rng, math.ceil(self._words * share))
+            if len(sample.tokens) > self._seq_length:
+                raise UserError(
+                    f"seq_length {self._seq_length} is too short for passkey_words {self._words}: this "
+                    f"sample has {len(sample.tokens)} tokens; raise seq_length, or set passkey_words=0 to fit it"
+                )
+        else:
+            target = math.ceil(self._seq_length * share)
+            sample = self._generator.sample_tokens(rng, self._seq_length, target_tokens=target)
+        return _weighted(self._data, sample)
+
+    def check(self) -> None:
+        """Raise a UserError where ``seq_length`` is too short for samples."""
+        if isinstance(self._generator, RetrievalGenerator) and self._seq_length < self._generator.minimum_tokens:
+            raise UserError(
+                f"{self._data.kind} samples of {self._seq_length} tokens are too short for their longest frame: with this "
+                f"tokenizer the minimum is {self._generator.minimum_tokens} tokens"
+            )
+        self.document(0)
+
+    def bound(self, index: int) -> int:
+        if self._words:
+            return len(self.document(index).tokens)
+        return math.ceil(self._seq_length * self._draw(index)[1])
+
+    def _draw(self, index: int) -> tuple[np.random.Generator, float]:
+        """The generator of a sample, and its length as a share of the full one."""
+        rng = sample_rng(self._split, self._seed, index)
+        least = self._data.min_length_fraction
+        return rng, 1.0 if least >= 1 else float(rng.uniform(least, 1.0))
+
+    def long_document(self, index: int, max_tokens: int) -> Document:
+        rng = sample_rng(self._split, self._seed, index)
+        return _weighted(self._data, self._generator.sample_tokens(rng, max_tokens))
+
+
+def _weighted(data: DataConfig, sample: Sample) -> Document:
+    weights = np.full(len(sample.tokens), data.prompt_weight if data.answer_only else 1.0, np.float32)
+    start, end = sample.label_span or (sample.answer_start, sample.answer_end)
+    if data.answer_only:
+        weights[sample.answer_end :] = 0.0  # eos is not a label
+    weights[start:end] = data.answer_weight
+    weights[0] = 0.0
+    return Document(sample.tokens, weights, sample.needle_end, sample.question_start, kl_weight=data.kl_weight)
+
+
+class TextSource:
+    """Text cut into sequences of its own source, or (validation without one) of the tail of a shared one.
+
+    ``passkey_fraction`` is the share of other samples that a mixed stream adds, so that its validation keeps its total.
+    """
+
+    def __init__(self, data: DataConfig, tokenizer: Tokenizer, *, seq_length: int, seed: int, split: str):
+        self._weight, self._kl_weight, self._seed, self._split = data.text_weight, data.kl_weight, seed, split
+        self._eos = tokenizer.eos_token_id
+        validation, own = split == "validation", bool(data.validation_source)
+        source = data.validation_source if validation and own else data.source
+        if not source:
+            raise UserError("data.source: name a text source (tfds:..., hf:..., or a path)")
+        wanted = data.validation_samples if validation and own else data.num_samples
+        if not own:
+            wanted += data.validation_samples
+        self._tokens = text_data.load_tokens(
+            source,
+            tokenizer,
+            text_key=data.text_key,
+            max_tokens=wanted * seq_length + 1 if text_data.is_remote(source) else None,
+        )
+        self._bos = tokenizer.bos_token_id if data.add_bos else None
+        self._packed = text_data.PackedText(self._tokens, seq_length, bos_id=self._bos, source=source)
+        self._seq_length = seq_length
+        total = len(self._packed)
+        fraction = data.passkey_fraction if data.kind == "text" else 0.0
+        held = round(data.validation_samples * (1 - fraction))
+        if own:
+            self._indices = range(min(held, total)) if validation else range(total)
+            return
+        held = min(held, max(1, total // 10))
+        if total == held and not validation:
+            raise UserError(
+                f"text source {source!r} gives a single sequence of {seq_length} tokens, none is left to hold "
+                "out: give more text, a smaller seq_length, or a validation_source"
+            )
+        self._indices = range(total - held, total) if validation else range(total - held)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def document(self, index: int) -> Document:
+        return self._document(self._packed[self._indices[index]])
+
+    def bound(self, index: int) -> int:
+        return self._seq_length
+
+    def long_document(self, index: int, max_tokens: int) -> Document:
+        """Running text from a random place of this split."""
+        room = len(self._indices) * self._seq_length
+        length = min(max_tokens - (self._bos is not None), room)
+        start = self._indices.start * self._seq_length
+        start += int(sample_rng(self._split, self._seed, index).integers(room - length + 1))
+        tokens = np.asarray(self._tokens[start : start + length], np.int32)
+        if self._bos is not None:
+            tokens = np.concatenate([np.asarray([self._bos], np.int32), tokens])
+        return self._document(tokens)
+
+    def _document(self, tokens: np.ndarray) -> Document:
+        weights = np.full(len(tokens), self._weight, np.float32)
+        weights[0] = 0.0
+        return Document(tokens, weights, joined=True, kl_weight=self._kl_weight)
+
+
+class InstructionSource:
+    """Conversations in the order of their source; too long ones are cut. Without ``validation_source`` the last
+    ``validation_samples`` (at most a tenth) are held out."""
+
+    def __init__(self, data: DataConfig, tokenizer: Tokenizer, *, seq_length: int, split: str):
+        self._data, self._tokenizer, self._seq_length = data, tokenizer, seq_length
+        validation, own = split == "validation", bool(data.validation_source)
+        source = data.validation_source if validation and own else data.source
+        if not source:
+            raise UserError("data.source: name instruction data (a path or hf:...)")
+        limit = data.num_samples + data.validation_samples if text_data.is_remote(source) else None
+        rows = list(conversations(source, limit))
+        held = min(data.validation_samples, len(rows) if own else len(rows) // 10)
+        if own:
+            rows = rows[:held] if validation else rows
+        else:
+            rows = rows[len(rows) - held :] if validation else rows[: len(rows) - held]
+        if not rows and not validation:
+            raise UserError(f"instruction data {source!r}: it holds no rows")
+        self._rows = rows
+        self._encoded = functools.lru_cache(maxsize=4096)(self._encode)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def document(self, index: int) -> Document:
+        return self.long_document(index, self._seq_length)
+
+    def bound(self, index: int) -> int:
+        return min(self._seq_length, len(self._encoded(index % len(self))[0]))
+
+    def long_document(self, index: int, max_tokens: int) -> Document:
+        tokens, answers = self._encoded(index % len(self))
+        prompt = self._data.prompt_weight if self._data.answer_only else 1.0
+        weights = np.where(answers, self._data.answer_weight, prompt).astype(np.float32)
+        weights[0] = 0.0
+        return Document(tokens[:max_tokens], weights[:max_tokens], kl_weight=self._data.kl_weight)
+
+    def _encode(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return encode_conversation(self._tokenizer, self._rows[index], add_bos=self._data.add_bos)

@@ -1,0 +1,40 @@
+"""Train a small byte-level BPE tokenizer and write it as a Hugging Face tokenizer directory.
+
+    python -m lawcat_jax.train_tokenizer --input='books/*.txt' --vocab_size=1024 --target=tokenizer
+
+What it is made for is in :mod:`lawcat_jax.data.train_tokenizer`.
+"""
+
+from __future__ import annotations
+
+from absl import flags
+
+from lawcat_jax.command_line import no_arguments, run_main
+from lawcat_jax.data.passkey import HAY
+from lawcat_jax.data.text import documents
+from lawcat_jax.data.train_tokenizer import SMALLEST, save_tokenizer, train_tokenizer
+from lawcat_jax.errors import UserError
+
+_INPUT = flags.DEFINE_string("input", None, "Text source: a file, directory or glob (.txt, .jsonl, .parquet).")
+_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 1024, f"Tokens in all, at least {SMALLEST}.")
+_TARGET = flags.DEFINE_string("target", None, "Directory to write.")
+_TEXT_KEY = flags.DEFINE_string("text_key", "text", "Field of the text in JSONL and parquet rows.")
+_PASSKEY_REPEATS = flags.DEFINE_integer(
+    "passkey_repeats", 3000, "Weight of the passkey sentences in the text.", lower_bound=0
+)
+
+
+def main(argv: list[str]) -> None:
+    """Train, write, and say how many tokens there are."""
+    no_arguments(argv)
+    for name, value in (("input", _INPUT.value), ("target", _TARGET.value)):
+        if not value:
+            raise UserError(f"--{name} is missing")
+    texts = documents(_INPUT.value, _TEXT_KEY.value)
+    tokenizer = train_tokenizer(texts, vocab_size=_VOCAB_SIZE.value, passkey_repeats=_PASSKEY_REPEATS.value)
+    target = save_tokenizer(tokenizer, _TARGET.value)
+    print(f"wrote {target}: {len(tokenizer)} tokens; the hay text takes {len(tokenizer(HAY)['input_ids']) - 1}")
+
+
+if __name__ == "__main__":
+    run_main(main)
