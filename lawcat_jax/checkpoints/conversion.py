@@ -27,6 +27,7 @@ from lawcat_jax.checkpoints.model_dir import (
     resolve_dtype,
     save_model,
 )
+from lawcat_jax.checkpoints.transformers_export import write_transformers
 from lawcat_jax.config import ModelConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import check_target, read_json
@@ -150,6 +151,24 @@ def _to_hf(job: _Job) -> int:
     return sum(file.stat().st_size for file in Path(job.target).glob("*.safetensors"))
 
 
+def _to_transformers(job: _Job) -> int:
+    bundle = job.bundle
+    with progress_bar(_bytes(bundle.params), f"writing {job.target}") as progress:
+        return write_transformers(
+            job.target,
+            model=bundle.model,
+            attention=bundle.attention,
+            lora=bundle.lora,
+            params=bundle.params,
+            tokenizer_source=bundle.tokenizer_path,
+            extra=bundle.extra,
+            recipe=recipe_of(job.run),
+            max_shard_bytes=job.max_shard_bytes,
+            overwrite=job.overwrite,
+            progress=progress,
+        )
+
+
 def _to_peft(job: _Job) -> int:
     bundle = job.bundle
     if bundle.lora is None:
@@ -223,13 +242,14 @@ KINDS: dict[str, Callable[[_Job], int]] = {
     "model": _to_model,
     "hf": _to_hf,
     "hf-base": _to_hf,
+    "transformers": _to_transformers,
     "peft": _to_peft,
     "delta": _to_delta,
 }
-"""What can be written: a model directory, a Hugging Face checkpoint, the same of a student's softmax model, LoRA adapters
-for PEFT, a student's small file. Each returns the bytes of its weights."""
+"""What can be written: a model directory, a Hugging Face checkpoint, the same of a student's softmax model, a student
+with its own torch code, LoRA adapters for PEFT, a student's small file. Each returns the bytes of its weights."""
 
-_OF_STUDENTS = ("hf-base", "peft", "delta")
+_OF_STUDENTS = ("hf-base", "transformers", "peft", "delta")
 
 
 def _wrong_kind(source: str, to: str, is_student: bool) -> str:
@@ -269,7 +289,7 @@ def _require_torch() -> None:
 def _verify(job: _Job, *, to: str, exact: bool) -> None:
     """Compare the result of a conversion with its source, and print how they differ.
 
-    A model directory and a Hugging Face checkpoint: logits of one side here against those of the other in transformers.
+    Model directories and Hugging Face checkpoints: logits of one side here against those of the other in transformers.
     A student's small file: joined again, bit for bit.
     """
     source, target = job.source, Path(job.target)
@@ -290,6 +310,8 @@ def _verify(job: _Job, *, to: str, exact: bool) -> None:
         elif to == "model":  # another copy of a model directory: its counterpart exists only once it is written
             here, reference = teacher_logits(load_model(target, dtype="float32"), tokens), Path(scratch) / "hf"
             write_hf(reference, model=before.model, params={k: v for k, v in before.params.items() if k != "lora"})
+        elif to == "transformers":
+            here, reference = student_logits(before, tokens), target
         else:
             if before.lora is not None:
                 from lawcat_jax.models import merge_lora
@@ -297,7 +319,7 @@ def _verify(job: _Job, *, to: str, exact: bool) -> None:
                 before.params = merge_lora(before.params, before.lora, before.attention)
             here, reference = teacher_logits(dataclasses.replace(before, lora=None), tokens), target
         del before
-        result = compare_logits(here, reference, tokens)
+        result = compare_logits(here, reference, tokens, trust_remote_code=to == "transformers")
     print(
         f"verify: {result['tokens']} random tokens, max abs difference of logits {result['max_abs']:.3g} "
         f"(largest logit {result['scale']:.3g}), KL(transformers || here) {result['kl']:.3g} nats per token",
@@ -351,13 +373,22 @@ def compare_logits(
 
 def teacher_logits(bundle: ModelBundle, tokens: np.ndarray) -> np.ndarray:
     """float32 [B, T, V] logits of the softmax model for int32 [B, T] tokens."""
+    return _logits(bundle, tokens, as_teacher=True)
+
+
+def student_logits(bundle: ModelBundle, tokens: np.ndarray) -> np.ndarray:
+    """float32 [B, T, V] logits of the student for int32 [B, T] tokens."""
+    return _logits(bundle, tokens, as_teacher=False)
+
+
+def _logits(bundle: ModelBundle, tokens: np.ndarray, *, as_teacher: bool) -> np.ndarray:
     import jax
 
     from lawcat_jax import models
 
     graphdef, _ = models.abstract(bundle.model, bundle.attention, bundle.lora)
     with jax.default_matmul_precision("float32"):
-        forward = jax.jit(lambda params, x: models.bind(graphdef, params)(x, as_teacher=True))
+        forward = jax.jit(lambda params, x: models.bind(graphdef, params)(x, as_teacher=as_teacher))
         return np.asarray(forward(bundle.params, tokens), np.float32)
 
 

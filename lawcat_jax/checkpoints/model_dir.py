@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from lawcat_jax.checkpoints.delta import Delta, cast, is_delta, is_trained
+from lawcat_jax.checkpoints.exported import ExportedCheckpoint, is_exported
 from lawcat_jax.checkpoints.gguf.read import PACKAGE, GgufCheckpoint, find_gguf, is_gguf
 from lawcat_jax.checkpoints.hf.config_map import token_ids
 from lawcat_jax.checkpoints.hf.mapping import base_shapes, flatten, unflatten
@@ -240,6 +241,10 @@ def open_checkpoint(
     if (directory / MODEL_JSON).is_file():
         model, attention, lora, extra = read_model_json(directory)
         return OpenedCheckpoint(directory, model, attention, lora, _tokenizer_path(directory / TOKENIZER), extra)
+    if directory.is_dir() and is_exported(read_json(directory / "config.json")):
+        exported = ExportedCheckpoint(directory, expected_shapes)
+        tokenizer = _tokenizer_path(directory)
+        return OpenedCheckpoint(directory, *exported.configs, tokenizer, exported.extra, exported)
     reader = GgufCheckpoint(directory) if directory.is_file() else Checkpoint(directory)
     tokenizer, extra = reader.tokenizer_directory(), {"source": str(source)}
     return OpenedCheckpoint(directory, reader.config, None, None, tokenizer, extra, reader)
