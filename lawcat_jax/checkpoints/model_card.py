@@ -11,7 +11,7 @@ _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("<this directory>", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("<this directory>")
+tokenizer = AutoTokenizer.from_pretrained("<this directory>", trust_remote_code=True)
 prompt = tokenizer("The sky is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))
 ```"""

@@ -3,16 +3,23 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
+from lawcat_jax import models
 from lawcat_jax.checkpoints import delta
 from lawcat_jax.checkpoints.conversion import convert
 from lawcat_jax.checkpoints.hf.mapping import flatten, unflatten
 from lawcat_jax.checkpoints.hf.write import write_hf
 from lawcat_jax.checkpoints.model_dir import DTYPES, load_model, open_checkpoint, save_model
+from lawcat_jax.config import AttentionConfig, Config
 from lawcat_jax.errors import UserError
+from lawcat_jax.inference.loading import find_checkpoint
+from lawcat_jax.tasks.compare import evaluate_checkpoints
+from lawcat_jax.training import inputs
 from tests.checkpoints import students
 
 
@@ -133,3 +140,26 @@ def test_damage_and_targets(made, tmp_path):
     refused("it is no student's small file", lambda: convert(student, str(foreign), to="delta", overwrite=True))
     convert(student, str(tmp_path / "y.safetensors"), to="delta")
     convert(student, str(tmp_path / "y.safetensors"), to="delta", overwrite=True)
+
+
+def test_commands_take_it(tmp_path):
+    teacher = load_model("asset:tiny_llama")
+    attention = AttentionConfig(gate_rank=4)
+    params = models.init_params(teacher.model, attention, None, seed=0, base=teacher.params)
+    extra = {"source": "asset:tiny_llama", "training_length": 99, "eval": {"lengths": [64]}}
+    save_model(tmp_path / "s", model=teacher.model, attention=attention, params=params, extra=extra)
+    small = str(tmp_path / "s.safetensors")
+    convert(str(tmp_path / "s"), small, to="delta")
+    found = find_checkpoint(small)
+    assert found.extra == extra
+    assert len(found.tokenizer) == len(find_checkpoint("asset:tiny_llama").tokenizer)
+    with pytest.raises(UserError, match="--base belongs to a student's small file"):
+        evaluate_checkpoints(["asset:tiny_llama"], {}, base="asset:tiny_llama")
+    config = Config(attention=attention)
+    config.teacher.source, config.teacher.base = small, "asset:tiny_llama"
+    opened = inputs.open_teacher(config)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spread = dict(flatten(opened.params(dtype="bfloat16", shardings=lambda path: NamedSharding(mesh, PartitionSpec()))))
+    for path, array in flatten(load_model(tmp_path / "s", dtype="bfloat16").params):
+        assert spread[path].dtype == array.dtype
+        np.testing.assert_array_equal(np.asarray(spread[path]), array)
