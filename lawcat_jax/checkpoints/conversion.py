@@ -85,8 +85,14 @@ def convert(
     if is_student != (to in _OF_STUDENTS) and to != "model":
         raise UserError(_wrong_kind(source, to, is_student))
     with progress_bar(_weight_bytes(opened.directory), f"reading {source}") as progress:
-        params = opened.params(dtype="keep" if to == "delta" else dtype, progress=progress)
-    bundle = ModelBundle(opened.model, opened.attention, opened.lora, params, opened.tokenizer_path, opened.extra)
+        bundle = ModelBundle(
+            opened.model,
+            opened.attention,
+            opened.lora,
+            opened.params(dtype="keep" if to == "delta" else dtype, progress=progress),
+            opened.tokenizer_path,
+            opened.extra,
+        )
     job = _Job(
         bundle, source, opened.directory, target, run, resolve_dtype(dtype), revision, base, max_shard_bytes, overwrite
     )
@@ -302,16 +308,21 @@ def _verify(job: _Job, *, to: str, exact: bool) -> None:
             raise UserError(f"{target}: joined with {base} it is not {source}; do not use it, and report this")
         print(f"verify: joined with {base} it is the source {'bit for bit' if same else 'up to rounding'}", flush=True)
         return
-    tokens = random_tokens(job.bundle.model)
+    job.bundle.params = {}  # make room
+    tokens, trust = random_tokens(job.bundle.model), False
     before = load_model(source, revision=job.revision, base=job.base, dtype="float32")
     with tempfile.TemporaryDirectory() as scratch:
-        if to == "model" and not (job.directory / MODEL_JSON).is_file() and not is_delta(source):
-            here, reference = teacher_logits(load_model(target, dtype="float32"), tokens), job.directory
-        elif to == "model":  # another copy of a model directory: its counterpart exists only once it is written
-            here, reference = teacher_logits(load_model(target, dtype="float32"), tokens), Path(scratch) / "hf"
-            write_hf(reference, model=before.model, params={k: v for k, v in before.params.items() if k != "lora"})
+        if to == "model":
+            after = load_model(target, dtype="float32")
+            _check_trained(before, after, target)
+            here, reference = teacher_logits(after, tokens), job.directory
+            if before.attention is not None and not (job.directory / MODEL_JSON).is_file() and not is_delta(source):
+                here, trust = student_logits(after, tokens), True  # an exported student
+            elif (job.directory / MODEL_JSON).is_file() or is_delta(source):
+                reference = Path(scratch) / "hf"  # of our own formats the counterpart exists only once it is written
+                write_hf(reference, model=before.model, params={k: v for k, v in before.params.items() if k != "lora"})
         elif to == "transformers":
-            here, reference = student_logits(before, tokens), target
+            here, reference, trust = student_logits(before, tokens), target, True
         else:
             if before.lora is not None:
                 from lawcat_jax.models import merge_lora
@@ -319,7 +330,7 @@ def _verify(job: _Job, *, to: str, exact: bool) -> None:
                 before.params = merge_lora(before.params, before.lora, before.attention)
             here, reference = teacher_logits(dataclasses.replace(before, lora=None), tokens), target
         del before
-        result = compare_logits(here, reference, tokens, trust_remote_code=to == "transformers")
+        result = compare_logits(here, reference, tokens, trust_remote_code=trust)
     print(
         f"verify: {result['tokens']} random tokens, max abs difference of logits {result['max_abs']:.3g} "
         f"(largest logit {result['scale']:.3g}), KL(transformers || here) {result['kl']:.3g} nats per token",
@@ -328,6 +339,13 @@ def _verify(job: _Job, *, to: str, exact: bool) -> None:
     # Rounding to another dtype moves logits by itself; the same weights must agree to float32 rounding.
     if not np.isfinite(result["kl"]) or (exact and result["kl"] > 1e-4):
         raise UserError(f"{target}: logits differ from transformers beyond rounding; do not use it, and report this")
+
+
+def _check_trained(before: ModelBundle, after: ModelBundle, target: Path) -> None:
+    """Mixers and adapters are never rounded on the way."""
+    old, new = ({p: leaf for p, leaf in flatten(b.params) if delta.is_trained(p)} for b in (before, after))
+    if old.keys() != new.keys() or not all(np.array_equal(old[path], new[path]) for path in old):
+        raise UserError(f"{target}: mixers or adapters are not those of the source; do not use it, and report this")
 
 
 def random_tokens(model: ModelConfig, seed: int = 0) -> np.ndarray:

@@ -70,6 +70,27 @@ def test_logits_and_text(exported, kind):
     np.testing.assert_array_equal(ours[:, 125:-1].argmax(-1), text[:, 126:])
 
 
+@pytest.mark.parametrize("bound", [-1e-4, -1.25, -5.0])
+def test_chunks_equal_the_recurrence(bound):
+    from lawcat_jax.checkpoints.torch import modeling_lawcat as code
+
+    draw = torch.Generator().manual_seed(0)
+    q, k = (torch.rand(2, 150, 3, 16, generator=draw) for _ in range(2))
+    v = torch.randn(2, 150, 3, 8, generator=draw)
+    log_g = bound * torch.rand(2, 150, 3, 16, generator=draw)
+    log_g[0, 20:100] = bound  # saturated over a whole chunk
+    numerator, denominator, state = code.linear_attention(q, k, v, log_g, None, bound, torch.float32)
+    S, outputs = torch.zeros(2, 3, 16, 9, dtype=torch.float64), []
+    widened = torch.cat([v, torch.ones(2, 150, 3, 1)], dim=-1).double()
+    for t in range(150):
+        S = log_g[:, t, ..., None].double().exp() * S + k[:, t, ..., None].double() * widened[:, t, :, None]
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t].double(), S))
+    exact = torch.stack(outputs, dim=1)
+    torch.testing.assert_close(denominator.double(), exact[..., -1], rtol=2e-5, atol=0)
+    torch.testing.assert_close(numerator.double(), exact[..., :-1], rtol=0, atol=2e-5 * float(exact.abs().max()))
+    torch.testing.assert_close(state.double(), S, rtol=0, atol=2e-5 * float(S.abs().max()))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_text_equals_that_of_generate(exported, kind):
@@ -186,6 +207,7 @@ def test_card_shards_and_refusals(exported, tmp_path):
     again = load_model(tmp_path / "out", dtype="keep")
     assert students.same_bits(again.params, load_model(run / "student", dtype="keep").params)
     convert(str(run), str(tmp_path / "out"), to="transformers", overwrite=True)
+    convert(str(tmp_path / "out"), str(tmp_path / "back"), verify=True)
 
     def refused(text, action):
         with pytest.raises(UserError, match=text) as caught:
