@@ -30,7 +30,8 @@ def new_directory(target: str | os.PathLike, *, overwrite: bool = False) -> Iter
     """Fill a temporary directory beside ``target``; on success it becomes ``target``, else it is removed.
 
     An empty ``target`` counts as absent, and a link stands for what it points to. With ``overwrite`` an existing model
-    is replaced only after the new one is complete.
+    is replaced only after the new one is complete. A mount point cannot be renamed: there the parts are moved into it,
+    one after another.
 
     Raises:
       UserError: as :func:`check_target`, or ``target`` cannot be written.
@@ -38,8 +39,9 @@ def new_directory(target: str | os.PathLike, *, overwrite: bool = False) -> Iter
     check_target(target, overwrite=overwrite)
     target = Path(target).resolve()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+        room = target if os.path.ismount(target) else target.parent
+        room.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=room))
     except OSError as problem:
         raise UserError(f"cannot write beside {target}: {problem.strerror or problem}") from None
     try:
@@ -53,13 +55,27 @@ def new_directory(target: str | os.PathLike, *, overwrite: bool = False) -> Iter
         check_target(target, overwrite=overwrite)  # it may have been filled in the meantime
         try:
             _put_in_place(temporary, target)
-        except OSError as problem:  # a mount point, for example
+        except OSError as problem:
             raise UserError(f"cannot replace {target}: {problem.strerror or problem}") from problem
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _entries(directory: Path) -> list[Path]:
+    """What lies in a directory, without what is being written there and what file systems put at their root."""
+    own = f".{directory.name}.tmp-"
+    return [entry for entry in directory.iterdir() if not entry.name.startswith(own) and entry.name != "lost+found"]
+
+
 def _put_in_place(temporary: Path, target: Path) -> None:
+    if temporary.parent == target:  # a mount point
+        for entry in _entries(target):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        for entry in sorted(
+            temporary.iterdir(), key=lambda entry: entry.suffix == ".json"
+        ):  # what readers look for: last
+            os.rename(entry, target / entry.name)
+        return
     if target.exists() and any(target.iterdir()):
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
         try:
@@ -122,7 +138,7 @@ def check_target(target: str | os.PathLike, *, overwrite: bool, sources: Iterabl
     path = Path(target).resolve()
     if path.exists() and not path.is_dir():
         raise UserError(f"{target} is a file; name a directory to write to")
-    if not path.is_dir() or not any(path.iterdir()):
+    if not path.is_dir() or not _entries(path):
         return
     for source in (Path(source).resolve() for source in sources):
         if source == path:
@@ -146,7 +162,7 @@ def check_target(target: str | os.PathLike, *, overwrite: bool, sources: Iterabl
 
 def _not_a_model(directory: Path) -> str | None:
     """Why a directory is not, with everything in it, a model written here; None if it is."""
-    strangers = sorted(entry.name for entry in directory.iterdir() if not _MODEL_PARTS.fullmatch(entry.name))
+    strangers = sorted(entry.name for entry in _entries(directory) if not _MODEL_PARTS.fullmatch(entry.name))
     if strangers:
         return f"has {', '.join(strangers[:3])}{' and more' if len(strangers) > 3 else ''} in it"
     if (directory / "model.json").is_file():

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from lawcat_jax.checkpoints.conversion import convert
+from lawcat_jax.checkpoints.model_dir import load_model
 from lawcat_jax.errors import UserError
 from tests.checkpoints import students
 
@@ -79,6 +80,16 @@ def test_a_link_as_target_stands_for_what_it_points_to(teacher, tmp_path):
     assert (tmp_path / "disk" / "model.json").is_file()
     convert(str(teacher), str(tmp_path / "target"), overwrite=True)
     assert (tmp_path / "target").is_symlink()
+
+
+def test_a_mount_point_is_filled_in_place(teacher, tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    (disk / "lost+found").mkdir(parents=True)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == disk)
+    for _ in range(2):
+        convert(str(teacher), str(disk), overwrite=True)
+        assert {entry.name for entry in disk.iterdir()} == {"lost+found", "model.json", "params"}
+    assert students.same_bits(load_model(disk).params, load_model(teacher).params)
 
 
 def test_a_student_does_not_lose_its_mixers_silently(teacher, tmp_path, capsys):
