@@ -84,6 +84,8 @@ def convert(
     is_student = opened.attention is not None
     if is_student != (to in _OF_STUDENTS) and to != "model":
         raise UserError(_wrong_kind(source, to, is_student))
+    if verify and to == "delta" and base is None and _local(opened.extra.get("source")) is None:
+        raise UserError("--verify joins the file with its teacher, which is not on this machine: name it with --base")
     with progress_bar(_weight_bytes(opened.directory), f"reading {source}") as progress:
         bundle = ModelBundle(
             opened.model,
