@@ -5,12 +5,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import os
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,14 +29,13 @@ from lawcat_jax.checkpoints.hf.read import (
     stated_ids,
 )
 from lawcat_jax.checkpoints.hf.write import check_leaves, copy_tokenizer
-from lawcat_jax.checkpoints.orbax_errors import is_disk_full, unraisable_hook
+from lawcat_jax.checkpoints.orbax_arrays import restore_arrays, save_arrays
 from lawcat_jax.checkpoints.stored_configs import configs_from_json, configs_to_json
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import new_directory, read_json, write_json
 
 FORMAT_VERSION = 1
-_RESTORE_BYTES = 256 << 20
 MODEL_JSON, PARAMS, TOKENIZER = "model.json", "params", "tokenizer"
 _MODEL_FILES = (MODEL_JSON, "config.json")  # of a model directory, of a Hugging Face directory
 _IN_RUN = ("student", "teacher")
@@ -138,7 +134,7 @@ def save_model(
     leaves = {path: distributed.on_host(leaf) for path, leaf in leaves.items()}
     if distributed.is_primary():
         with new_directory(target, overwrite=overwrite) as directory:
-            _save_params(directory / PARAMS, leaves)
+            save_arrays(directory / PARAMS, leaves)
             copy_tokenizer(tokenizer_source, directory / TOKENIZER)
             write_json(directory / MODEL_JSON, values)
     distributed.barrier("save_model")
@@ -189,7 +185,7 @@ class OpenedCheckpoint:
         cast = resolve_dtype(dtype)
         if self.reader is not None:
             return self.reader.params(dtype=cast, shardings=shardings, progress=progress)
-        return unflatten(_restore_params(self.directory, self.shapes, cast, shardings))
+        return unflatten(restore_arrays(self.directory / PARAMS, self.shapes, cast, shardings))
 
 
 class _JoinedReader:
@@ -369,113 +365,3 @@ def read_model_json(
 
 def _tokenizer_path(directory: Path) -> str | None:
     return str(directory) if any((directory / name).is_file() for name in TOKENIZER_FILES) else None
-
-
-@contextlib.contextmanager
-def _checkpointer(**options: Any) -> Iterator[Any]:
-    import jax
-    import orbax.checkpoint as ocp
-    from absl import logging as absl_logging
-    from orbax.checkpoint import type_handlers
-
-    # For good: the report comes from a thread, often after the error that it belongs to has been raised.
-    if sys.unraisablehook is sys.__unraisablehook__:
-        sys.unraisablehook = unraisable_hook
-    # Orbax copies host arrays before it writes, and compression buffers all of them at once: 2.9x the bytes.
-    # Without both the peak is the arrays themselves; weights hardly compress anyway.
-    try:
-        numpy_handler = type_handlers.NumpyHandler(deepcopy_host_arrays=False)
-    except TypeError:  # orbax before 0.12.5 (some accelerator images): works as well, with twice the memory
-        numpy_handler = type_handlers.NumpyHandler()
-    registry = type_handlers.create_type_handler_registry(
-        (np.ndarray, numpy_handler),
-        (jax.Array, type_handlers.ArrayHandler()),
-    )
-    verbosity = absl_logging.get_verbosity()
-    if verbosity == absl_logging.INFO:  # the default of a command: orbax logs every step, and warns before it fails
-        absl_logging.set_verbosity(absl_logging.ERROR)
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False, **options)
-    try:
-        with ocp.Checkpointer(handler, **options) as checkpointer:
-            yield checkpointer
-    finally:
-        absl_logging.set_verbosity(verbosity)
-
-
-def _save_params(path: Path, leaves: Mapping[str, np.ndarray]) -> None:
-    import orbax.checkpoint as ocp
-
-    # Process 0 alone: without this orbax waits for the other processes.
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=0, active_processes={0}, barrier_sync_key_prefix="save_model"
-    )
-    try:
-        with _checkpointer(multiprocessing_options=alone) as checkpointer:
-            checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(unflatten(leaves)))
-    except ValueError as problem:  # which tensorstore raises for errors of the operating system
-        if not is_disk_full(problem):
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from problem
-
-
-def _restore_params(
-    directory: Path, expected: Mapping[str, tuple[int, ...]], cast: np.dtype | None, shardings: Shardings | None
-) -> dict[str, Any]:
-    import jax
-    import orbax.checkpoint as ocp
-
-    path = (directory / PARAMS).absolute()
-    if not path.is_dir():
-        raise UserError(f"{directory}: incomplete, {PARAMS}/ is missing; convert or save it again")
-
-    def restore_args(name: str, stored: Any) -> Any:
-        base = not is_trained(name)  # the trainable part stays in its own precision
-        dtype = cast if base and cast is not None else np.dtype(stored.dtype)
-        sharding = shardings(name) if shardings is not None else None
-        if sharding is None:
-            return ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
-        return ocp.ArrayRestoreArgs(
-            restore_type=jax.Array, dtype=dtype, sharding=sharding, global_shape=tuple(stored.shape)
-        )
-
-    with _checkpointer() as checkpointer, _damage_reported(path):
-        metadata = checkpointer.metadata(path).item_metadata
-        if metadata is None:
-            raise UserError(f"{path}: damaged or incomplete (its list of arrays cannot be read); convert or save again")
-        stored = dict(flatten(metadata.tree))
-        check_leaves(stored, expected, str(path))
-        leaves: dict[str, Any] = {}
-        for names in _groups(stored):
-            arguments = unflatten({name: restore_args(name, stored[name]) for name in names})
-            item = unflatten({name: stored[name] for name in names})
-            request = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
-            leaves |= flatten(checkpointer.restore(path, args=request))
-    check_leaves(leaves, expected, str(path))
-    return leaves
-
-
-def _groups(stored: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Parameter names in groups read at once: tensorstore holds every array of a read a second time."""
-    group: list[str] = []
-    size = 0
-    for name, leaf in stored.items():
-        count = int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-        if group and size + count > _RESTORE_BYTES:
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += count
-    yield group
-
-
-@contextlib.contextmanager
-def _damage_reported(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except MemoryError:
-        raise
-    except Exception as problem:  # orbax and tensorstore raise many kinds for damaged files
-        first = (str(problem).strip() or type(problem).__name__).splitlines()[0][:300]
-        raise UserError(f"{path}: damaged or incomplete, restore a copy or convert again ({first})") from problem
