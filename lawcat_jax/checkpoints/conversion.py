@@ -21,6 +21,7 @@ from lawcat_jax.checkpoints.hf.write import MAX_SHARD_BYTES, write_hf
 from lawcat_jax.checkpoints.model_dir import (
     MODEL_JSON,
     ModelBundle,
+    OpenedCheckpoint,
     in_run,
     load_model,
     open_checkpoint,
@@ -86,7 +87,7 @@ def convert(
         raise UserError(_wrong_kind(source, to, is_student))
     if verify and to == "delta" and base is None and _local(opened.extra.get("source")) is None:
         raise UserError("--verify joins the file with its teacher, which is not on this machine: name it with --base")
-    with progress_bar(_weight_bytes(opened.directory), f"reading {source}") as progress:
+    with progress_bar(_weight_bytes(opened), f"reading {source}") as progress:
         bundle = ModelBundle(
             opened.model,
             opened.attention,
@@ -282,10 +283,9 @@ def _summary(bundle: ModelBundle) -> str:
     return f"{bundle.model.family}, {bundle.model.num_layers} layers, {count / 1e6:,.1f} M parameters, {kinds}"
 
 
-def _weight_bytes(directory: Path) -> int | None:
-    if directory.is_file():  # GGUF: what is counted are the bytes after dequantisation
-        return open_checkpoint(directory).nbytes
-    return sum(file.stat().st_size for file in directory.glob("model*.safetensors")) or None
+def _weight_bytes(opened: OpenedCheckpoint) -> int | None:
+    """Bytes that reading will report (of GGUF after dequantisation), None where that is not known."""
+    return getattr(opened.reader, "nbytes", None)
 
 
 def _require_torch() -> None:

@@ -90,6 +90,11 @@ class ExportedCheckpoint:
         self._tensors = collect_tensors(directory)
         self._check()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
     def _names(self, path: str) -> list[str]:
         name = torch_name(path)
         if not name.stacked:
