@@ -45,7 +45,7 @@ def open_teacher(config: Config) -> OpenedCheckpoint:
         whose attention is not ``config.attention``.
     """
     teacher = config.teacher
-    opened = open_checkpoint(teacher.source, teacher.revision)
+    opened = open_checkpoint(teacher.source, teacher.revision, teacher.base)
     check_architecture(teacher.architecture, opened.model, teacher.source)
     if opened.attention is not None and opened.attention != config.attention:
         raise UserError(f"{teacher.source} is a student whose attention is not config.attention; name its teacher")
@@ -61,7 +61,7 @@ def architecture(config: Config) -> ModelConfig:
     if config.teacher.architecture is not None:
         return config.teacher.architecture
     try:
-        return open_checkpoint(config.teacher.source, config.teacher.revision).model
+        return open_checkpoint(config.teacher.source, config.teacher.revision, config.teacher.base).model
     except UserError as problem:
         raise UserError(f"{problem}; or declare config.teacher.architecture to do without it") from problem
 

@@ -25,6 +25,10 @@ from lawcat_jax.projections import LORA_TARGETS, PROJECTIONS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "base_model.model.{module}.lora_{part}.weight"
+_README = """These LoRA adapters were trained for a student with linear attention. On the softmax attention of their base
+model they are another model, not the student: that needs its token mixers too (`lawcat_jax.convert --to=transformers`
+or `--to=delta`).
+"""
 _ROWS = {row.name: row for row in PROJECTIONS}
 _NEUTRAL = {"use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "bias": "none", "modules_to_save": None}
 
@@ -94,6 +98,8 @@ def write_adapter(
     }
     with new_directory(target, overwrite=overwrite) as directory:
         write_json(directory / CONFIG, values)
+        if attention is not None:
+            (directory / "README.md").write_text(_README, encoding="utf-8")
         write_tensors(directory / WEIGHTS, entries)
 
 

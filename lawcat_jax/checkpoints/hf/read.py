@@ -107,7 +107,7 @@ class Checkpoint:
             str(path / "config.json" if own else path),
             stated_ids(path / GENERATION) if own else {},
         )
-        self.tensors: dict[str, StoredTensor] = dict(_collect(path) if tensors is None else tensors)
+        self.tensors: dict[str, StoredTensor] = dict(collect_tensors(path) if tensors is None else tensors)
         if self.config.tie_embeddings and _EMBEDDING not in self.tensors and _HEAD in self.tensors:
             self.tensors[_EMBEDDING] = self.tensors.pop(_HEAD)  # one matrix, stored under the name of its other use
         self.slots: dict[str, Slot] = hf_slots(self.config)
@@ -256,7 +256,12 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _collect(path: Path) -> dict[str, Tensor]:
+def collect_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of the safetensors files in a directory, by name; nothing is read beyond their headers.
+
+    Raises:
+      UserError: there are none, only pickle files, or damaged ones.
+    """
     single, index = path / "model.safetensors", path / INDEX
     if single.is_file():
         return open_tensors(single)
