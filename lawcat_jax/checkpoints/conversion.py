@@ -162,6 +162,7 @@ def _to_hf(job: _Job) -> int:
 
 def _to_transformers(job: _Job) -> int:
     bundle = job.bundle
+    assert bundle.attention is not None  # of a student, which the job was checked to be
     with progress_bar(_bytes(bundle.params), f"writing {job.target}") as progress:
         return write_transformers(
             job.target,
@@ -216,6 +217,7 @@ def _to_delta(job: _Job) -> int:
         print(
             f"{job.origin or 'the teacher'} is not on this machine: not checked that the student's weights are its own"
         )
+    assert bundle.attention is not None  # of a student, which the job was checked to be
     return delta.write_delta(
         job.target,
         model=bundle.model,
@@ -326,7 +328,7 @@ def _verify(job: _Job, *, to: str, exact: bool) -> None:
         elif to == "transformers":
             here, reference, trust = student_logits(before, tokens), target, True
         else:
-            if before.lora is not None:
+            if before.lora is not None and before.attention is not None:
                 from lawcat_jax.models import merge_lora
 
                 before.params = merge_lora(before.params, before.lora, before.attention)

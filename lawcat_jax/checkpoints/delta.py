@@ -270,5 +270,5 @@ def _content(values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for path, array in sorted(arrays.items()):
         digest.update(f"\n{path} {array.dtype} {list(array.shape)}\n".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

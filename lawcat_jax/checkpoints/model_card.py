@@ -77,13 +77,13 @@ def _recipe(attention: AttentionConfig, lora: LoraConfig | None, extra: Mapping,
     )
     if lora is not None:
         lines.append(f"- LoRA: rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}")
-    config = recipe.get("config") if isinstance(recipe.get("config"), Mapping) else {}
+    config = _mapping(recipe.get("config"))
     for stage in ("stage1", "stage2"):
         values = config.get(stage)
         if isinstance(values, Mapping) and values.get("enabled", True):
             known = {name: values[name] for name in _STAGE_FIELDS if values.get(name) not in (None, "", 0)}
-            data = values.get("data") if isinstance(values.get("data"), Mapping) else {}
-            lines.append(f"- {stage}: data `{data.get('kind', '?')}`, {_listed(known)}")
+            kind = _mapping(values.get("data")).get("kind", "?")
+            lines.append(f"- {stage}: data `{kind}`, {_listed(known)}")
     if "seed" in config:
         lines.append(f"- seed: {config['seed']}")
     for name in ("git", "versions"):
@@ -91,6 +91,11 @@ def _recipe(attention: AttentionConfig, lora: LoraConfig | None, extra: Mapping,
             value = recipe[name]
             lines.append(f"- {name}: {_listed(value) if isinstance(value, Mapping) else value}")
     return "\n".join(lines)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """``value`` where it is a mapping, else an empty one: records may hold anything."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def _listed(values: Mapping[str, Any]) -> str:

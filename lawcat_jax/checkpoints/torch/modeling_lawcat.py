@@ -13,7 +13,13 @@ Names: B sequences, T tokens, H query heads, N key-value heads, d width of a hea
 
 Padding may stand anywhere: at the entrance the valid tokens of each sequence are moved to the front, and hidden states
 are put back at the exit. In between, ``lengths`` says how many tokens are valid, and the others change no state.
+
+All of it is one file, longer than others here, because it is copied beside exported weights and read there by people who
+have nothing else of this project.
 """
+
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
+# torch types every attribute of a module as "Tensor | Module", and transformers its caches' layers as their base class.
 
 from typing import NamedTuple
 
