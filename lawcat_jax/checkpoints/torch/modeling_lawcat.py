@@ -33,7 +33,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .configuration_lawcat import LawcatConfig
 
 try:  # its fused kernels, where a GPU is there
-    from fla.ops.gla import chunk_gla as fla_gla
+    from fla.ops.gla import chunk_gla as fla_gla  # pyright: ignore[reportMissingImports]
 except ImportError:
     fla_gla = None
 
