@@ -113,6 +113,7 @@ def default_output(found: Mapping[str, FoundCheckpoint]) -> Path:
 
 
 def _models(named: Mapping[str, str], settings: EvalConfig, options: Mapping[str, Any]) -> Iterator[Model]:
+    from lawcat_jax.runtime.sharding import spread
     from lawcat_jax.tasks.decoder_model import decoder_models
 
     for name, checkpoint in named.items():
@@ -120,13 +121,14 @@ def _models(named: Mapping[str, str], settings: EvalConfig, options: Mapping[str
         single = len(named) == 1
         models = decoder_models(
             loaded.graphdef,
-            loaded.params,
+            spread(loaded.params),
             loaded.tokenizer,
             name=checkpoint if single else name,
             label="" if single else name,
             is_student=loaded.is_student,
             teacher=settings.teacher,
             batch_size=settings.batch_size,
+            prefill_chunk=settings.prefill_chunk,
         )
         del loaded  # the next one needs the room
         while models:

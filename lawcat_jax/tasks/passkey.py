@@ -28,6 +28,7 @@ class Passkey(GenerationTask):
     name = "passkey"
     heading = "Passkey retrieval"
     settings = ("samples", "passkey_form", "seed")
+    ends = False  # the published rule counts tokens
 
     def wording(self, settings: EvalConfig) -> str:
         return _WORDINGS[settings.passkey_form]

@@ -152,7 +152,7 @@ def _document(task: Task, settings: EvalConfig, model: Measured, labels: Sequenc
         "role": model.role,
         "table": list(labels),  # all models of the table and the figure that this one is in
         "wording": task.wording(settings),
-        "seed": settings.seed,
+        "seed": task.seed(settings),
         "samples": settings.samples,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": _versions(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from lawcat_jax.config import EvalConfig
 from lawcat_jax.data.tokenize import Tokenizer
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import distributed
+from lawcat_jax.tasks.ahead import Ahead
 from lawcat_jax.tasks.cells import Cells
 from lawcat_jax.tasks.progress import ProgressLine
 from lawcat_jax.tasks.registry import task_named
@@ -97,11 +100,19 @@ def measure(
         else:
             missing.append(length)
     progress = ProgressLine(f"{task.name} {model.label}", missing, settings.samples) if show else None
-    for length in missing:
-        rows = task.measure(model, length, settings, progress)
-        if cells is not None:
-            cells.save(task, settings, model, length, rows)
-        results.update(rows)
+    with contextlib.ExitStack() as threads:
+
+        def prepare(length: int | None) -> Ahead | None:
+            prepared = None if length is None else task.prepare(model.tokenizer, length, settings)
+            return prepared and threads.enter_context(prepared)
+
+        prepared = prepare(next(iter(missing), None))
+        for length, following in itertools.zip_longest(missing, missing[1:]):
+            now, prepared = prepared, prepare(following)  # the next length's inputs are made during this one
+            rows = task.measure(model, length, settings, progress, now)
+            if cells is not None:
+                cells.save(task, settings, model, length, rows)
+            results.update(rows)
     return dict(sorted(results.items()))
 
 
@@ -134,6 +145,7 @@ def evaluate_model(
             is_student=is_student,
             teacher=settings.teacher,
             batch_size=settings.batch_size,
+            prefill_chunk=settings.prefill_chunk,
         ),
         output=output,
         training_length=training_length,
