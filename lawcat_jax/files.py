@@ -7,11 +7,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from lawcat_jax.errors import UserError
+
+
+def user_cache(environ: Mapping[str, str] = os.environ) -> Path:
+    """The folder of this package in the user's cache: ``$XDG_CACHE_HOME/lawcat_jax``, else ``~/.cache/lawcat_jax``."""
+    return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lawcat_jax"
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ class Babilong(Haystacked):
     files (the published sets take train facts), and noise from the books that the user names, as every result says.
     """
 
+    family = "BABILong"
     question: ClassVar[str]
     settings = ("samples", "sample_seed", "haystack", "babi")
 

@@ -47,6 +47,7 @@ class NiahSingle(Haystacked):
     are under copyright, and is named in every result.
     """
 
+    family = "S-NIAH"
     number: ClassVar[int]
 
     def wording(self, settings: EvalConfig) -> str:

@@ -16,7 +16,7 @@ from lawcat_jax.tasks.ahead import Ahead
 from lawcat_jax.tasks.cells import Cells
 from lawcat_jax.tasks.progress import ProgressLine
 from lawcat_jax.tasks.registry import task_named
-from lawcat_jax.tasks.report import Measured, write_report
+from lawcat_jax.tasks.report import Measured, write_families, write_report
 from lawcat_jax.tasks.task import Model, Task
 
 Results = dict[str, dict[str, dict[int, Any]]]
@@ -74,10 +74,13 @@ def run_evaluation(
             measured[task.name].append(Measured(model.label, model.name, model.role, results))
         del model  # its weights make room for the next one's
     if write:
+        endings = []
         for task in tasks:
             if measured[task.name]:
                 options = {"training_length": training_length, "replace": replace, "echo": echo}
-                write_report(task, settings, measured[task.name], output, **options)
+                endings.append(write_report(task, settings, measured[task.name], output, **options))
+        if endings:
+            write_families(settings, measured, output, ending=max(endings, key=len), echo=echo)
         cells.clear()
     return {name: {model.label: dict(model.results) for model in done} for name, done in measured.items()}
 

@@ -89,6 +89,7 @@ class Task(abc.ABC):
     Attributes:
       name: of the task: its option in ``config.eval.tasks`` and the stem of its files.
       heading: the start of titles, e.g. "Passkey retrieval".
+      family: a name for tasks that share a summary, e.g. "BABILong", with which their headings start; "" for none.
       settings: the fields of ``EvalConfig``, ``lengths`` and ``batch_size`` apart, that its results depend on.
       x_label, y_label: of the plot.
       percent: whether the plotted value is a share in [0, 1], shown in percent.
@@ -97,6 +98,7 @@ class Task(abc.ABC):
 
     name: ClassVar[str]
     heading: ClassVar[str]
+    family: ClassVar[str] = ""
     settings: ClassVar[tuple[str, ...]]
     x_label: ClassVar[str] = "context length (tokens)"
     y_label: ClassVar[str]
