@@ -17,7 +17,7 @@ import numpy as np
 
 from lawcat_jax.data.babi import PLACES, TASKS, Story, TrainingStories, load_stories
 from lawcat_jax.data.haystack import Haystack
-from lawcat_jax.data.samples import EvalSample, Sample, check_eos, fit, sample_rng, text_sample
+from lawcat_jax.data.samples import EvalSample, Sample, check_eos, fit, in_threads, sample_rng, text_sample
 from lawcat_jax.data.tokenize import Tokenizer, decode, encode, encode_many, encode_prompt
 from lawcat_jax.errors import UserError
 
@@ -147,8 +147,11 @@ def draw_eval_samples(
             f"(the shortest takes {min(least) + MAX_NEW_TOKENS} tokens); raise the length or ask for fewer samples"
         )
     order = [int(index) for index in np.random.default_rng(seed).permutation(len(stories)) if fitting[index]]
-    for index in order[:samples]:
-        yield _eval_sample(tokenizer, task, length, stories[index], index, noise, seed, add_bos)
+
+    def make(index: int) -> EvalSample:
+        return _eval_sample(tokenizer, task, length, stories[index], index, noise, seed, add_bos)
+
+    yield from in_threads(make, order[:samples])
 
 
 def eval_samples(*args: Any, **kwargs: Any) -> list[EvalSample]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lawcat_jax.data.haystack import NOISE, Haystack
-from lawcat_jax.data.samples import EvalSample, fit, sample_rng
+from lawcat_jax.data.samples import EvalSample, fit, in_threads, sample_rng
 from lawcat_jax.data.sentences import split_sentences
 from lawcat_jax.data.tokenize import Tokenizer, encode_prompt
 from lawcat_jax.errors import UserError
@@ -123,10 +123,14 @@ def draw_eval_samples(
         raise UserError(f"S-NIAH variant {variant!r} is not one of {', '.join(map(str, VARIANTS))}")
     if VARIANTS[variant].essays and haystack is None:
         raise UserError(f"S-NIAH-{variant} needs a haystack: name essays or books (a path, hf:..., or tfds:...)")
-    words = length  # a first guess; later samples start from the one before
-    for index in range(samples):
-        sample, words = _eval_sample(tokenizer, variant, length, seed, index, haystack, add_bos, words)
-        yield sample
+
+    def make(index: int, guess: int) -> tuple[EvalSample, int]:
+        return _eval_sample(tokenizer, variant, length, seed, index, haystack, add_bos, guess)
+
+    if samples > 0:
+        first, words = make(0, length)
+        yield first  # its size is a good guess for all others
+        yield from in_threads(lambda index: make(index, words)[0], range(1, samples))
 
 
 def eval_samples(*args: Any, **kwargs: Any) -> list[EvalSample]:
