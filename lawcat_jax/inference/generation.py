@@ -30,7 +30,8 @@ def bucket(size: int, largest: int | None = None) -> int:
     return rounded if largest is None else min(rounded, largest)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "batch", "length", "as_teacher"))
+# The parameters are kept, though not used: they say on which devices the cache lies.
+@functools.partial(jax.jit, static_argnames=("graphdef", "batch", "length", "as_teacher"), keep_unused=True)
 def empty_cache(params, *, graphdef, batch: int, length: int, as_teacher: bool = False):
     """(cache, logits [B, V] float32) of no tokens, split over the mesh in context like a batch."""
     model = bind(graphdef, params)

@@ -13,10 +13,10 @@ import numpy as np
 
 from lawcat_jax.data import tokenize
 from lawcat_jax.data.tokenize import Tokenizer
-from lawcat_jax.inference.generation import bucket, default_chunk, generate, needs_room
+from lawcat_jax.inference.generation import bucket, default_chunk, empty_cache, generate, needs_room
 from lawcat_jax.models import bind
 from lawcat_jax.runtime.distributed import on_host
-from lawcat_jax.runtime.sharding import batch_shards, constrain, mesh_of
+from lawcat_jax.runtime.sharding import batch_shards, mesh_of
 from lawcat_jax.tasks.task import Generate, Model, NllSum, PositionNll
 
 _CHUNK = 512  # tokens whose logits exist at once: T x V in float32 is 8 GB at 16K tokens and a 128K vocabulary
@@ -137,10 +137,6 @@ def position_nll(graphdef: Any, params: Any, *, as_teacher: bool, chunk: int = 0
     what the model remembers.
     """
 
-    @functools.partial(jax.jit, static_argnames=("batch", "room"))
-    def empty(params, *, batch: int, room: int):
-        return constrain(bind(graphdef, params).init_cache(batch, room, as_teacher=as_teacher))
-
     @functools.partial(jax.jit, donate_argnames="cache", static_argnames="part")
     def step(params, cache, tokens, targets, weights, part):
         model = bind(graphdef, params)
@@ -154,7 +150,7 @@ def position_nll(graphdef: Any, params: Any, *, as_teacher: bool, chunk: int = 0
         room = bucket(length) if needs_room(graphdef, params, as_teacher) else 1
         parts = []
         with mesh_of(params):
-            cache = empty(params, batch=rows, room=room)
+            cache, _ = empty_cache(params, graphdef=graphdef, batch=rows, length=room, as_teacher=as_teacher)
             for start in range(0, length, size):
                 arrays = [batch[name][:, start : start + size] for name in ("tokens", "targets", "loss_weights")]
                 sums, cache = step(params, cache, *arrays, part=_divisor(arrays[0].shape[1]))
