@@ -65,6 +65,7 @@ def test_the_configuration_lists_the_tasks_there_are():
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """Where evaluations take their hay and their stories from, and the text whose perplexity is measured."""
+    pytest.importorskip("wonderwords")
     folder = tmp_path_factory.mktemp("sources")
     (folder / "books.txt").write_text(prose(12_000))
     (folder / "babi").mkdir()
