@@ -11,8 +11,7 @@ from typing import Any
 from lawcat_jax.config import EvalConfig, from_dict
 from lawcat_jax.errors import UserError
 from lawcat_jax.inference.loading import FoundCheckpoint, find_checkpoint, load_for_inference
-from lawcat_jax.tasks.registry import task_named
-from lawcat_jax.tasks.runner import Results, run_evaluation
+from lawcat_jax.tasks.runner import Results, check_settings, run_evaluation
 from lawcat_jax.tasks.task import Model
 
 
@@ -91,8 +90,7 @@ def evaluate_checkpoints(
     first = next(iter(found.values()))
     settings = chosen_settings(first.extra.get("eval") or {}, given)
     for checkpoint in found.values():
-        for task in settings.tasks:
-            task_named(task).check(settings, checkpoint.tokenizer)
+        check_settings(settings, checkpoint.tokenizer)
     options = {"revision": revision, "dtype": dtype, "tokenizer": tokenizer}
     return run_evaluation(
         settings,
@@ -127,7 +125,7 @@ def _models(named: Mapping[str, str], settings: EvalConfig, options: Mapping[str
             label="" if single else name,
             is_student=loaded.is_student,
             teacher=settings.teacher,
-            batch_size=settings.batch_size,
+            batch_size=min(settings.batch_size, settings.samples),
             prefill_chunk=settings.prefill_chunk,
         )
         del loaded  # the next one needs the room

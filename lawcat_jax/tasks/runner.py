@@ -67,8 +67,7 @@ def run_evaluation(
             raise UserError(f"two models are named {model.label!r}; name them differently")
         if model.tokenizer is not checked:
             checked = model.tokenizer
-            for task in tasks:
-                task.check(settings, model.tokenizer)
+            check_settings(settings, checked)
         for task in tasks:
             results = measure(task, model, settings, cells=cells, show=write)
             measured[task.name].append(Measured(model.label, model.name, model.role, results))
@@ -83,6 +82,16 @@ def run_evaluation(
             write_families(settings, measured, output, ending=max(endings, key=len), echo=echo)
         cells.clear()
     return {name: {model.label: dict(model.results) for model in done} for name, done in measured.items()}
+
+
+def check_settings(settings: EvalConfig, tokenizer: Tokenizer) -> None:
+    """Find mistakes in the settings before a model is there: what every task's ``check`` finds with this tokenizer.
+
+    Raises:
+      UserError: an unknown task, lengths that do not fit, a missing source, too little text.
+    """
+    for name in dict.fromkeys(settings.tasks):
+        task_named(name).check(settings, tokenizer)
 
 
 def measure(
@@ -147,7 +156,7 @@ def evaluate_model(
             name=model,
             is_student=is_student,
             teacher=settings.teacher,
-            batch_size=settings.batch_size,
+            batch_size=min(settings.batch_size, settings.samples),
             prefill_chunk=settings.prefill_chunk,
         ),
         output=output,
