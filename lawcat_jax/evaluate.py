@@ -23,8 +23,8 @@ from lawcat_jax.errors import UserError
 _CHECKPOINT = flags.DEFINE_multi_string(
     "checkpoint",
     [],
-    "Model directory, folder of a run, Hugging Face directory or hub id, or asset:tiny_llama. Given several times (or "
-    "separated by commas), each as name=checkpoint, they are compared.",
+    "Model directory, folder of a run, Hugging Face directory or hub id, asset:tiny_llama, or a student's small file. "
+    "Given several times (or separated by commas), each as name=checkpoint, they are compared.",
 )
 _TASKS = flags.DEFINE_list(
     "tasks",
@@ -49,6 +49,7 @@ _PREFILL_CHUNK = flags.DEFINE_integer(
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of the reports. Default: eval/ of the run, else ./eval_<name>/.")
 _REVISION = flags.DEFINE_string("revision", None, "Revision of a hub repository.")
+_BASE = flags.DEFINE_string("base", None, "Teacher of a student's small file; default: the one that the file names.")
 _DTYPE = flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Of the frozen weights.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer directory or hub id, instead of the checkpoint's.")
 _TRAINING_LENGTH = flags.DEFINE_integer("training_length", None, "In tokens, marked in the plot.")
@@ -89,6 +90,7 @@ def main(argv: list[str]) -> None:
         settings,
         output=_OUTPUT.value,
         revision=_REVISION.value,
+        base=_BASE.value,
         dtype=_DTYPE.value,
         tokenizer=_TOKENIZER.value,
         training_length=_TRAINING_LENGTH.value,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,12 @@ import numpy as np
 
 from lawcat_jax.errors import UserError
 from lawcat_jax.models import bind, num_linear
+from lawcat_jax.models.cache import Cache
 from lawcat_jax.runtime.distributed import on_host
 from lawcat_jax.runtime.sharding import batch_shards, constrain, mesh_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 SMALLEST_BUCKET = 16
 SMALLER_CHUNK, LARGEST_CHUNK = 1024, 8192
@@ -32,7 +36,9 @@ def bucket(size: int, largest: int | None = None) -> int:
 
 # The parameters are kept, though not used: they say on which devices the cache lies.
 @functools.partial(jax.jit, static_argnames=("graphdef", "batch", "length", "as_teacher"), keep_unused=True)
-def empty_cache(params, *, graphdef, batch: int, length: int, as_teacher: bool = False):
+def empty_cache(
+    params: dict[str, Any], *, graphdef: Any, batch: int, length: int, as_teacher: bool = False
+) -> tuple[Cache, Float[Array, "B V"]]:
     """(cache, logits [B, V] float32) of no tokens, split over the mesh in context like a batch."""
     model = bind(graphdef, params)
     logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
@@ -42,7 +48,16 @@ def empty_cache(params, *, graphdef, batch: int, length: int, as_teacher: bool =
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher"), donate_argnames=("cache", "logits"))
-def prefill_chunk(params, cache, logits, tokens, lengths, *, graphdef, as_teacher: bool):
+def prefill_chunk(
+    params: dict[str, Any],
+    cache: Cache,
+    logits: Float[Array, "B V"],
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"] | None,
+    *,
+    graphdef: Any,
+    as_teacher: bool,
+) -> tuple[Float[Array, "B V"], Cache]:
     """Consume one chunk of prompts, int32 [B, T]: (logits of the last valid token [B, V], cache).
 
     ``lengths`` int32 [B] counts the valid tokens of each row; a prompt that has ended already (0) keeps its cache and its
@@ -60,7 +75,17 @@ def _choose(logits, step, keys, temperature):
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher"), donate_argnames=("cache",))
-def decode_step(params, cache, token, step, keys, temperature, *, graphdef, as_teacher: bool):
+def decode_step(
+    params: dict[str, Any],
+    cache: Cache,
+    token: Int[Array, " B"],
+    step: Int[Array, ""] | int,
+    keys: Array,
+    temperature: Float[Array, ""] | float,
+    *,
+    graphdef: Any,
+    as_teacher: bool,
+) -> tuple[Int[Array, " B"], Cache]:
     """Consume one token of every sequence, int32 [B], and choose the next: (next tokens [B], cache)."""
     logits, cache = bind(graphdef, params).decode(token, cache, as_teacher=as_teacher)
     return _choose(logits, step, keys, temperature), cache
@@ -106,9 +131,9 @@ def _check(graphdef, params, prompts: Sequence[Sequence[int]], max_new_tokens: i
 def needs_room(graphdef: Any, params: Any, as_teacher: bool) -> bool:
     """Whether a cache grows with the length, which only that of softmax layers does."""
     model = bind(graphdef, params)
-    return (
-        as_teacher or model.mixers is None or num_linear(model.config, model.attention_config) < model.config.num_layers
-    )
+    if as_teacher or model.mixers is None or model.attention_config is None:
+        return True
+    return num_linear(model.config, model.attention_config) < model.config.num_layers
 
 
 def prefill_plan(shortest: int, longest: int, chunk: int) -> list[tuple[int, int]]:
