@@ -19,12 +19,16 @@ from ml_collections.config_flags import tuple_parser
 from lawcat_jax.config import Config, ConfigError
 from lawcat_jax.config.tree import field_names, nearest, unshare
 from lawcat_jax.errors import UserError
+from lawcat_jax.runtime.programs import keep_programs
 
 EXIT_USER_ERROR, EXIT_CRASH, EXIT_KEYBOARD = 2, 1, 130
 
 
-def run_main(main: Callable[[list[str]], int | None]) -> None:
+def run_main(main: Callable[[list[str]], int | None], *, cache_programs: bool = True) -> None:
     """Run ``main`` as the program; ends the process with what ``main`` returns as its exit code (None is 0).
+
+    Programs that jax compiles are kept for the next time (:mod:`lawcat_jax.runtime.programs`); ``cache_programs`` False
+    is for commands that look into programs, which one read back from a file does not allow.
 
     A :class:`UserError` or :class:`ConfigError`, also one about the flags, is printed as ``error: ...`` without a
     traceback and ends with 2; Ctrl-C ends with 130; any other exception keeps its traceback and ends with 1. Where
@@ -38,6 +42,8 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
             print(f"error: {problem}", file=sys.stderr, flush=True)
             sys.exit(EXIT_USER_ERROR)
 
+    if cache_programs:
+        keep_programs()
     app.run(lambda argv: _exit_code(main, argv), flags_parser=parse)
 
 

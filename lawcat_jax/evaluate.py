@@ -2,6 +2,8 @@
 
     python -m lawcat_jax.evaluate --checkpoint=<dir> --tasks=passkey --lengths=256,512,1024
     python -m lawcat_jax.evaluate --checkpoint=<dir> --tasks=perplexity --text=book.txt --lengths=1024
+    python -m lawcat_jax.evaluate --checkpoint=<dir> --tasks=niah_single_1,niah_single_2 --haystack=essays/
+    python -m lawcat_jax.evaluate --checkpoint=<dir> --tasks=babilong_qa1 --haystack=tfds:pg19:test --babi=en-10k/
     python -m lawcat_jax.evaluate --checkpoint=long=runs/a --checkpoint=short=runs/b --lengths=1024,2048
 
 Writes ``<task>.json``, ``<task>.md`` and ``<task>.png`` into ``eval/`` in the folder of a run, or into ``./eval_<name>/``
@@ -34,9 +36,17 @@ _SAMPLES = flags.DEFINE_integer("samples", None, "Samples of each length.", lowe
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Samples generated together.", lower_bound=1)
 _TEACHER = flags.DEFINE_bool("teacher", False, "Evaluate the student's teacher beside it.")
 _FORM = flags.DEFINE_enum("form", None, list(typing.get_args(PasskeyForm)), "Wording of the passkey task.")
-_SEED = flags.DEFINE_integer("seed", None, "Of the samples of --form=train.")
-_TEXT = flags.DEFINE_string("text", None, "Text of the perplexity task: tfds:<name>, hf:<name>, or a path.")
-_TEXT_KEY = flags.DEFINE_string("text_key", None, "Field of the text in its rows.")
+_SEED = flags.DEFINE_integer("seed", None, "Of the samples of S-NIAH, BABILong and --form=train.")
+_TEXT = flags.DEFINE_string("text", None, "Text of the perplexity tasks: tfds:<name>, hf:<name>, or a path.")
+_TEXT_KEY = flags.DEFINE_string("text_key", None, "Field of the text in its rows, also of the haystack.")
+_BLOCK = flags.DEFINE_integer("position_block", None, "Positions of a row of perplexity_by_position.", lower_bound=1)
+_HAYSTACK = flags.DEFINE_string(
+    "haystack", None, "Essays or books of niah_single_2 and _3 and babilong_*: tfds:<name>, hf:<name>, or a path."
+)
+_BABI = flags.DEFINE_string("babi", None, "Directory of bAbI's en-10k files, for babilong_*.")
+_PREFILL_CHUNK = flags.DEFINE_integer(
+    "prefill_chunk", None, "Tokens of each prompt read at a time. Default: by the prompts' lengths.", lower_bound=0
+)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of the reports. Default: eval/ of the run, else ./eval_<name>/.")
 _REVISION = flags.DEFINE_string("revision", None, "Revision of a hub repository.")
 _BASE = flags.DEFINE_string("base", None, "Teacher of a student's small file; default: the one that the file names.")
@@ -49,8 +59,8 @@ def _length(item: str) -> int:
     try:
         length = int(item)
     except ValueError:
-        length = 0
-    if length < 1:
+        length = -1
+    if length < 0:
         raise UserError(f"--lengths: {item!r} is not a number of tokens (use --lengths=256,512)")
     return length
 
@@ -67,6 +77,11 @@ def main(argv: list[str]) -> None:
         "seed": _SEED.value,
         "text": _TEXT.value,
         "text_key": _TEXT_KEY.value,
+        "position_block": _BLOCK.value,
+        "haystack": _HAYSTACK.value,
+        "babi": _BABI.value,
+        "sample_seed": _SEED.value,
+        "prefill_chunk": _PREFILL_CHUNK.value,
     }
     from lawcat_jax.tasks.compare import evaluate_checkpoints
 

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +23,11 @@ _MODEL_PARTS = re.compile(  # everything that a written model consists of
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|chat_template|vocab)\.json"
     r"|tokenizer\.model|chat_template\.jinja|merges\.txt"
 )
+
+
+def user_cache(environ: Mapping[str, str] = os.environ) -> Path:
+    """The folder of this package in the user's cache: ``$XDG_CACHE_HOME/lawcat_jax``, else ``~/.cache/lawcat_jax``."""
+    return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lawcat_jax"
 
 
 @contextlib.contextmanager

@@ -51,4 +51,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    command_line.run_main(main)
+    command_line.run_main(main, cache_programs=False)

@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["LAWCAT_JAX_COMPILATION_CACHE"] = "off"  # tests write nothing into the user's cache
 # Threads of XLA's CPU client. An interpreted GPU kernel blocks one a warpgroup: with as many as cores it would wait for ever.
 os.environ.setdefault("NPROC", "16")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):

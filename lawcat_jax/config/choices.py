@@ -90,8 +90,20 @@ Distributed = Literal["auto", "on", "off"]
 Progress = Literal["auto", "bar", "lines", "off"]
 """Progress display; ``auto`` is a bar on a terminal and lines elsewhere."""
 
-TaskName = Literal["passkey", "perplexity"]
-"""Evaluation task."""
+TaskName = Literal[
+    "passkey",
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "babilong_qa1",
+    "babilong_qa2",
+    "babilong_qa3",
+    "babilong_qa4",
+    "babilong_qa5",
+    "perplexity",
+    "perplexity_by_position",
+]
+"""Evaluation task: passkey retrieval, RULER's S-NIAH, BABILong, or perplexity of text, whole or by position."""
 
 PasskeyForm = Literal["train", "landmark"]
 """Wording of passkey prompts: that of the training samples, or the evaluation prompt of the paper (from Landmark

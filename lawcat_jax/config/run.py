@@ -83,6 +83,14 @@ class LogConfig(Node):
     """At the end of a stage, write statistics of gates, denominators and convolutions for every layer."""
 
 
+_SOURCES = (
+    ("text", "a text (tfds:..., hf:..., or a path)", ("perplexity",)),
+    ("haystack", "essays or books (tfds:..., hf:..., or a path)", ("niah_single_2", "niah_single_3", "babilong")),
+    ("babi", "the directory of bAbI's en-10k files", ("babilong",)),
+)
+"""(field of EvalConfig, what it names, starts of the names of the tasks that need it)."""
+
+
 @dataclasses.dataclass
 class EvalConfig(Node):
     """Evaluation at the end of a run, and the defaults of ``lawcat_jax.evaluate`` for the model it makes."""
@@ -92,7 +100,7 @@ class EvalConfig(Node):
     tasks: tuple[TaskName, ...] = ("passkey",)
     """What is evaluated."""
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
-    """[tokens] Lengths of the prompts or texts."""
+    """[tokens] Lengths of the prompts or texts; 0 asks for a prompt without hay, which only BABILong has."""
     samples: int = 50
     """[samples] Of each length."""
     batch_size: int = 10
@@ -106,17 +114,32 @@ class EvalConfig(Node):
     text: str = ""
     """Text whose perplexity is measured, written as ``data.source`` of a stage."""
     text_key: str = "text"
-    """The field of a row that holds its text."""
+    """The field of a row that holds its text, also of the haystack."""
+    position_block: int = 1024
+    """[tokens] Size of the blocks of positions in ``perplexity_by_position``, which is measured at the largest length."""
+    haystack: str = ""
+    """Essays or books around the needles of ``niah_single_2`` and ``_3`` and the facts of ``babilong_*``, written as
+    ``data.source`` of a stage; ``tfds:pg19:test`` is BABILong's."""
+    babi: str = ""
+    """Directory of bAbI's en-10k files, whose test stories ``babilong_*`` asks about."""
+    sample_seed: int = 42
+    """[1] Of the samples of ``niah_single_*`` and ``babilong_*``; 42 is RULER's."""
+    prefill_chunk: int = 0
+    """[tokens] Of each prompt that are read at a time; 0 chooses by the lengths of the prompts."""
 
     def problems(self, path: str = "config.eval") -> list[str]:
         """Values that cannot be, one line each; types are taken as right."""
         problems = choice_problems(self, path)
-        if self.samples < 1 or self.batch_size < 1 or any(n < 1 for n in self.lengths):
-            problems.append(f"{path}: samples, batch_size and every length must be at least 1")
+        if self.samples < 1 or self.batch_size < 1 or self.position_block < 1:
+            problems.append(f"{path}: samples, batch_size and position_block must be at least 1")
+        if any(n < 0 for n in self.lengths) or self.prefill_chunk < 0:
+            problems.append(f"{path}: lengths and prefill_chunk must not be negative")
         if not self.lengths:
             problems.append(f"{path}.lengths: name at least one length")
-        if "perplexity" in self.tasks and not self.text:
-            problems.append(f"{path}.text: name a text (tfds:..., hf:..., or a path) for the perplexity task")
+        for field, kind, tasks in _SOURCES:
+            asking = [task for task in self.tasks if task.startswith(tasks)]
+            if asking and not getattr(self, field) and (field != "haystack" or any(self.lengths)):
+                problems.append(f"{path}.{field}: name {kind} for {', '.join(asking)}")
         return problems
 
 

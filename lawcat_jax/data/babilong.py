@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from lawcat_jax.data.babi import PLACES, TASKS, Story, TrainingStories, load_stories
 from lawcat_jax.data.haystack import Haystack
-from lawcat_jax.data.samples import EvalSample, Sample, check_eos, fit, sample_rng, text_sample
+from lawcat_jax.data.samples import EvalSample, Sample, check_eos, fit, in_threads, sample_rng, text_sample
 from lawcat_jax.data.tokenize import Tokenizer, decode, encode, encode_many, encode_prompt
 from lawcat_jax.errors import UserError
 
@@ -107,7 +109,7 @@ def prompt_text(task: str, context: str, question: str) -> str:
     return FRAME.format(**parts, context=context.strip(), question=question).strip()
 
 
-def eval_samples(
+def draw_eval_samples(
     tokenizer: Tokenizer,
     task: str,
     length: int,
@@ -117,8 +119,8 @@ def eval_samples(
     noise: Haystack | None = None,
     seed: int = 42,
     add_bos: bool = True,
-) -> list[EvalSample]:
-    """BABILong prompts: prompt and 20 new tokens take at most ``length`` tokens and at least 99 % of it.
+) -> Iterator[EvalSample]:
+    """BABILong prompts one by one: prompt and 20 new tokens take at most ``length`` tokens and at least 99 % of it.
 
     Args:
       task: "qa1" ... "qa5".
@@ -137,21 +139,33 @@ def eval_samples(
     if length and noise is None:
         raise UserError(f"BABILong at {length} tokens needs noise: name books (a path, hf:..., or tfds:...)")
     stories = load_stories(facts, task, "test")
-    out: list[EvalSample] = []
-    for index in np.random.default_rng(seed).permutation(len(stories)):
-        if len(out) == samples:
-            break
-        sample = _eval_sample(tokenizer, task, length, stories[index], int(index), noise, seed, add_bos)
-        if sample is not None:
-            out.append(sample)
-    if len(out) < samples:
-        shortest = min(stories, key=lambda story: len(story.text))
-        least = len(encode(tokenizer, prompt_text(task, " ".join(shortest.facts), shortest.question)))
+    least = _least_tokens(tokenizer, task, facts, add_bos)
+    fitting = [not length or tokens <= length - MAX_NEW_TOKENS for tokens in least]
+    if sum(fitting) < samples:
         raise UserError(
-            f"BABILong {task} at {length} tokens: {len(out)} of {samples} stories fit with the prompt around them "
-            f"(the shortest takes {least + 1 + MAX_NEW_TOKENS} tokens); raise the length or ask for fewer samples"
+            f"BABILong {task} at {length} tokens: {sum(fitting)} of {samples} stories fit with the prompt around them "
+            f"(the shortest takes {min(least) + MAX_NEW_TOKENS} tokens); raise the length or ask for fewer samples"
         )
-    return out
+    order = [int(index) for index in np.random.default_rng(seed).permutation(len(stories)) if fitting[index]]
+
+    def make(index: int) -> EvalSample:
+        return _eval_sample(tokenizer, task, length, stories[index], index, noise, seed, add_bos)
+
+    yield from in_threads(make, order[:samples])
+
+
+def eval_samples(*args: Any, **kwargs: Any) -> list[EvalSample]:
+    """All of :func:`draw_eval_samples`."""
+    return list(draw_eval_samples(*args, **kwargs))
+
+
+@functools.lru_cache(maxsize=32)
+def _least_tokens(tokenizer: Tokenizer, task: str, facts: str, add_bos: bool) -> list[int]:
+    """Tokens of the prompt of every test story without noise."""
+    stories = load_stories(facts, task, "test")
+    texts = [prompt_text(task, " ".join(story.facts), story.question) for story in stories]
+    bos = len(encode_prompt(tokenizer, "", add_bos=add_bos))
+    return [bos + len(ids) for ids in encode_many(tokenizer, texts)]
 
 
 def _eval_sample(
@@ -163,7 +177,7 @@ def _eval_sample(
     noise: Haystack | None,
     seed: int,
     add_bos: bool,
-) -> EvalSample | None:
+) -> EvalSample:
     rng = sample_rng("eval", seed, index)
     places = np.sort(rng.random(len(story.facts)))
 
@@ -172,8 +186,6 @@ def _eval_sample(
         return encode_prompt(tokenizer, prompt_text(task, context, story.question), add_bos=add_bos)
 
     least = len(prompt(" ".join(story.facts)))
-    if length and least > length - MAX_NEW_TOKENS:
-        return None
     background = _Background(tokenizer, noise if length else None, rng, length - MAX_NEW_TOKENS - least)
     budget = length - MAX_NEW_TOKENS
     words = 0

@@ -101,10 +101,12 @@ def load_haystack(source: str | tuple[str, ...], text_key: str = "") -> Haystack
                 break
     if not any(document.strip() for document in documents):
         raise UserError(f"haystack {source!r}: it holds no text")
-    return Haystack("+".join(_short_name(one) for one in sources), tuple(documents))
+    return Haystack("+".join(source_name(one) for one in sources), tuple(documents))
 
 
-def _short_name(source: str) -> str:
+def source_name(source: str) -> str:
+    """The name that results quote: a remote source as it is written, the stem of a file, the last two parts of the path
+    of a directory."""
     if text_data.is_remote(source):
         return source
     path = Path(source)

@@ -11,11 +11,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import uuid
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from lawcat_jax.data.haystack import NOISE, Haystack
-from lawcat_jax.data.samples import EvalSample, fit, sample_rng
+from lawcat_jax.data.samples import EvalSample, fit, in_threads, sample_rng
 from lawcat_jax.data.sentences import split_sentences
 from lawcat_jax.data.tokenize import Tokenizer, encode_prompt
 from lawcat_jax.errors import UserError
@@ -97,7 +99,7 @@ def essay_context(text: str, needle: str, depth: int) -> str:
     return " ".join([" ".join(sentences[:place]), needle, " ".join(sentences[place:])])
 
 
-def eval_samples(
+def draw_eval_samples(
     tokenizer: Tokenizer,
     variant: int,
     length: int,
@@ -106,8 +108,9 @@ def eval_samples(
     haystack: Haystack | None = None,
     *,
     add_bos: bool = True,
-) -> list[EvalSample]:
-    """S-NIAH-``variant`` prompts: prompt and 128 new tokens take at most ``length`` tokens, and at least 99 % of it.
+) -> Iterator[EvalSample]:
+    """S-NIAH-``variant`` prompts one by one: prompt and 128 new tokens take at most ``length`` tokens, and at least 99 %
+    of it.
 
     Args:
       haystack: text of variants 2 and 3 (:func:`lawcat_jax.data.haystack.load_haystack`); variant 1 takes none.
@@ -120,12 +123,19 @@ def eval_samples(
         raise UserError(f"S-NIAH variant {variant!r} is not one of {', '.join(map(str, VARIANTS))}")
     if VARIANTS[variant].essays and haystack is None:
         raise UserError(f"S-NIAH-{variant} needs a haystack: name essays or books (a path, hf:..., or tfds:...)")
-    out: list[EvalSample] = []
-    words = length  # a first guess; later samples start from the one before
-    for index in range(samples):
-        sample, words = _eval_sample(tokenizer, variant, length, seed, index, haystack, add_bos, words)
-        out.append(sample)
-    return out
+
+    def make(index: int, guess: int) -> tuple[EvalSample, int]:
+        return _eval_sample(tokenizer, variant, length, seed, index, haystack, add_bos, guess)
+
+    if samples > 0:
+        first, words = make(0, length)
+        yield first  # its size is a good guess for all others
+        yield from in_threads(lambda index: make(index, words)[0], range(1, samples))
+
+
+def eval_samples(*args: Any, **kwargs: Any) -> list[EvalSample]:
+    """All of :func:`draw_eval_samples`."""
+    return list(draw_eval_samples(*args, **kwargs))
 
 
 def _eval_sample(

@@ -12,11 +12,12 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 
 from lawcat_jax.data.haystack import NOISE
-from lawcat_jax.data.samples import Sample, check_eos, sample_rng, text_sample
+from lawcat_jax.data.samples import Sample, check_eos, in_threads, sample_rng, text_sample
 from lawcat_jax.data.tokenize import Tokenizer, decode, encode, encode_offsets, encode_prompt
 from lawcat_jax.errors import UserError
 
@@ -234,10 +235,10 @@ def _landmark_characters_per_token(tokenizer: Tokenizer) -> float:
     return 8 * (len(HAY) + 1) / max(1, len(encode(tokenizer, " ".join([HAY] * 9))) - len(encode(tokenizer, HAY)))
 
 
-def eval_samples(
+def draw_eval_samples(
     tokenizer: Tokenizer, *, form: str, length: int, samples: int, seed: int, add_bos: bool = True
-) -> list[PasskeySample]:
-    """Evaluation samples of at most ``length`` tokens.
+) -> Iterator[PasskeySample]:
+    """Evaluation samples of at most ``length`` tokens, one by one.
 
     ``train``: the training wording, from the evaluation stream of ``seed``. ``landmark``: tests j = 0 ...
     samples - 1, which are defined by j alone; ``seed`` has no part in them.
@@ -245,12 +246,24 @@ def eval_samples(
     Raises:
       UserError: for an unknown form, or a length too short for the frame.
     """
-    if form == "landmark":
-        return [landmark_sample_tokens(tokenizer, length, j, add_bos=add_bos) for j in range(samples)]
-    if form != "train":
+    if form not in ("train", "landmark"):
         raise UserError(f"passkey form {form!r} is not one of 'train', 'landmark'")
-    generator = PasskeyGenerator(tokenizer, add_bos=add_bos)
-    return [generator.sample_tokens(sample_rng("eval", seed, j), length) for j in range(samples)]
+    generator = PasskeyGenerator(tokenizer, add_bos=add_bos) if form == "train" else None
+
+    def make(j: int) -> PasskeySample:
+        if generator is None:
+            return landmark_sample_tokens(tokenizer, length, j, add_bos=add_bos)
+        return generator.sample_tokens(sample_rng("eval", seed, j), length)
+
+    yield from in_threads(make, range(samples))
+
+
+def eval_samples(
+    tokenizer: Tokenizer, *, form: str, length: int, samples: int, seed: int, add_bos: bool = True
+) -> list[PasskeySample]:
+    """All of :func:`draw_eval_samples`."""
+    drawn = draw_eval_samples(tokenizer, form=form, length=length, samples=samples, seed=seed, add_bos=add_bos)
+    return list(drawn)
 
 
 def answer_text(sample: PasskeySample, tokenizer: Tokenizer) -> str:

@@ -6,16 +6,21 @@ seeds (:func:`sample_rng`), so that none can repeat another's draw whatever seed
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import dataclasses
 import itertools
-from collections.abc import Callable
-from typing import Any
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from lawcat_jax.data.tokenize import Tokenizer, encode_offsets
 from lawcat_jax.errors import UserError
 
+T = TypeVar("T")
+_THREADS = 4
 _STREAMS = {"train": 1, "validation": 2, "eval": 3}
 
 
@@ -73,6 +78,29 @@ class EvalSample:
     max_new_tokens: int
     haystack: str
     task: str
+
+
+def in_threads(make: Callable[[int], T], indices: Sequence[int]) -> Iterator[T]:
+    """``make`` of each index, in order, a few of them at the same time: tokenizers work outside Python's lock.
+
+    Nothing is made far ahead of what is taken, and nothing more once the iterator is closed.
+    """
+    if len(indices) == 1:
+        yield make(indices[0])
+        return
+    threads = min(_THREADS, os.cpu_count() or 1)
+    with concurrent.futures.ThreadPoolExecutor(threads, "lawcat_jax.data.samples") as pool:
+        waiting: collections.deque[concurrent.futures.Future[T]] = collections.deque()
+        try:
+            for index in indices:
+                waiting.append(pool.submit(make, index))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def check_eos(tokenizer: Tokenizer, what: str) -> None:

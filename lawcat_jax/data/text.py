@@ -25,6 +25,7 @@ import numpy as np
 
 from lawcat_jax.data.tokenize import Tokenizer, encode, encode_many, fingerprint
 from lawcat_jax.errors import UserError
+from lawcat_jax.files import user_cache
 
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
 _PIECE = 1 << 16  # characters given to the tokenizer at once; its transient memory is about 100 bytes a token
@@ -306,8 +307,7 @@ def load_tokens(
 def _cache_directory() -> Path:
     if os.environ.get("LAWCAT_CACHE"):
         return Path(os.environ["LAWCAT_CACHE"]).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "lawcat_jax" / "tokens"
+    return user_cache() / "tokens"
 
 
 def _limited(chunks: Iterator[np.ndarray], limit: int | None) -> Iterator[np.ndarray]:

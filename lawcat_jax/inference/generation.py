@@ -17,12 +17,15 @@ import numpy as np
 from lawcat_jax.errors import UserError
 from lawcat_jax.models import bind, num_linear
 from lawcat_jax.models.cache import Cache
-from lawcat_jax.runtime.sharding import mesh_of
+from lawcat_jax.runtime.distributed import on_host
+from lawcat_jax.runtime.sharding import batch_shards, constrain, mesh_of
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
 SMALLEST_BUCKET = 16
+SMALLER_CHUNK, LARGEST_CHUNK = 1024, 8192
+BUSY_TOKENS = 16384
 
 
 def bucket(size: int, largest: int | None = None) -> int:
@@ -31,14 +34,17 @@ def bucket(size: int, largest: int | None = None) -> int:
     return rounded if largest is None else min(rounded, largest)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "batch", "length", "as_teacher"))
+# The parameters are kept, though not used: they say on which devices the cache lies.
+@functools.partial(jax.jit, static_argnames=("graphdef", "batch", "length", "as_teacher"), keep_unused=True)
 def empty_cache(
     params: dict[str, Any], *, graphdef: Any, batch: int, length: int, as_teacher: bool = False
 ) -> tuple[Cache, Float[Array, "B V"]]:
-    """(cache, logits [B, V] float32) of no tokens."""
+    """(cache, logits [B, V] float32) of no tokens, split over the mesh in context like a batch."""
     model = bind(graphdef, params)
     logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
-    return model.init_cache(batch, length, as_teacher=as_teacher), logits
+    cache = constrain({**model.init_cache(batch, length, as_teacher=as_teacher), "logits": logits})
+    logits = cache.pop("logits")
+    return cache, logits
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher"), donate_argnames=("cache", "logits"))
@@ -122,30 +128,55 @@ def _check(graphdef, params, prompts: Sequence[Sequence[int]], max_new_tokens: i
             raise UserError(f"prompt {number} has token ids outside the vocabulary of {vocabulary}")
 
 
-def _has_softmax(graphdef, params, as_teacher: bool) -> bool:
+def needs_room(graphdef: Any, params: Any, as_teacher: bool) -> bool:
+    """Whether a cache grows with the length, which only that of softmax layers does."""
     model = bind(graphdef, params)
     if as_teacher or model.mixers is None or model.attention_config is None:
         return True
     return num_linear(model.config, model.attention_config) < model.config.num_layers
 
 
+def prefill_plan(shortest: int, longest: int, chunk: int) -> list[tuple[int, int]]:
+    """(first token, size) of the pieces in which the prompts of a batch are read.
+
+    As long as all prompts go on, whole chunks are read, which faster kernels serve: first of ``chunk`` tokens, then of at
+    most 1024. The rest, where prompts end, is read in pieces of the smaller size; of prompts shorter than one, in one
+    piece of a power of two. So the sizes are few, whatever the lengths.
+    """
+    small = min(chunk, SMALLER_CHUNK)
+    pieces, start = [], 0
+    for size in dict.fromkeys((chunk, small)):
+        while shortest - start >= size:
+            pieces.append((start, size))
+            start += size
+    size = small if start else bucket(longest, small)
+    return pieces + [(at, size) for at in range(start, longest, size)]
+
+
+def default_chunk(rows: int) -> int:
+    """Tokens of each of ``rows`` prompts (a device's) that are read at once: about 16K tokens together, which keep a
+    device busy, and at most 8K of one prompt.
+    """
+    return min(LARGEST_CHUNK, max(SMALLER_CHUNK, 1 << max(0, (BUSY_TOKENS // rows).bit_length() - 1)))
+
+
 def _consume(graphdef, params, prompts, new_tokens: int, chunk: int, as_teacher: bool):
-    """Caches and next-token logits after the prompts [list of lists, empty ones allowed]."""
+    """Caches and next-token logits after the prompts (lists of token ids)."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    longest = int(lengths.max())
-    size = bucket(longest, chunk)
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    plan = prefill_plan(shortest, longest, chunk or default_chunk(-(-len(prompts) // batch_shards(params))))
     options = {"graphdef": graphdef, "as_teacher": as_teacher}
     # Only the key-value buffer of softmax layers depends on the length.
-    room = bucket(longest + new_tokens) if _has_softmax(graphdef, params, as_teacher) else 1
+    room = bucket(longest + new_tokens) if needs_room(graphdef, params, as_teacher) else 1
     with mesh_of(params):
         cache, logits = empty_cache(params, batch=len(prompts), length=room, **options)
-    tokens = np.zeros((len(prompts), -(-longest // size) * size), np.int32)
+    tokens = np.zeros((len(prompts), sum(plan[-1])), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    for start in range(0, tokens.shape[1], size):
-        part = None if np.all(lengths - start >= size) else np.clip(lengths - start, 0, size)
+    for start, size in plan:
+        valid = None if shortest - start >= size else np.clip(lengths - start, 0, size)
         with mesh_of(params):
-            logits, cache = prefill_chunk(params, cache, logits, tokens[:, start : start + size], part, **options)
+            logits, cache = prefill_chunk(params, cache, logits, tokens[:, start : start + size], valid, **options)
     return cache, logits
 
 
@@ -160,7 +191,7 @@ def generate(
     seed: int = 0,
     as_teacher: bool = False,
     batch_size: int = 8,
-    prefill_chunk: int = 1024,
+    prefill_chunk: int = 0,
 ) -> list[list[int]]:
     """Continue prompts; the answers are in the prompts' order, without the prompts.
 
@@ -172,21 +203,23 @@ def generate(
       temperature: 0 for the most likely token, else the softmax temperature of the draws.
       seed: of the draws; an answer depends on the seed and the prompt's number, not on the batch.
       batch_size: prompts continued at a time; prompts of similar length go together.
-      prefill_chunk: prompt tokens consumed at a time; bounds the memory that a long prompt takes.
+      prefill_chunk: tokens of each prompt consumed at a time, which bounds the memory that a long prompt takes; 0
+        chooses by the batch and the lengths (:func:`default_chunk`).
 
     Raises:
-      UserError: for an empty prompt, a token outside the vocabulary, or sizes below 1.
+      UserError: for an empty prompt, a token outside the vocabulary, or sizes out of range.
     """
     _check(graphdef, params, prompts, max_new_tokens)
-    if batch_size < 1 or prefill_chunk < 1:
-        raise UserError(f"batch_size {batch_size} and prefill_chunk {prefill_chunk} must be at least 1")
+    if batch_size < 1 or prefill_chunk < 0:
+        raise UserError(f"batch_size {batch_size} must be at least 1, and prefill_chunk {prefill_chunk} not negative")
     options = {"graphdef": graphdef, "as_teacher": as_teacher}
     eos = jnp.asarray([*eos_ids] or [-1], jnp.int32)
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     answers: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
-        rows = [prompts[number] for number in numbers] + [[]] * (batch_size - len(numbers))
+        # A short last batch is filled up with copies: an empty row would rule out the kernels for whole chunks.
+        rows = [prompts[number] for number in numbers] + [prompts[numbers[-1]]] * (batch_size - len(numbers))
         cache, logits = _consume(graphdef, params, rows, max_new_tokens, prefill_chunk, as_teacher)
         done = np.arange(batch_size) >= len(numbers)
         keys = _keys(seed, [*numbers, *[0] * (batch_size - len(numbers))])
@@ -194,7 +227,7 @@ def generate(
         capacity = bucket(max_new_tokens)
         with mesh_of(params):
             out, *_ = _decode_loop(params, cache, logits, done, limit, eos, keys, heat, capacity=capacity, **options)
-        for number, row in zip(numbers, np.asarray(out), strict=False):
+        for number, row in zip(numbers, on_host(out), strict=False):
             answers[number] = [int(token) for token in row if token >= 0]
     return answers
 
@@ -209,7 +242,7 @@ def stream(
     temperature: float = 0.0,
     seed: int = 0,
     as_teacher: bool = False,
-    prefill_chunk: int = 1024,
+    prefill_chunk: int = 0,
 ) -> Iterator[int]:
     """Yield the tokens of one continuation as they are made, the end token included: those that :func:`generate` gives
     for this prompt alone.

@@ -140,9 +140,11 @@ class Decoder(nnx.Module):
         *,
         lengths: Int[Array, " B"] | None = None,
         all_logits: bool = False,
+        return_hidden: bool = False,
         as_teacher: bool = False,
-    ) -> tuple[Float[Array, "B V"] | Float[Array, "B T V"], caching.Cache]:
-        """Append tokens to a cache, empty or not: (logits of the last valid token or of all, new cache).
+    ) -> tuple[Float[Array, "B V"] | Float[Array, "B T V"] | Float[Array, "B T D"], caching.Cache]:
+        """Append tokens to a cache, empty or not: (logits of the last valid token or of all, new cache), with
+        ``return_hidden`` the final-normed hidden states of all instead of logits.
 
         A sequence of length 0 keeps its cache; its logits mean nothing.
         """
@@ -153,6 +155,8 @@ class Decoder(nnx.Module):
             x, cache = self._run(segment, x, context, cache=cache, as_teacher=as_teacher)
         added = tokens.shape[1] if lengths is None else lengths
         cache["position"] = cache["position"] + added
+        if return_hidden:
+            return self.final_norm(x), cache
         if not all_logits:
             x = _last_valid(x, lengths)
         return self.head(self.final_norm(x)), cache

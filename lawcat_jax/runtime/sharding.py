@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lawcat_jax.config import Config, MeshConfig
 from lawcat_jax.errors import UserError
@@ -41,7 +41,7 @@ RULES: tuple[Rule, ...] = (
     *((rf"lora/{row.name}/a$", P(None, row.mesh_axes[0])) for row in PROJECTIONS if row.lora),
     *((rf"lora/{row.name}/b$", P(None, None, row.mesh_axes[1])) for row in PROJECTIONS if row.lora),
     # Decoding caches: sequences over the batch's axes, heads over tensor.
-    (r"(^|/)(position|tokens|lengths)$", P(BATCH_AXES)),  # those of state passing as well
+    (r"(^|/)(position|tokens|lengths|logits)$", P(BATCH_AXES)),  # those of state passing as well
     (r"^softmax/[kv]$", P(None, BATCH_AXES, None, "tensor")),
 )
 
@@ -103,7 +103,7 @@ def make_mesh(
         return Mesh(array, AXES, axis_types=kinds)
 
 
-def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Axes of one array. A dimension that an axis does not divide stays whole.
 
     Raises:
@@ -127,7 +127,7 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     )
 
 
-def _axis_size(axis: str | tuple[str, ...], mesh: Mesh) -> int:
+def _axis_size(axis: str | tuple[str, ...], mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis))
 
 
@@ -164,6 +164,32 @@ def mesh_of(params: Any) -> contextlib.AbstractContextManager:
     if found is None or found.size == 1:
         return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(getattr(found, "abstract_mesh", found))
+
+
+def batch_shards(params: Any) -> int:
+    """Over how many devices the mesh that parameters lie on splits the rows of a batch; 1 without a mesh."""
+    found = getattr(getattr(jax.tree.leaves(params)[0], "sharding", None), "mesh", None)
+    return 1 if found is None else math.prod(found.shape.get(axis, 1) for axis in BATCH_AXES)
+
+
+def constrain(tree: T) -> T:
+    """A tree of arrays, inside jit, split over the mesh in context as the rules say; the same tree without a mesh."""
+    found = jax.sharding.get_abstract_mesh()
+    if found.empty or found.size == 1:
+        return tree
+
+    def one(path: tuple, leaf: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(leaf, spec_for(path_name(path), leaf.shape, found))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def spread(params: T) -> T:
+    """Parameters copied to every accelerator, so that batches are split over all of them. On a single one, and on CPU
+    devices, which share their cores, the same parameters."""
+    if jax.default_backend() == "cpu" or jax.device_count() == 1:
+        return params
+    return jax.device_put(params, replicated(make_mesh(MeshConfig(data=-1, fsdp=1))))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -12,8 +12,7 @@ from lawcat_jax.checkpoints.delta import is_delta
 from lawcat_jax.config import EvalConfig, from_dict
 from lawcat_jax.errors import UserError
 from lawcat_jax.inference.loading import FoundCheckpoint, find_checkpoint, load_for_inference
-from lawcat_jax.tasks.registry import task_named
-from lawcat_jax.tasks.runner import Results, run_evaluation
+from lawcat_jax.tasks.runner import Results, check_settings, run_evaluation
 from lawcat_jax.tasks.task import Model
 
 
@@ -99,8 +98,7 @@ def evaluate_checkpoints(
     first = next(iter(found.values()))
     settings = chosen_settings(first.extra.get("eval") or {}, given)
     for checkpoint in found.values():
-        for task in settings.tasks:
-            task_named(task).check(settings, checkpoint.tokenizer)
+        check_settings(settings, checkpoint.tokenizer)
     return run_evaluation(
         settings,
         _models(named, settings, base, {**options, "dtype": dtype}),
@@ -122,6 +120,7 @@ def default_output(found: Mapping[str, FoundCheckpoint]) -> Path:
 def _models(
     named: Mapping[str, str], settings: EvalConfig, base: str | None, options: Mapping[str, Any]
 ) -> Iterator[Model]:
+    from lawcat_jax.runtime.sharding import spread
     from lawcat_jax.tasks.decoder_model import decoder_models
 
     for name, checkpoint in named.items():
@@ -129,13 +128,14 @@ def _models(
         single = len(named) == 1
         models = decoder_models(
             loaded.graphdef,
-            loaded.params,
+            spread(loaded.params),
             loaded.tokenizer,
             name=checkpoint if single else name,
             label="" if single else name,
             is_student=loaded.is_student,
             teacher=settings.teacher,
-            batch_size=settings.batch_size,
+            batch_size=min(settings.batch_size, settings.samples),
+            prefill_chunk=settings.prefill_chunk,
         )
         del loaded  # the next one needs the room
         while models:

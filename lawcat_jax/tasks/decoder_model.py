@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,10 +13,11 @@ import numpy as np
 
 from lawcat_jax.data import tokenize
 from lawcat_jax.data.tokenize import Tokenizer
-from lawcat_jax.inference.generation import generate
+from lawcat_jax.inference.generation import bucket, default_chunk, empty_cache, generate, needs_room
 from lawcat_jax.models import bind
-from lawcat_jax.runtime.sharding import mesh_of
-from lawcat_jax.tasks.task import Generate, Model, NllSum
+from lawcat_jax.runtime.distributed import on_host
+from lawcat_jax.runtime.sharding import batch_shards, mesh_of
+from lawcat_jax.tasks.task import Generate, Model, NllSum, PositionNll
 
 _CHUNK = 512  # tokens whose logits exist at once: T x V in float32 is 8 GB at 16K tokens and a 128K vocabulary
 
@@ -31,6 +32,7 @@ def decoder_models(
     is_student: bool,
     teacher: bool,
     batch_size: int,
+    prefill_chunk: int = 0,
 ) -> list[Model]:
     """The student and, with ``teacher``, its teacher, which has the same weights with softmax attention.
 
@@ -42,7 +44,13 @@ def decoder_models(
       is_student: False is a plain softmax model, of the role "teacher".
       teacher: evaluate the teacher of a student as well.
       batch_size: prompts generated together.
+      prefill_chunk: prompt tokens read at a time, see :func:`lawcat_jax.inference.generation.generate`.
     """
+    options = {
+        "batch_size": batch_size,
+        "prefill_chunk": prefill_chunk,
+        "eos_ids": _eos_ids(graphdef, params, tokenizer),
+    }
     roles = [*(["student"] if is_student else []), *(["teacher"] if teacher or not is_student else [])]
     weights = _fingerprint(graphdef, params, tokenizer)
     models = []
@@ -54,31 +62,53 @@ def decoder_models(
                 name=name + suffix,
                 role=role,
                 tokenizer=tokenizer,
-                generate=greedy(graphdef, params, as_teacher=as_teacher, batch_size=batch_size),
+                generate=greedy(graphdef, params, as_teacher=as_teacher, **options),
                 nll=model_nll(graphdef, params, as_teacher=as_teacher),
+                position_nll=position_nll(graphdef, params, as_teacher=as_teacher, chunk=prefill_chunk),
+                devices=batch_shards(params),
                 fingerprint=f"{weights}-{role}",
             )
         )
     return models
 
 
-def greedy(graphdef: Any, params: Any, *, as_teacher: bool, batch_size: int) -> Generate:
+def _eos_ids(graphdef: Any, params: Any, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """End tokens of the model, or else the tokenizer's."""
+    own, end = bind(graphdef, params).config.eos_token_ids, tokenizer.eos_token_id
+    return tuple(own) or (() if end is None else (end,))
+
+
+def greedy(
+    graphdef: Any,
+    params: Any,
+    *,
+    as_teacher: bool,
+    batch_size: int,
+    prefill_chunk: int = 0,
+    eos_ids: Sequence[int] = (),
+) -> Generate:
     """Greedy continuation by a decoder, in batches of one size, so that a short last batch compiles nothing new.
 
-    It never stops at an end token: scores count tokens.
+    On several devices a batch is as many rows as it is given, up to a multiple of the devices.
+
+    It stops at an end token (one of ``eos_ids``) where it is asked to, and else gives every token that it is asked for.
     """
 
-    def call(prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    devices = batch_shards(params)
+
+    def call(prompts: list[list[int]], max_new_tokens: int, ends: bool) -> list[list[int]]:
+        rows = batch_size if devices == 1 else -(-len(prompts) // devices) * devices
         return generate(
             graphdef,
             params,
             prompts,
             max_new_tokens=max_new_tokens,
-            eos_ids=(),
+            eos_ids=tuple(eos_ids) if ends else (),
             temperature=0.0,
             seed=0,
             as_teacher=as_teacher,
-            batch_size=batch_size,
+            batch_size=rows,
+            prefill_chunk=prefill_chunk,
         )
 
     return call
@@ -91,29 +121,67 @@ def model_nll(graphdef: Any, params: Any, *, as_teacher: bool) -> NllSum:
     def nll(params, tokens, targets, weights, lengths, chunk):
         model = bind(graphdef, params)
         hidden = model(tokens, lengths=lengths, as_teacher=as_teacher, return_hidden=True)
-
-        def part(args):
-            hidden, targets, weights = args
-            logits = model.head(hidden).astype(jnp.float32)
-            picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-            return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weights)
-
-        rows, length = tokens.shape
-
-        def split(x):  # [B, T, ...] -> [chunks, B, chunk, ...]
-            return jnp.moveaxis(x.reshape(rows, length // chunk, chunk, *x.shape[2:]), 1, 0)
-
-        return jnp.sum(jax.lax.map(part, (split(hidden), split(targets), split(weights)))), jnp.sum(weights)
+        return jnp.sum(_token_nll(model, hidden, targets, chunk) * weights), jnp.sum(weights)
 
     def call(batch: Mapping[str, np.ndarray]) -> tuple[float, float]:
-        length = batch["tokens"].shape[1]
-        chunk = max(size for size in range(1, min(_CHUNK, length) + 1) if length % size == 0)
         names = ("tokens", "targets", "loss_weights", "lengths")
         with mesh_of(params):
-            total, weight = nll(params, *(batch[name] for name in names), chunk=chunk)
+            total, weight = nll(params, *(batch[name] for name in names), chunk=_divisor(batch["tokens"].shape[1]))
         return float(total), float(weight)
 
     return call
+
+
+def position_nll(graphdef: Any, params: Any, *, as_teacher: bool, chunk: int = 0) -> PositionNll:
+    """Negative log-likelihood of a batch by position, in chunks of ``chunk`` tokens (0 chooses by the batch) that hand on
+    what the model remembers.
+    """
+
+    @functools.partial(jax.jit, donate_argnames="cache", static_argnames="part")
+    def step(params, cache, tokens, targets, weights, part):
+        model = bind(graphdef, params)
+        # Padding stands on the right, where nothing that counts sees it.
+        hidden, cache = model.prefill(tokens, cache, return_hidden=True, as_teacher=as_teacher)
+        return jnp.sum(_token_nll(model, hidden, targets, part) * weights, axis=0), cache
+
+    def call(batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        rows, length = batch["tokens"].shape
+        size = min(length, chunk or default_chunk(-(-rows // batch_shards(params))))
+        room = bucket(length) if needs_room(graphdef, params, as_teacher) else 1
+        parts = []
+        with mesh_of(params):
+            cache, _ = empty_cache(params, graphdef=graphdef, batch=rows, length=room, as_teacher=as_teacher)
+            for start in range(0, length, size):
+                arrays = [batch[name][:, start : start + size] for name in ("tokens", "targets", "loss_weights")]
+                sums, cache = step(params, cache, *arrays, part=_divisor(arrays[0].shape[1]))
+                parts.append(sums)
+        totals = np.concatenate([on_host(part) for part in parts]).astype(np.float64)
+        return totals, np.asarray(batch["loss_weights"], np.float64).sum(axis=0)
+
+    return call
+
+
+def _divisor(length: int) -> int:
+    """The most tokens, up to :data:`_CHUNK`, that divide ``length``."""
+    return max(size for size in range(1, min(_CHUNK, length) + 1) if length % size == 0)
+
+
+def _token_nll(model: Any, hidden: jax.Array, targets: jax.Array, chunk: int) -> jax.Array:
+    """float32 [B, T] of final-normed hidden states [B, T, D], with the logits of ``chunk`` tokens (a divisor of T) at
+    once."""
+
+    def part(args):
+        hidden, targets = args
+        logits = model.head(hidden).astype(jnp.float32)
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - picked
+
+    rows, length = targets.shape
+
+    def split(x):  # [B, T, ...] -> [chunks, B, chunk, ...]
+        return jnp.moveaxis(x.reshape(rows, length // chunk, chunk, *x.shape[2:]), 1, 0)
+
+    return jnp.moveaxis(jax.lax.map(part, (split(hidden), split(targets))), 0, 1).reshape(rows, length)
 
 
 def _fingerprint(graphdef: Any, params: Any, tokenizer: Tokenizer) -> str:

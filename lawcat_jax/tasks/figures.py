@@ -58,12 +58,13 @@ def plot_lengths(
     """PNG of the results (``results[label][length]``) against length in tokens (log2 axis), one curve a model, with
     95 % intervals as bars where the task has some.
 
-    ``training_length`` is marked with a vertical line.
+    ``training_length`` is marked with a vertical line. The length 0 stands half as far as the shortest other.
 
     Raises:
       UserError: the file cannot be written.
     """
     lengths = sorted({length for by_length in results.values() for length in by_length})
+    places = {length: length or min((x for x in lengths if x), default=2) / 2 for length in lengths}
     figure = _figure(7.2, 4.5)
     axes = figure.add_subplot()
     axes.set_xscale("log", base=2)
@@ -75,7 +76,7 @@ def plot_lengths(
         points = [tuple(scale * value for value in task.point(by_length[x])) for x in sorted(by_length)]
         values += [value for point in points for value in point]
         axes.errorbar(
-            [x * shift for x in sorted(by_length)],
+            [places[x] * shift for x in sorted(by_length)],
             [middle for middle, _, _ in points],
             yerr=[
                 [max(0.0, middle - low) for middle, low, _ in points],
@@ -103,9 +104,9 @@ def plot_lengths(
             color=_INK,
         )
     ticks = _spread(lengths)
-    axes.set_xticks(ticks, [short(length) for length in ticks])
+    axes.set_xticks([places[length] for length in ticks], [short(length) for length in ticks])
     axes.minorticks_off()
-    shown = [*lengths, *([training_length] if training_length else [])]
+    shown = [*places.values(), *([training_length] if training_length else [])]
     axes.set_xlim(min(shown) / 1.15, max(shown) * 1.15)
     if task.percent:
         axes.set_ylim(0, 102)
@@ -138,14 +139,61 @@ def plot_depths(path: str | os.PathLike, task: Task, results: Mapping[str, Mappi
         return False
     bins = 10 if most >= 50 else 5
     lengths = sorted({length for by_length in records.values() for length in by_length})
-    columns = min(3, len(records))
-    rows = math.ceil(len(records) / columns)
-    figure = _figure(1.6 + columns * max(2.6, 0.62 * len(lengths)), 0.9 + rows * (1.2 + 0.27 * bins))
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    rows = [f"{100 * b // bins}-{100 * (b + 1) // bins}" for b in range(bins)]
+    panels = {
+        label: [[_mean(by_length.get(x, []), row, bins) for x in lengths] for row in range(bins)]
+        for label, by_length in records.items()
+    }
+    names = {"title": title, "x_label": task.x_label, "y_label": "depth of the answer (%)"}
+    _heat_maps(path, panels, rows, lengths, **names, scale=f"{task.y_label}, mean of a cell")
+    return True
+
+
+def plot_family(
+    path: str | os.PathLike,
+    tasks: Sequence[Task],
+    results: Mapping[str, Mapping[str, Mapping[int, Any]]],
+    *,
+    title: str,
+) -> None:
+    """PNG of accuracy by task (from the top) and length, one panel a model; ``results[task][label][length]``.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    labels = list(dict.fromkeys(label for by_label in results.values() for label in by_label))
+    found = {task.name: results[task.name] for task in tasks}
+    lengths = sorted({x for by_label in found.values() for by_length in by_label.values() for x in by_length})
+
+    def mean(task: Task, label: str, x: int) -> float | None:
+        result = found[task.name].get(label, {}).get(x)
+        return None if result is None else task.point(result)[0]
+
+    panels = {label: [[mean(task, label, x) for x in lengths] for task in tasks] for label in labels}
+    rows = [short_heading(task) for task in tasks]
+    names = {"title": title, "x_label": tasks[0].x_label, "y_label": tasks[0].family}
+    _heat_maps(path, panels, rows, lengths, **names, scale=tasks[0].y_label)
+
+
+def _heat_maps(
+    path: str | os.PathLike,
+    panels: Mapping[str, Sequence[Sequence[float | None]]],
+    rows: Sequence[str],
+    lengths: Sequence[int],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    scale: str,
+) -> None:
+    """One panel a model: ``panels[label][row][column]`` is a share in [0, 1], or None where nothing was measured."""
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = _figure(1.6 + columns * max(2.6, 0.62 * len(lengths)), 0.9 + lines * (1.2 + 0.27 * len(rows)))
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     image = None
-    for number, (label, by_length) in enumerate(records.items()):
-        axes = panels[number // columns][number % columns]
-        means = [[_mean(by_length.get(x, []), row, bins) for x in lengths] for row in range(bins)]
+    for number, (label, means) in enumerate(panels.items()):
+        axes = grid[number // columns][number % columns]
         image = axes.imshow(
             [[math.nan if mean is None else 100 * mean for mean in row] for row in means],
             vmin=0,
@@ -160,19 +208,23 @@ def plot_depths(path: str | os.PathLike, task: Task, results: Mapping[str, Mappi
                     ink = "black" if mean > 0.5 else "white"
                     axes.text(column, row, f"{100 * mean:.0f}", ha="center", va="center", fontsize=8, color=ink)
         axes.set_xticks(range(len(lengths)), [short(length) for length in lengths])
-        axes.set_yticks(range(bins), [f"{100 * b // bins}-{100 * (b + 1) // bins}" for b in range(bins)])
+        axes.set_yticks(range(len(rows)), rows)
         axes.set_title(label, fontsize=10)
-        if number + columns >= len(records):
-            axes.set_xlabel(task.x_label)
+        if number + columns >= len(panels):
+            axes.set_xlabel(x_label)
             axes.tick_params(labelbottom=True)
         if number % columns == 0:
-            axes.set_ylabel("depth of the answer (%)")
-    for number in range(len(records), rows * columns):
-        panels[number // columns][number % columns].set_visible(False)
-    figure.colorbar(image, ax=panels, label=f"{task.y_label}, mean of a cell", shrink=0.9)
+            axes.set_ylabel(y_label)
+    for number in range(len(panels), lines * columns):
+        grid[number // columns][number % columns].set_visible(False)
+    figure.colorbar(image, ax=grid, label=scale, shrink=0.9)
     figure.suptitle(title, fontsize=11, wrap=True)
     _save(figure, path)
-    return True
+
+
+def short_heading(task: Task) -> str:
+    """A task's heading without that of its family: "QA1" of BABILong."""
+    return task.heading.removeprefix(task.family).lstrip(" -")
 
 
 def short(tokens: int) -> str:
@@ -202,7 +254,8 @@ def _save(figure: Any, path: str | os.PathLike) -> None:
 def _spread(lengths: Sequence[int]) -> list[int]:
     """Lengths whose labels do not run into each other on a log axis."""
     kept: list[int] = []
+    least = next((length for length in lengths if length), 1)
     for length in lengths:
-        if not kept or length >= kept[-1] * max(1.15, (lengths[-1] / lengths[0]) ** (1 / 14)):
+        if not kept or length >= kept[-1] * max(1.15, (lengths[-1] / least) ** (1 / 14)):
             kept.append(length)
     return kept

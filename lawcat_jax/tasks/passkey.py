@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lawcat_jax.config import EvalConfig
-from lawcat_jax.data.passkey import LANDMARK_NEEDLE, NEEDLE, PasskeySample, eval_samples
+from lawcat_jax.data.passkey import LANDMARK_NEEDLE, NEEDLE, PasskeySample, draw_eval_samples
 from lawcat_jax.data.tokenize import Tokenizer, decode, encode
 from lawcat_jax.tasks.task import GenerationTask, Sample
 
@@ -28,6 +28,7 @@ class Passkey(GenerationTask):
     name = "passkey"
     heading = "Passkey retrieval"
     settings = ("samples", "passkey_form", "seed")
+    ends = False  # the published rule counts tokens
 
     def wording(self, settings: EvalConfig) -> str:
         return _WORDINGS[settings.passkey_form]
@@ -35,10 +36,11 @@ class Passkey(GenerationTask):
     def variant(self, settings: EvalConfig) -> str:
         return settings.passkey_form if settings.passkey_form == "landmark" else f"train_seed{settings.seed}"
 
-    def samples(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> list[Sample]:
+    def samples(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> Iterator[Sample]:
         form = settings.passkey_form
-        drawn = eval_samples(tokenizer, form=form, length=length, samples=settings.samples, seed=settings.seed)
-        return [_question(sample, tokenizer, form) for sample in drawn]
+        options = {"form": form, "length": length, "samples": settings.samples, "seed": settings.seed}
+        for drawn in draw_eval_samples(tokenizer, **options):
+            yield _question(drawn, tokenizer, form)
 
     def score(self, sample: Sample, generated: Sequence[int], tokenizer: Tokenizer) -> float:
         counted = list(generated)[: sample.max_new_tokens][-sample.meta["counted"] :]

@@ -10,9 +10,9 @@ import numpy as np
 
 from lawcat_jax.config import DataConfig, EvalConfig
 from lawcat_jax.data.pipeline import make_dataset
-from lawcat_jax.data.text import is_remote, local_files
 from lawcat_jax.data.tokenize import Tokenizer
 from lawcat_jax.errors import UserError
+from lawcat_jax.tasks.cells import file_stamp
 from lawcat_jax.tasks.task import LikelihoodTask
 
 
@@ -31,14 +31,14 @@ class Perplexity(LikelihoodTask):
 
     def identity(self, settings: EvalConfig) -> dict[str, Any]:
         """Of a local text also the size and time of its files: a text that was changed is measured anew."""
-        files = [] if is_remote(settings.text) else local_files(settings.text)
-        stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-        return super().identity(settings) | {"files": stats}
+        return super().identity(settings) | {"files": file_stamp(settings.text)}
 
     def check(self, settings: EvalConfig, tokenizer: Tokenizer) -> None:
         super().check(settings, tokenizer)
         if not settings.text:
-            raise UserError("perplexity: name a text (--text=tfds:..., hf:..., or a path)")
+            raise UserError(f"{self.name}: name a text (--text=tfds:..., hf:..., or a path)")
+        if min(settings.lengths) < 1:
+            raise UserError(f"{self.name}: every length must be at least 1 token")
         self.batches(tokenizer, max(settings.lengths), settings)  # reads and tokenizes the text, once for all lengths
 
     def batches(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> Iterable[Mapping[str, np.ndarray]]:

@@ -17,7 +17,7 @@ class ProgressLine:
 
     def __init__(self, label: str, lengths: Sequence[int], samples: int, stream: TextIO | None = None):
         self._label, self._stream = label, stream or sys.stderr
-        self._work = {length: length * samples for length in sorted(set(lengths))}
+        self._work = {length: max(1, length) * samples for length in sorted(set(lengths))}
         self._start = time.monotonic()
 
     def __call__(self, length: int, done: int, samples: int, hits: float | None = None) -> None:

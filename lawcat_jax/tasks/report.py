@@ -7,6 +7,10 @@ Of a task, with one or more models in one table and one figure::
     <task>.md             the table, with what was measured and how
     <task>.png            the value against length
     <task>_depth.png      the mean score by depth and length, where samples have a depth
+
+Of the tasks of one family together, such as BABILong's, where several were measured::
+
+    <family>.md, .png     accuracy by task and length; a part of the family is named, as in babilong_qa1-qa2.md
 """
 
 from __future__ import annotations
@@ -26,8 +30,8 @@ from lawcat_jax import __version__
 from lawcat_jax.config import EvalConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import atomic_file, read_json
-from lawcat_jax.tasks.figures import TEACHER_SUFFIX, plot_depths, plot_lengths
-from lawcat_jax.tasks.registry import task_named
+from lawcat_jax.tasks.figures import TEACHER_SUFFIX, plot_depths, plot_family, plot_lengths, short_heading
+from lawcat_jax.tasks.registry import task_named, tasks
 from lawcat_jax.tasks.task import Task
 
 _PACKAGES = ("jax", "flax", "numpy", "transformers", "tokenizers")
@@ -63,7 +67,7 @@ def write_report(
     training_length: int | None = None,
     replace: bool = True,
     echo: Callable[[str], None] = print,
-) -> None:
+) -> str:
     """Write every file of one task and print its table.
 
     Args:
@@ -74,6 +78,9 @@ def write_report(
       replace: False keeps a report of another wording, seed, number of samples or lengths that is there already: the
         new files then carry these in their names, e.g. ``passkey_train_seed7_n50_256-1024.json``.
       echo: receives the table, then the files' names.
+
+    Returns:
+      What the files' names say beyond the task and the model: "" but where a report was kept.
 
     Raises:
       UserError: a file cannot be written.
@@ -103,6 +110,56 @@ def write_report(
     echo(table(heading, by_label, task.cell))
     files = ", ".join(str(output / f"{stem}{name}.json") for name in names)
     echo(f"wrote {files}, {output / stem}.md and {' and '.join(str(output / picture) for picture in pictures)}")
+    return stem.removeprefix(task.name)
+
+
+def write_families(
+    settings: EvalConfig,
+    measured: Mapping[str, Sequence[Measured]],
+    output: str | os.PathLike,
+    *,
+    ending: str = "",
+    echo: Callable[[str], None] = print,
+) -> None:
+    """Write and print a table of tasks and lengths, for each family of which several tasks were measured.
+
+    Args:
+      settings: what was measured.
+      measured: name of a task -> the models' results.
+      output: folder, which is there.
+      ending: of the files' names, as :func:`write_report` returned it for the tasks.
+      echo: receives the tables, then the files' names.
+
+    Raises:
+      UserError: a file cannot be written.
+    """
+    output = Path(output)
+    families: dict[str, list[Task]] = {}
+    for name in measured:
+        if (task := task_named(name)).family:
+            families.setdefault(task.family, []).append(task)
+    for family, members in families.items():
+        if len(members) < 2:
+            continue
+        whole = len(members) == sum(task.family == family for task in tasks().values())
+        part = "" if whole else "_" + "-".join(short_heading(task).lower() for task in members)
+        stem = output / f"{family.lower().replace('-', '')}{part}{ending}"
+        results = {task.name: {model.label: model.results for model in measured[task.name]} for task in members}
+        lines = [f"# {family}", ""]
+        for model in measured[members[0].name]:
+            by_task = {short_heading(task): results[task.name].get(model.label, {}) for task in members}
+            title = f"{family}, {model.name if model.name.endswith(model.label) else f'{model.label}, {model.name}'}"
+            head, *body = _cells(by_task, members[0].cell)
+            lines += [title, ""]
+            lines += [f"| {' | '.join(row)} |" for row in (head, ["---:"] * len(head), *body)] + [""]
+            echo(table(title, by_task, members[0].cell))
+        lines += [f"{task.heading}: {task.wording(settings)}, seed {task.seed(settings)}  " for task in members]
+        lines += ["", f"{settings.samples} samples of each task and length; in brackets: 95 % interval (Wilson).", ""]
+        picture = stem.with_name(f"{stem.name}.png")
+        plot_family(picture, members, results, title=family)
+        with atomic_file(stem.with_name(f"{stem.name}.md")) as out:
+            out.write("\n".join([*lines, f"![{family}]({picture.name})"]) + "\n")
+        echo(f"wrote {stem}.md and {picture}")
 
 
 def write_document(path: str | os.PathLike, document: Mapping[str, Any]) -> None:
@@ -152,7 +209,7 @@ def _document(task: Task, settings: EvalConfig, model: Measured, labels: Sequenc
         "role": model.role,
         "table": list(labels),  # all models of the table and the figure that this one is in
         "wording": task.wording(settings),
-        "seed": settings.seed,
+        "seed": task.seed(settings),
         "samples": settings.samples,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": _versions(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,11 @@ from lawcat_jax.config import EvalConfig
 from lawcat_jax.data.tokenize import Tokenizer
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import distributed
+from lawcat_jax.tasks.ahead import Ahead
 from lawcat_jax.tasks.cells import Cells
 from lawcat_jax.tasks.progress import ProgressLine
 from lawcat_jax.tasks.registry import task_named
-from lawcat_jax.tasks.report import Measured, write_report
+from lawcat_jax.tasks.report import Measured, write_families, write_report
 from lawcat_jax.tasks.task import Model, Task
 
 Results = dict[str, dict[str, dict[int, Any]]]
@@ -64,19 +67,31 @@ def run_evaluation(
             raise UserError(f"two models are named {model.label!r}; name them differently")
         if model.tokenizer is not checked:
             checked = model.tokenizer
-            for task in tasks:
-                task.check(settings, model.tokenizer)
+            check_settings(settings, checked)
         for task in tasks:
             results = measure(task, model, settings, cells=cells, show=write)
             measured[task.name].append(Measured(model.label, model.name, model.role, results))
         del model  # its weights make room for the next one's
     if write:
+        endings = []
         for task in tasks:
             if measured[task.name]:
                 options = {"training_length": training_length, "replace": replace, "echo": echo}
-                write_report(task, settings, measured[task.name], output, **options)
+                endings.append(write_report(task, settings, measured[task.name], output, **options))
+        if endings:
+            write_families(settings, measured, output, ending=max(endings, key=len), echo=echo)
         cells.clear()
     return {name: {model.label: dict(model.results) for model in done} for name, done in measured.items()}
+
+
+def check_settings(settings: EvalConfig, tokenizer: Tokenizer) -> None:
+    """Find mistakes in the settings before a model is there: what every task's ``check`` finds with this tokenizer.
+
+    Raises:
+      UserError: an unknown task, lengths that do not fit, a missing source, too little text.
+    """
+    for name in dict.fromkeys(settings.tasks):
+        task_named(name).check(settings, tokenizer)
 
 
 def measure(
@@ -97,11 +112,19 @@ def measure(
         else:
             missing.append(length)
     progress = ProgressLine(f"{task.name} {model.label}", missing, settings.samples) if show else None
-    for length in missing:
-        rows = task.measure(model, length, settings, progress)
-        if cells is not None:
-            cells.save(task, settings, model, length, rows)
-        results.update(rows)
+    with contextlib.ExitStack() as threads:
+
+        def prepare(length: int | None) -> Ahead | None:
+            prepared = None if length is None else task.prepare(model.tokenizer, length, settings)
+            return prepared and threads.enter_context(prepared)
+
+        prepared = prepare(next(iter(missing), None))
+        for length, following in itertools.zip_longest(missing, missing[1:]):
+            now, prepared = prepared, prepare(following)  # the next length's inputs are made during this one
+            rows = task.measure(model, length, settings, progress, now)
+            if cells is not None:
+                cells.save(task, settings, model, length, rows)
+            results.update(rows)
     return dict(sorted(results.items()))
 
 
@@ -133,7 +156,8 @@ def evaluate_model(
             name=model,
             is_student=is_student,
             teacher=settings.teacher,
-            batch_size=settings.batch_size,
+            batch_size=min(settings.batch_size, settings.samples),
+            prefill_chunk=settings.prefill_chunk,
         ),
         output=output,
         training_length=training_length,

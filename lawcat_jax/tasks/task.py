@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -16,14 +17,19 @@ import numpy as np
 from lawcat_jax.config import EvalConfig
 from lawcat_jax.data.tokenize import Tokenizer
 from lawcat_jax.errors import UserError
+from lawcat_jax.tasks.ahead import Ahead
 from lawcat_jax.tasks.results import Accuracy, Likelihood
 
-Generate = Callable[[list[list[int]], int], list[list[int]]]
-"""(prompts as token ids, max_new_tokens) -> the new tokens of each prompt, in order."""
+Generate = Callable[[list[list[int]], int, bool], list[list[int]]]
+"""(prompts as token ids, max_new_tokens, whether an answer ends with the model's end token) -> the new tokens of each
+prompt, in order."""
 
 NllSum = Callable[[Mapping[str, np.ndarray]], tuple[float, float]]
 """A batch as of :func:`lawcat_jax.data.pipeline.make_dataset` -> (weighted sum of negative log-likelihoods in nats,
 sum of weights)."""
+
+PositionNll = Callable[[Mapping[str, np.ndarray]], tuple[np.ndarray, np.ndarray]]
+"""A batch -> the same two sums over its rows for each position, float64 [T] both."""
 
 Progress = Callable[..., None]
 """Called as (length, samples done, samples of this length), and with the sum of the scores so far where there are
@@ -41,6 +47,8 @@ class Model:
       tokenizer: a fast Hugging Face tokenizer.
       generate: greedy continuation of prompts.
       nll: likelihood of a batch.
+      position_nll: likelihood of a batch by position.
+      devices: over how many devices it splits the samples of a batch.
       fingerprint: differs for models that may answer differently; "" where unknown, and then nothing is resumed.
     """
 
@@ -50,7 +58,14 @@ class Model:
     tokenizer: Tokenizer
     generate: Generate
     nll: NllSum
+    position_nll: PositionNll
+    devices: int = 1
     fingerprint: str = ""
+
+    def together(self, settings: EvalConfig) -> int:
+        """How many samples it is given at a time: a batch for each device, as far as there are so many."""
+        samples = -(-settings.samples // self.devices) * self.devices
+        return min(settings.batch_size * self.devices, samples)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +89,7 @@ class Task(abc.ABC):
     Attributes:
       name: of the task: its option in ``config.eval.tasks`` and the stem of its files.
       heading: the start of titles, e.g. "Passkey retrieval".
+      family: a name for tasks that share a summary, e.g. "BABILong", with which their headings start; "" for none.
       settings: the fields of ``EvalConfig``, ``lengths`` and ``batch_size`` apart, that its results depend on.
       x_label, y_label: of the plot.
       percent: whether the plotted value is a share in [0, 1], shown in percent.
@@ -82,6 +98,7 @@ class Task(abc.ABC):
 
     name: ClassVar[str]
     heading: ClassVar[str]
+    family: ClassVar[str] = ""
     settings: ClassVar[tuple[str, ...]]
     x_label: ClassVar[str] = "context length (tokens)"
     y_label: ClassVar[str]
@@ -117,11 +134,30 @@ class Task(abc.ABC):
         """Lengths in tokens that are measured one after the other, each a cell of the table that is kept when done."""
         return sorted(set(settings.lengths))
 
+    def seed(self, settings: EvalConfig) -> int:
+        """The seed of its samples, for the report."""
+        return settings.seed
+
+    def prepare(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> Ahead | None:
+        """Begin to make the inputs of a length on another thread, for a :meth:`measure` that comes later; None where
+        there is nothing to be made ahead. Whoever does not measure closes it.
+        """
+        del tokenizer, length, settings
+        return None
+
     @abc.abstractmethod
     def measure(
-        self, model: Model, length: int, settings: EvalConfig, progress: Progress | None = None
+        self,
+        model: Model,
+        length: int,
+        settings: EvalConfig,
+        progress: Progress | None = None,
+        prepared: Ahead | None = None,
     ) -> dict[int, Any]:
-        """Measure one length: position on the x axis (usually the length itself) -> result."""
+        """Measure one length: position on the x axis (usually the length itself) -> result.
+
+        ``prepared`` is what :meth:`prepare` gave for the same tokenizer, length and settings, or None.
+        """
 
     @abc.abstractmethod
     def cell(self, result: Any) -> str:
@@ -144,16 +180,20 @@ class GenerationTask(Task):
     """Prompts are continued greedily and every answer gets a score; the result is the mean score.
 
     A subclass gives ``name``, ``heading``, ``settings``, ``wording``, ``variant``, ``samples`` and ``score``.
+
+    Attributes:
+      ends: whether an answer ends with the model's end token; else every sample gets all of its new tokens.
     """
 
     y_label = "accuracy (%)"
     percent = True
     result = Accuracy
+    ends: ClassVar[bool] = True
 
     @abc.abstractmethod
-    def samples(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> list[Sample]:
-        """The ``settings.samples`` samples of a length, the same ones whenever they are asked for. Prompt and answer
-        take at most ``length`` tokens.
+    def samples(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> Iterable[Sample]:
+        """The ``settings.samples`` samples of a length, the same ones whenever they are asked for, made as they are
+        taken. Prompt and answer take at most ``length`` tokens.
 
         Raises:
           UserError: the length is below what the frame takes, or the source has too little text.
@@ -167,28 +207,33 @@ class GenerationTask(Task):
         super().check(settings, tokenizer)
         one = dataclasses.replace(settings, samples=1)
         for length in self.lengths(settings):  # a length that cannot work fails before the first is generated
-            self.samples(tokenizer, length, one)
+            next(iter(self.samples(tokenizer, length, one)))
+
+    def prepare(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> Ahead[Sample]:
+        return Ahead(lambda: self.samples(tokenizer, length, settings), 2 * settings.batch_size)
 
     def measure(
-        self, model: Model, length: int, settings: EvalConfig, progress: Progress | None = None
+        self,
+        model: Model,
+        length: int,
+        settings: EvalConfig,
+        progress: Progress | None = None,
+        prepared: Ahead | None = None,
     ) -> dict[int, Accuracy]:
-        samples = self.samples(model.tokenizer, length, settings)
-        longest = max(sample.max_new_tokens for sample in samples)
-        scores: list[float] = []
-        for start in range(0, len(samples), settings.batch_size):
-            batch = samples[start : start + settings.batch_size]
-            outputs = model.generate([sample.prompt for sample in batch], longest)
-            scores += [
-                float(self.score(sample, output, model.tokenizer))
-                for sample, output in zip(batch, outputs, strict=True)
-            ]
-            if progress is not None:
-                progress(length, len(scores), len(samples), sum(scores))
-        tokens = sum(len(sample.prompt) for sample in samples) / len(samples)
-        depths = [sample.meta.get("depth") for sample in samples]
-        return {
-            length: Accuracy(sum(scores) / len(scores), len(scores), tokens, tuple(zip(depths, scores, strict=True)))
-        }
+        records: list[tuple[float | None, float]] = []
+        hits, tokens = 0.0, 0
+        with prepared or self.prepare(model.tokenizer, length, settings) as samples:
+            while batch := list(itertools.islice(samples, model.together(settings))):
+                longest = max(sample.max_new_tokens for sample in batch)
+                outputs = model.generate([sample.prompt for sample in batch], longest, self.ends)
+                for sample, output in zip(batch, outputs, strict=True):
+                    score = float(self.score(sample, output, model.tokenizer))
+                    records.append((sample.meta.get("depth"), score))
+                    hits, tokens = hits + score, tokens + len(sample.prompt)
+                if progress is not None:
+                    progress(length, len(records), settings.samples, hits)
+        count = len(records)
+        return {length: Accuracy(hits / count, count, tokens / count, tuple(records))}
 
     def cell(self, result: Accuracy) -> str:
         low, high = result.interval
@@ -229,9 +274,16 @@ class LikelihoodTask(Task):
         """
 
     def measure(
-        self, model: Model, length: int, settings: EvalConfig, progress: Progress | None = None
+        self,
+        model: Model,
+        length: int,
+        settings: EvalConfig,
+        progress: Progress | None = None,
+        prepared: Ahead | None = None,
     ) -> dict[int, Likelihood]:
+        del prepared
         total = weight = 0.0
+        settings = dataclasses.replace(settings, batch_size=model.together(settings))
         for number, batch in enumerate(self.batches(model.tokenizer, length, settings), 1):
             batch_total, batch_weight = model.nll(batch)
             total, weight = total + batch_total, weight + batch_weight

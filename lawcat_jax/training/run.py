@@ -19,7 +19,7 @@ from lawcat_jax.data.train_tokenizer import save_tokenizer
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import distributed, sharding
 from lawcat_jax.tasks import report
-from lawcat_jax.tasks.runner import evaluate_model
+from lawcat_jax.tasks.runner import check_settings, evaluate_model
 from lawcat_jax.training import inputs, optim, stages
 from lawcat_jax.training.checkpoint import Checkpointer
 from lawcat_jax.training.dry_run import dry_run
@@ -66,6 +66,8 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
     else:
         say(f"loading {config.teacher.source}")
         student = inputs.load_student(config, mesh, teacher)
+    if config.eval.enabled:
+        check_settings(config.eval, student.tokenizer)
 
     # Train.
     writer = MetricsWriter(

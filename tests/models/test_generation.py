@@ -60,6 +60,24 @@ def test_stops_at_the_end_token_and_compiles_once(model):
     assert (generation.prefill_chunk._cache_size(), generation._decode_loop._cache_size()) == compiled
 
 
+def test_prompts_are_read_in_whole_chunks_while_all_go_on():
+    plan = generation.prefill_plan
+    assert plan(300, 300, 1024) == [(0, 512)]
+    assert plan(900, 1020, 1024) == [(0, 1024)]
+    assert plan(2100, 2300, 1024) == [(0, 1024), (1024, 1024), (2048, 1024)]
+    long = plan(20_000, 20_100, 8192)
+    assert [size for _, size in long] == [8192, 8192, 1024, 1024, 1024, 1024]
+    assert plan(64, 64, 16) == [(0, 16), (16, 16), (32, 16), (48, 16)]
+    for shortest, longest, chunk in ((1, 1, 16), (5, 3000, 4096), (8192, 8192, 8192), (1024, 1025, 2048)):
+        found = plan(shortest, longest, chunk)
+        ends = [start + size for start, size in found]
+        assert [start for start, _ in found] == [0, *ends[:-1]]  # no gap
+        assert ends[-1] >= longest > found[-1][0]
+    assert generation.default_chunk(1) == 8192
+    assert generation.default_chunk(10) == 1024
+    assert generation.default_chunk(5) == 2048
+
+
 def test_sampling_depends_on_seed_and_prompt_only(model):
     graphdef, params = model
     options = dict(max_new_tokens=NEW, temperature=1.5, batch_size=2, prefill_chunk=16)

@@ -17,6 +17,7 @@ from lawcat_jax.inference import generation
 from lawcat_jax.models import parallel
 from lawcat_jax.models.attention import softmax_attention
 from lawcat_jax.runtime import sharding
+from lawcat_jax.tasks import decoder_model
 
 MODEL = ModelConfig(
     vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=48,
@@ -76,6 +77,37 @@ def test_generation_on_a_mesh():
     placed = jax.tree.map(jax.device_put, params, sharding.shardings(params, where))
     assert generation.generate(graphdef, placed, prompts, **options) == expected
     assert list(generation.stream(graphdef, placed, prompts[0], max_new_tokens=6)) == expected[0]
+
+
+@pytest.mark.slow
+def test_evaluation_splits_samples_over_copies_of_the_weights():
+    """Answers and likelihoods are those of one device, whether the rows fill the devices or not."""
+    graphdef, _ = models.abstract(MODEL, AttentionConfig(gate_rank=4, softmax_layers=(1,)))
+    params = models.init_params(MODEL, AttentionConfig(gate_rank=4, softmax_layers=(1,)), None, seed=0)
+    where = mesh(data=8, fsdp=1)
+    spread = jax.device_put(params, sharding.replicated(where))
+    assert sharding.batch_shards(params) == 1
+    assert sharding.batch_shards(spread) == 8
+    prompts = [[number, 3, 4, 5] * (4 + number) for number in range(11)]
+    tokens = np.random.default_rng(0).integers(0, 64, size=(8, 33)).astype(np.int32)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_weights": np.ones((8, 32), np.float32)}
+    batch["lengths"] = np.full(8, 32, np.int32)
+    found = []
+    for placed in (params, spread):
+        options = {"as_teacher": False}
+        answer = decoder_model.greedy(graphdef, placed, batch_size=4, prefill_chunk=16, **options)
+        total = decoder_model.model_nll(graphdef, placed, **options)(batch)
+        by_position = decoder_model.position_nll(graphdef, placed, chunk=16, **options)(batch)
+        found.append((answer(prompts, 6, False), total, by_position))
+    (answers, total, by_position), (split_answers, split_total, split_by_position) = found
+    assert split_answers == answers
+    np.testing.assert_allclose(split_total, total, rtol=1e-5)
+    np.testing.assert_allclose(split_by_position, by_position, rtol=1e-5)
+    with sharding.mesh_of(spread):
+        cache, logits = generation.empty_cache(spread, graphdef=graphdef, batch=8, length=64)
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(cache)} == {8}
+    assert logits.sharding.shard_shape(logits.shape)[0] == 1
+    assert cache["softmax"]["k"].sharding.shard_shape(cache["softmax"]["k"].shape)[1] == 1
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import typing
 import zlib
 
@@ -15,6 +16,7 @@ from lawcat_jax.tasks.registry import task_named, tasks
 from lawcat_jax.tasks.runner import run_evaluation
 from lawcat_jax.tasks.task import GenerationTask
 from tests.data import tokenizers as small
+from tests.data.texts import prose, write_babi
 from tests.tasks.fakes import Oracle, constant, model
 
 GENERATION = [name for name, task in tasks().items() if isinstance(task, GenerationTask)]
@@ -23,7 +25,7 @@ GENERATION = [name for name, task in tasks().items() if isinstance(task, Generat
 @pytest.fixture(autouse=True)
 def _no_drawing(monkeypatch):
     """Files instead of pictures, which take most of the time; what is in them is tested elsewhere."""
-    for name in ("plot_lengths", "plot_depths"):
+    for name in ("plot_lengths", "plot_depths", "plot_family"):
         monkeypatch.setattr(report, name, lambda path, *_, **__: path.write_bytes(b"PNG"))
 
 
@@ -56,14 +58,29 @@ def test_the_configuration_lists_the_tasks_there_are():
     assert set(typing.get_args(TaskName)) == set(tasks())
     fields = EvalConfig.__dataclass_fields__
     assert all(set(task.settings) <= set(fields) for task in tasks().values())
-    with pytest.raises(UserError, match="not one of passkey"):
+    with pytest.raises(UserError, match=r"not one of .*passkey"):
         task_named("x")
 
 
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Where evaluations take their hay and their stories from, and the text whose perplexity is measured."""
+    pytest.importorskip("wonderwords")
+    folder = tmp_path_factory.mktemp("sources")
+    (folder / "books.txt").write_text(prose(12_000))
+    (folder / "babi").mkdir()
+    return {
+        "haystack": str(folder / "books.txt"),
+        "babi": write_babi(folder / "babi"),
+        "text": str(folder / "books.txt"),
+    }
+
+
 @pytest.mark.parametrize("name", GENERATION)
-def test_an_oracle_scores_everything_and_a_constant_nothing(name, tmp_path):
+def test_an_oracle_scores_everything_and_a_constant_nothing(name, tmp_path, sources):
     tokenizer = small.byte_level()
-    settings = EvalConfig(tasks=(name,), lengths=(300, 700), samples=5, batch_size=2)
+    lengths = (300, 700) if name == "passkey" else (3000, 4500)  # this tokenizer spells most words by letters
+    settings = EvalConfig(tasks=(name,), lengths=lengths, samples=3, batch_size=2, **sources)
     models = [
         model(tokenizer, Oracle(tokenizer), label="oracle"),
         model(tokenizer, constant(tokenizer), label="constant"),
@@ -98,6 +115,68 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_report(calls, tmp_
     assert resumed == straight
     assert numbers(again) == numbers(tmp_path / "straight")
     assert not (again / "unfinished").exists()
+
+
+def test_an_interrupted_evaluation_of_several_tasks_goes_on(tmp_path, sources):
+    tokenizer = small.byte_level()
+    names = ("niah_single_1", "niah_single_2", "babilong_qa1", "babilong_qa2")
+    settings = EvalConfig(tasks=names, lengths=(2500,), samples=3, batch_size=2, **sources)
+    quiet = {"echo": lambda text: None}
+
+    def models(left):
+        return [model(tokenizer, interrupt_after(Oracle(tokenizer, reach=1200), left))]
+
+    straight = run_evaluation(settings, models(-1), output=tmp_path / "straight", **quiet)
+    again = tmp_path / "again"
+    for _ in range(3):  # two batches a cell: each attempt finishes one and is killed in the next
+        with pytest.raises(Interrupted):
+            run_evaluation(settings, models(3), output=again, **quiet)
+    assert run_evaluation(settings, models(-1), output=again, **quiet) == straight
+    assert numbers(again) == numbers(tmp_path / "straight")
+    assert {file.name for file in again.glob("*.md")} == {
+        *(f"{name}.md" for name in names),
+        "sniah_1-2.md",
+        "babilong_qa1-qa2.md",
+    }
+
+
+def test_a_family_of_tasks_has_a_table(tmp_path, sources):
+    tokenizer = small.byte_level()
+    names = tuple(name for name in GENERATION if name.startswith("babilong"))
+    settings = EvalConfig(tasks=names, lengths=(0, 2500), samples=3, batch_size=2, **sources)
+    models = [model(tokenizer, Oracle(tokenizer)), model(tokenizer, constant(tokenizer), label="teacher")]
+    lines = []
+    results = run_evaluation(settings, models, output=tmp_path, echo=lines.append)
+    assert all(results[name]["student"][0].mean_tokens < results[name]["student"][2500].mean_tokens for name in names)
+    written = (tmp_path / "babilong.md").read_text()
+    assert "| tokens | QA1 | QA2 | QA3 | QA4 | QA5 |" in written
+    assert "| 0 | 100.0 % [44, 100] (n=3) |" in written
+    assert "| 2500 | 0.0 % [0, 56] (n=3) |" in written
+    assert "test facts in books, seed 42" in written
+    assert any(text.startswith("BABILong, teacher") for text in lines)
+    assert json.loads((tmp_path / "babilong_qa3.json").read_text())["seed"] == 42
+
+
+@pytest.mark.parametrize(
+    ("names", "changes", "message"),
+    [
+        (("niah_single_2",), {"haystack": ""}, "niah_single_2: name essays or books"),
+        (("niah_single_3",), {"haystack": "/no/such"}, "'/no/such': no such file"),
+        (("niah_single_3",), {"lengths": (100_000,)}, "too few for a prompt of 100000 tokens"),
+        (("niah_single_1",), {"lengths": (3000, 100)}, "S-NIAH-1 at 100 tokens is too short for its frame"),
+        (("babilong_qa1",), {"babi": ""}, "babilong_qa1: name the directory of bAbI"),
+        (("babilong_qa1",), {"babi": "/no/such"}, "'/no/such' is not a directory"),
+        (("babilong_qa1",), {"samples": 100}, "6 of 100 stories fit"),
+        (("babilong_qa1",), {"lengths": (400,)}, "BABILong qa1 at 400 tokens: 0 of 1 stories"),
+        (("perplexity_by_position",), {"lengths": (0,)}, "at least 1 token"),
+        (("passkey",), {"lengths": (0,)}, "too short for its frame"),
+    ],
+)
+def test_mistakes_show_before_anything_is_asked(names, changes, message, sources, tmp_path):
+    settings = EvalConfig(**{"tasks": names, "lengths": (3000,), "samples": 3, **sources, **changes})
+    with pytest.raises(UserError, match=re.escape(message)):
+        run_evaluation(settings, [model(small.byte_level())], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_settings_other_weights_and_damaged_files_are_not_taken_from_before(tmp_path):
