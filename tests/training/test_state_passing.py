@@ -163,7 +163,11 @@ def run_steps(stage: StageConfig, model, count: int = 3):
 
 @pytest.mark.parametrize("mode", ["shuffled", pytest.param("pieces", marks=pytest.mark.slow)])
 def test_accumulation_passes_the_same_states(model, mode):
-    at_once, dealt = (run_steps(stage_of(state_passing=mode, grad_accum=parts), model) for parts in (1, 4))
+    at_once, dealt = (
+        # A small rate, so that Adam does not make rounding as large as the gradient.
+        run_steps(stage_of(state_passing=mode, grad_accum=parts, learning_rate=1e-5), model)
+        for parts in (1, 4)
+    )
     np.testing.assert_allclose(dealt[0], at_once[0], rtol=1e-5)
     for a, b in zip(jax.tree.leaves(dealt[1].carry), jax.tree.leaves(at_once[1].carry), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
