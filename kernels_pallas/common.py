@@ -61,6 +61,16 @@ def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
+def without_padding(valid: jax.Array | None, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays [B, T, ...] with zeros where ``valid`` [B, T] is False, and zero gradient there; ``valid`` None is all.
+
+    A mask on one factor of a product does not do: 0 times what padding holds is NaN where that is NaN or infinite.
+    """
+    if valid is None:
+        return arrays
+    return tuple(jnp.where(valid.reshape(*valid.shape, *(1,) * (x.ndim - 2)), x, 0) for x in arrays)
+
+
 @contextlib.contextmanager
 def lowering_for(platform: str) -> Iterator[None]:
     """Choose kernels for ``platform`` ("cpu", "cuda" or "tpu") while tracing, whatever devices this process has."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from kernels_pallas.checks import check_bound, check_sharding, check_state
+from kernels_pallas.checks import check_bound, check_flag, check_sharding, check_state
 from kernels_pallas.common import match_varying_all, target_platform
 from kernels_pallas.dispatch import implementation_for
 from kernels_pallas.gated_linear_attention.checks import check_qkvg, check_values
@@ -34,17 +34,19 @@ def gated_linear_attention(
     Args:
       q, k: non-negative features, float32 or bfloat16, one dtype for q, k and v.
       v: values; Hv divides H, query head h reads v head h // (H / Hv).
-      log_g: natural logarithm of the gates, <= 0 and finite, float32 or bfloat16; Hg divides H, same rule.
+      log_g: natural logarithm of the gates, <= 0 (-inf forgets everything), float32 or bfloat16; Hg divides H, same rule.
       initial_state: (S, z) float32, or None for zeros.
       normalize: divide by the denominator; when False o = S^T q (z is carried all the same).
       gate_lower_bound: nats a token, below 0, or None. Lower gates are raised to it, with zero gradient there. A bound
-        >= -1.25 allows chunks of 64 tokens with one reference point; None costs more.
+        >= -1.25 allows chunks of 64 tokens with one reference point; None costs more. Gates below -128 are raised to
+        -128, which in float32 changes nothing.
       implementation: one of ``kernels_pallas.IMPLEMENTATIONS``, such as "scan" or "pallas_triton", or None for the best
         one on the platform (``kernels_pallas.implementation_for``).
 
     Returns:
       o in v.dtype and the state (S, z) after the last token, float32. Differentiable in every array argument, state
-      included.
+      included. Padding is the caller's business: k = 0 and log_g = 0 leave the state alone, and then q and v must be
+      finite as well. NaN or infinity at one token may reach the outputs of other tokens of its chunk, earlier ones too.
 
     Raises:
       ValueError: naming the argument, for a wrong shape or dtype, heads that do not divide, a sequence axis known to be
@@ -53,6 +55,7 @@ def gated_linear_attention(
     """
     check_qkvg(q, k, v, log_g, 4)
     check_bound(gate_lower_bound)
+    check_flag("normalize", normalize)
     if initial_state is not None:
         check_state(initial_state, q.shape[0], q.shape[2], q.shape[3], v.shape[3])
         initial_state = tuple(initial_state)
@@ -63,7 +66,7 @@ def gated_linear_attention(
         q, k, v, log_g, normalize=normalize, gate_lower_bound=gate_lower_bound, implementation=implementation
     )
     spec = attention_spec(name, normalize, gate_lower_bound)
-    if not spec.applies_bound:
+    if not spec.applies_bound or spec.lower_bound is None:
         log_g = bounded(log_g, gate_lower_bound)
     return attend(spec, *match_varying_all(q, k, v, log_g, initial_state))
 
@@ -86,6 +89,7 @@ def decode_step(
     """
     check_qkvg(q, k, v, log_g, 3)
     check_bound(gate_lower_bound)
+    check_flag("normalize", normalize)
     check_state(state, q.shape[0], q.shape[1], q.shape[2], v.shape[2], name="state")
     check_values(q, k, log_g)
     shaped = (jax.ShapeDtypeStruct((x.shape[0], 1, *x.shape[1:]), x.dtype) for x in (q, k, v, log_g))

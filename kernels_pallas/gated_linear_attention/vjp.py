@@ -32,12 +32,19 @@ def attention_spec(implementation: str, normalize: bool, lower_bound: float | No
     return AttentionSpec(implementation, bool(normalize), None if lower_bound is None else float(lower_bound))
 
 
+VANISHED = -128.0
+"""Nats a token. e^-128 is 0 in float32, so lower gates than this, -inf included, are the same gate."""
+
+
 def bounded(log_g: jax.Array, lower_bound: float | None) -> jax.Array:
-    """log_g raised to the bound, with zero gradient below it; belongs outside of the ``custom_vjp``."""
+    """log_g raised to the bound, with zero gradient below it; belongs outside of the ``custom_vjp``.
+
+    Without a bound, or with one that is lower, it is raised to :data:`VANISHED`: kernels form sums of gates by products
+    with matrices that hold zeros, where -inf would become NaN.
+    """
+    floor = VANISHED if lower_bound is None else max(lower_bound, VANISHED)
     # where, not maximum: at a tie maximum passes half of the gradient. XLA fuses this into the producer of log_g.
-    return (
-        log_g if lower_bound is None else jnp.where(log_g < lower_bound, jnp.asarray(lower_bound, log_g.dtype), log_g)
-    )
+    return jnp.where(log_g < floor, jnp.asarray(floor, log_g.dtype), log_g)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

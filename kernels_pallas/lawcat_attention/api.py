@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 
 from kernels_pallas import dispatch
-from kernels_pallas.checks import check_bound, check_sharding
-from kernels_pallas.common import match_varying_all, target_platform
+from kernels_pallas.checks import check_bound, check_flag, check_normalizer, check_sharding
+from kernels_pallas.common import match_varying_all, target_platform, without_padding
 from kernels_pallas.lawcat_attention import xla
 from kernels_pallas.lawcat_attention.checks import check_layer
 from kernels_pallas.lawcat_attention.vjp import OP, LayerSpec, by_kernel, composed, next_conv_state
@@ -75,8 +75,11 @@ def lawcat_attention(
       initial_state: (S, z) float32 after the tokens before these, or None.
       conv_state: the W - 1 rows of raw q and of raw k before these, or None for zeros.
       normalize, gate_lower_bound: as in gated_linear_attention.
+      gate_normalizer: a static number above 0.
       lengths: number of valid tokens of each sequence among these T, or None for all: the rest is padding on the right,
-        which leaves state and conv_state as they were and whose output is 0.
+        which leaves state and conv_state as they were and whose output is 0. What the arrays hold there, NaN included,
+        reaches nothing, and their gradient there is 0. Concrete values outside 0 .. T are refused; traced ones, which
+        cannot be checked, are taken as the nearest of 0 and T.
       zero_padding: False leaves the output at padding finite but meaningless, for callers that mask later. That saves a
         pass over the output and one over its gradient.
       implementation: as in gated_linear_attention. Without ``lengths``, a Pallas name and None take the backend's
@@ -92,6 +95,9 @@ def lawcat_attention(
     """
     check_layer(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, lengths)
     check_bound(gate_lower_bound)
+    check_flag("normalize", normalize)
+    check_flag("zero_padding", zero_padding)
+    check_normalizer(gate_normalizer)
     for name, x in (("q", q), ("k", k), ("v", v), ("gate_logits", gate_logits)):
         check_sharding(name, x)
     implementation = dispatch.requested(implementation)
@@ -107,7 +113,8 @@ def lawcat_attention(
         if kernel is not None:
             return by_kernel(spec._replace(implementation=kernel), *match_varying_all(*arrays))
     valid = None if lengths is None else xla.valid_tokens(lengths, q.shape[1])
-    o, state = composed(spec, *arrays, valid)
+    q, k, v, gate_logits = without_padding(valid, *arrays[:4])
+    o, state = composed(spec, q, k, v, gate_logits, *arrays[4:], valid)
     if valid is not None and zero_padding:
         o = jnp.where(valid[:, :, None, None], o, 0)
     return o, state, next_conv_state(q, k, conv_q, conv_state, lengths)

@@ -31,7 +31,8 @@ def softmax_attention(
 
     ``start`` None: keys and queries are the same tokens. Else key i stands at position i and query t at ``start[b] +
     t`` (a cache). ``window``: a query sees the last ``window`` positions, its own included (Mistral), or all (None).
-    Output in q's dtype; right padding needs no mask, because no valid token looks to the right.
+    Output in q's dtype. Right padding needs no mask, because no valid token looks to the right, as long as k and v are
+    finite there: a weight of 0 times NaN is NaN.
     """
     return parallel.softmax(functools.partial(_attention, window=window), q, k, v, start)
 

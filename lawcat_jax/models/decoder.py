@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels_pallas.checks import check_lengths
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig, attention_problems, model_problems
 from lawcat_jax.errors import UserError
 from lawcat_jax.models import cache as caching
@@ -93,7 +94,7 @@ class Decoder(nnx.Module):
         """
         start = None if recurrent is None else recurrent["position"]
         context = self.context(tokens, start, lengths, positions)
-        x = self.embedded(tokens)
+        x = self.embedded(tokens, context)
         options = {"remat": remat, "unroll": unroll_layers, "dropout_rng": dropout_rng, "as_teacher": as_teacher}
         cache = recurrent
         for segment in self.segments(as_teacher):
@@ -105,7 +106,7 @@ class Decoder(nnx.Module):
         out = hidden if return_hidden else self.head(hidden)
         if cache is None:
             return out
-        added = tokens.shape[1] if lengths is None else lengths
+        added = tokens.shape[1] if context.lengths is None else context.lengths
         return out, {**cache, "position": cache["position"] + added}
 
     def init_recurrent(self, batch_size: int) -> caching.Cache:
@@ -147,14 +148,14 @@ class Decoder(nnx.Module):
         A sequence of length 0 keeps its cache; its logits mean nothing.
         """
         context = self.context(tokens, cache["position"], lengths)
-        x = self.embedded(tokens)
+        x = self.embedded(tokens, context)
         cache = dict(cache)
         for segment in self.segments(as_teacher):
             x, cache = self._run(segment, x, context, cache=cache, as_teacher=as_teacher)
-        added = tokens.shape[1] if lengths is None else lengths
+        added = tokens.shape[1] if context.lengths is None else context.lengths
         cache["position"] = cache["position"] + added
         if not all_logits:
-            x = _last_valid(x, lengths)
+            x = _last_valid(x, context.lengths)
         return self.head(self.final_norm(x)), cache
 
     def decode(
@@ -166,7 +167,7 @@ class Decoder(nnx.Module):
     def diagnostics(self, tokens: Int[Array, "B T"], *, lengths: Int[Array, " B"] | None = None) -> dict[str, Array]:
         """The mixers' ``statistics`` in a forward pass of the student, stacked over the linearised layers."""
         context = self.context(tokens, lengths=lengths)
-        x, collected = self.embedded(tokens), []
+        x, collected = self.embedded(tokens, context), []
 
         def mix(mixer, index, state, *projections):
             del state
@@ -183,8 +184,12 @@ class Decoder(nnx.Module):
 
     # The first and the last step of every pass
 
-    def embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Hidden states before the first layer, in the dtype of the embedding."""
+    def embedded(self, tokens: Int[Array, "B T"], context: Context | None = None) -> Float[Array, "B T D"]:
+        """Hidden states before the first layer, in the dtype of the embedding; at what ``context`` says is padding,
+        those of token 0 whatever the id (one outside the vocabulary has none: NaN).
+        """
+        if context is not None:
+            (tokens,) = context.without_padding(tokens)
         table = self.embed.embedding[...]
         if tokens.size >= self.config.vocab_size // 16:  # for a few tokens the table is the larger thing to gather
             table = parallel.whole_rows(table)
@@ -199,8 +204,17 @@ class Decoder(nnx.Module):
     ) -> Context:
         """What the layers know about the tokens of one call: rotary table, valid ``lengths``, and ``start``, the number
         of tokens that each sequence had before (default 0). ``positions`` default to start .. start + T - 1.
+
+        Raises:
+          ValueError: tokens that are not [B, T] with at least one token, ``lengths`` that are not int [B], or concrete
+            ones outside 0 .. T (those of a traced call are clamped to that range).
         """
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            raise ValueError(f"tokens: expected [B, T] with at least one token, got shape {list(tokens.shape)}")
         batch, length = tokens.shape
+        if lengths is not None:
+            check_lengths(lengths, batch, length)
+            lengths = jnp.clip(lengths, 0, length)
         start = jnp.zeros((batch,), jnp.int32) if start is None else start
         if positions is None:
             positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
@@ -264,6 +278,7 @@ class Decoder(nnx.Module):
         and window: the heads before Wo.
         """
         context = self.layer_context(context, layer)
+        q, k, v = context.without_padding(q, k, v)
         q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
         return self._softmax_attention(layer, q, k, v)
 
@@ -305,6 +320,7 @@ class Decoder(nnx.Module):
 
             def mix(h, q, k, v):
                 own = self.layer_context(context, layer)
+                q, k, v = own.without_padding(q, k, v)
                 q, k = (rotate(array, own.cos, own.sin) for array in (q, k))
                 new = (
                     caching.write_kv(keys, index, context.start, k),

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels_pallas.common import without_padding
 from lawcat_jax import projections
 from lawcat_jax.config import ModelConfig
 
@@ -84,6 +85,10 @@ class Context(NamedTuple):
         if self.lengths is None:
             return jnp.ones((batch, length), bool)
         return jnp.arange(length) < self.lengths[:, None]
+
+    def without_padding(self, *arrays: Float[Array, "B T ..."]) -> tuple[Array, ...]:
+        """The arrays with zeros at padding, and zero gradient there: masks that multiply by 0 would let NaN through."""
+        return without_padding(None if self.lengths is None else self.valid(), *arrays)
 
 
 class Linear(nnx.Module):

@@ -96,7 +96,8 @@ def model_nll(graphdef: Any, params: Any, *, as_teacher: bool) -> NllSum:
             hidden, targets, weights = args
             logits = model.head(hidden).astype(jnp.float32)
             picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-            return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - picked) * weights)
+            lost = (jax.nn.logsumexp(logits, axis=-1) - picked) * weights
+            return jnp.sum(jnp.where(weights > 0, lost, 0.0))
 
         rows, length = tokens.shape
 

@@ -41,9 +41,10 @@ def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
 
     def layer_loss(index: jax.Array, teacher: jax.Array, student: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
         del index  # every layer counts the same
-        weight = mask.astype(jnp.float32)[..., None]
-        error = jnp.sum(weight * jnp.square(student - teacher))
-        return {"error": error / teacher.shape[-1], "power": jnp.sum(weight * jnp.square(teacher)) / teacher.shape[-1]}
+        # By where: NaN times a weight of 0 would be NaN, in the gradient too.
+        teacher, student = (jnp.where(mask[..., None], x, 0.0) for x in (teacher, student))
+        error, power = jnp.sum(jnp.square(student - teacher)), jnp.sum(jnp.square(teacher))
+        return {"error": error / teacher.shape[-1], "power": power / teacher.shape[-1]}
 
     def loss(params: dict, batch: Batch, inputs: StepInputs) -> tuple[Sums, None]:
         del inputs  # nothing random, nothing scheduled
@@ -92,7 +93,7 @@ def teacher_forced(
         raise UserError("teacher_forced: the model has no linearised layers; give it an attention config")
     context = decoder.context(tokens, lengths=lengths)
     mask = context.valid() if mask is None else mask
-    x, collected = jax.lax.stop_gradient(decoder.embedded(tokens)), []
+    x, collected = jax.lax.stop_gradient(decoder.embedded(tokens, context)), []
 
     def mix(mixer, index, state, *projections):
         del state

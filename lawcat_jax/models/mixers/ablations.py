@@ -140,6 +140,7 @@ class LawcatAblation(LawcatMixer):
     ) -> tuple[Float[Array, "B T H d"], State]:
         """(output of the heads before Wo, state after the last valid token); see ``TokenMixer.__call__``."""
         a = self.attention
+        x, q, k, v = context.without_padding(x, q, k, v)
         linear_q, linear_k = self._for_linear(q, k, context)
         if a.window_size:
             o, new_state = self._with_window(x, q, k, v, linear_q, linear_k, context, state)
@@ -166,6 +167,7 @@ class LawcatAblation(LawcatMixer):
     ) -> dict[str, Array]:
         """As ``LawcatMixer``, without the gates' where there is none; window_share [H], sigmoid(window_factor)."""
         a = self.attention
+        (v,) = context.without_padding(v)
         parts, _ = self.recurrence(x, *self._for_linear(q, k, context), context, None)
         out = branch_statistics(parts, v, context, self.options(False))
         if a.gate_kind != "none":

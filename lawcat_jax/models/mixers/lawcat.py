@@ -108,6 +108,7 @@ class LawcatMixer(nnx.Module):
     ) -> tuple[Float[Array, "B T H d"], State]:
         """(output of the heads before Wo, state after the last valid token); see ``TokenMixer.__call__``."""
         conv_q, conv_k = self.taps()
+        (x,) = context.without_padding(x)
         o, (S, z), (rows_q, rows_k) = parallel.lawcat_attention(
             *(q, k, v, self.gate_logits(x), conv_q, conv_k, self.feature_map[...]),
             initial_state=None if state is None else (state["S"], state["z"]),
@@ -164,6 +165,7 @@ class LawcatMixer(nnx.Module):
 
         Padding gets phi(k~) = 0 and a log-gate of 0, so that it leaves S and z alone.
         """
+        x, q, k = context.without_padding(x, q, k)
         q, k, rows = self.convolve(q, k, context, state)
         phi_q, phi_k = self.featurize(q, k)
         valid = context.valid()[:, :, None, None]
@@ -178,6 +180,7 @@ class LawcatMixer(nnx.Module):
         context: Context,
     ) -> dict[str, Array]:
         """:func:`branch_statistics` of each query head and :func:`gate_statistics` of each key-value head."""
+        (v,) = context.without_padding(v)
         parts, _ = self.recurrence(x, q, k, context, None)
         bound = self.attention.gate_lower_bound
         return branch_statistics(parts, v, context, self.options(False)) | gate_statistics(parts.log_g, bound, context)

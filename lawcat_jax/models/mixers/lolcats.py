@@ -80,6 +80,7 @@ class LolcatsMixer(nnx.Module):
         (S, z) take in token t - w, which then leaves the window.
         """
         del x
+        q, k, v = context.without_padding(q, k, v)
         q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
         old = None if state is None else state["window"]
         window, rows, new_window = window_attention(q, k, v, self.attention, context, old)
@@ -100,6 +101,7 @@ class LolcatsMixer(nnx.Module):
     ) -> dict[str, Array]:
         """entropy_q, entropy_k [H]: of the features of q and k, nats; window_share [H]: sigmoid(window_factor)."""
         del x, v
+        q, k = context.without_padding(q, k)
         q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
         k = jnp.repeat(k, self.config.num_heads // self.config.num_kv_heads, axis=2)
         return {
