@@ -146,6 +146,8 @@ class StageConfig(Node):
     """Learning rate after the warm-up."""
     warmup_fraction: float = 0.01
     """[share] Share of the steps in which the learning rate rises linearly."""
+    warmup_from_zero: bool = False
+    """The first step has rate 0 and each reaches what otherwise the one before does (the authors' code)."""
     weight_decay: float = 0.0
     """[1] AdamW's decay of matrices; scales and biases do not decay."""
     b1: float = 0.9
@@ -190,6 +192,11 @@ class StageConfig(Node):
     """[ratio] ``plateau``: factor on the learning rate when the validation loss stops falling."""
     plateau_patience: int = 10
     """[validations] ``plateau``: validations without a better loss before the learning rate is lowered."""
+    plateau_threshold: float = 1e-4
+    """[share] ``plateau``: a validation loss counts as better when it is lower than the best by more than this share
+    of it."""
+    plateau_min_lr: float = 1e-5
+    """[1] ``plateau``: learning rate below which it is not lowered."""
     eval_every: int = 0
     """[optimizer steps] Between validations; 0 validates at the end only."""
     validation_length: int = 0
@@ -235,6 +242,8 @@ def stage_problems(stage: StageConfig, path: str) -> list[str]:
         "loss_chunk",
         "validation_length",
         "kl_weight_end",
+        "plateau_threshold",
+        "plateau_min_lr",
     ):
         if (getattr(stage, name) or 0) < 0:
             problems.append(f"{path}.{name}: {getattr(stage, name)} must not be negative")
