@@ -71,6 +71,12 @@ def check_lengths(lengths: Any, batch: int, most: int) -> None:
         raise ValueError(f"lengths: expected 0 to {most} valid tokens for each sequence, got {values.tolist()}")
 
 
+def check_segments(segment_ids: Any, batch: int, length: int) -> None:
+    """Refuses what is not int [B, T]."""
+    check_array("segment_ids", segment_ids, 2, dtypes=("int32", "int64", "uint32"))
+    check_shape("segment_ids", segment_ids, (batch, length), "[B, T]")
+
+
 def check_state(state: Any, batch: int, heads: int, features: int, width: int, name: str = "initial_state") -> None:
     """Refuses what is not (S [B, H, K, V], z [B, H, K]) in float32."""
     if not isinstance(state, (tuple, list)) or len(state) != 2:

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from kernels_pallas.checks import check_bound, check_flag, check_sharding, check_state
+from kernels_pallas.checks import check_bound, check_flag, check_segments, check_sharding, check_state
 from kernels_pallas.common import match_varying_all, target_platform
 from kernels_pallas.dispatch import implementation_for
 from kernels_pallas.gated_linear_attention.checks import check_qkvg, check_values
-from kernels_pallas.gated_linear_attention.vjp import attend, attention_spec, bounded, decode
+from kernels_pallas.gated_linear_attention.vjp import attend, attention_spec, bounded, decode, restarted
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Float, Int
 
 
 def gated_linear_attention(
@@ -25,6 +25,7 @@ def gated_linear_attention(
     initial_state: tuple[Float[Array, "B H K V"], Float[Array, "B H K"]] | None = None,
     normalize: bool = True,
     gate_lower_bound: float | None = -1.25,
+    segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], tuple[Float[Array, "B H K V"], Float[Array, "B H K"]]]:
     """Normalised gated linear attention (arXiv 2509.18467, with the gates of GLA, arXiv 2312.06635)::
@@ -40,6 +41,9 @@ def gated_linear_attention(
       gate_lower_bound: nats a token, below 0, or None. Lower gates are raised to it, with zero gradient there. A bound
         >= -1.25 allows chunks of 64 tokens with one reference point; None costs more. Gates below -128 are raised to
         -128, which in float32 changes nothing.
+      segment_ids: documents of a row; S and z start anew (from zeros) wherever the id changes, and an id may come again.
+        The first segment goes on from ``initial_state``; the state returned is the last one's. None: one document. A
+        start is a gate of 0, so a backend must take gates without a bound, at the price of those.
       implementation: one of ``kernels_pallas.IMPLEMENTATIONS``, such as "scan" or "pallas_triton", or None for the best
         one on the platform (``kernels_pallas.implementation_for``).
 
@@ -62,9 +66,16 @@ def gated_linear_attention(
     for name, x in (("q", q), ("k", k), ("v", v), ("log_g", log_g)):
         check_sharding(name, x)
     check_values(q, k, log_g)
-    name = implementation_for(
-        q, k, v, log_g, normalize=normalize, gate_lower_bound=gate_lower_bound, implementation=implementation
-    )
+    if segment_ids is not None:
+        check_segments(segment_ids, *q.shape[:2])
+        log_g, gate_lower_bound = restarted(bounded(log_g, gate_lower_bound), segment_ids), None
+    try:
+        name = implementation_for(
+            q, k, v, log_g, normalize=normalize, gate_lower_bound=gate_lower_bound, implementation=implementation
+        )
+    except ValueError as problem:
+        more = "" if segment_ids is None else " (segment_ids need a backend that takes gates without a bound)"
+        raise ValueError(f"{problem}{more}") from None
     spec = attention_spec(name, normalize, gate_lower_bound)
     if not spec.applies_bound or spec.lower_bound is None:
         log_g = bounded(log_g, gate_lower_bound)

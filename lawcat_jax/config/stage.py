@@ -99,7 +99,7 @@ class DataConfig(Node):
     mixture: tuple[MixtureSource, ...] = ()
     """``mixture``: the sources. A pass has ``num_samples`` samples of all of them."""
     pack: bool = False
-    """Put several short samples into one row and add ``segment_ids`` to the batch."""
+    """Put several short samples into one row. No sample sees another one of its row."""
     pieces: int = 0
     """[sequences] At least 2: make long samples and cut each into at most so many pieces of ``seq_length`` tokens, which
     follow each other in consecutive batches (states passed from step to step); 0 is off."""
@@ -256,6 +256,8 @@ def stage_problems(stage: StageConfig, path: str) -> list[str]:
         problems.append(f"{path}.kl_temperature: {stage.kl_temperature} must be positive")
     if stage.state_passing != "off" and not path.endswith("stage2"):
         problems.append(f"{path}.state_passing: only stage 2 runs the student alone; set it to 'off'")
+    if stage.state_passing != "off" and stage.data.pack:
+        problems.append(f"{path}.data.pack: packed rows begin with an empty state; set state_passing to 'off'")
     if (stage.state_passing == "pieces") != bool(stage.data.pieces):
         problems.append(
             f"{path}.state_passing: 'pieces' passes the states of data.pieces (at least 2), and nothing else does; it is "

@@ -195,6 +195,7 @@ def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
         tokens, lengths, weights = batch["tokens"], batch["lengths"], batch["loss_weights"]
         options = {
             "lengths": lengths,
+            "segment_ids": batch.get("segment_ids"),
             "remat": stage.remat,
             "unroll_layers": stage.unroll_layers,
             "return_hidden": True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import operator
 
 import jax
@@ -14,6 +15,7 @@ import pytest
 import kernels_pallas as kp
 from kernels_pallas.lawcat_attention.xla import feature_map
 from kernels_pallas.testing import oracle
+from kernels_pallas.testing.cases import make_case
 
 TAPS = 4
 
@@ -191,6 +193,50 @@ def test_padding_is_inert_whatever_it_holds(implementation, zero_padding):
         assert not np.any(np.where(valid, 0, gradients[name])), name
 
 
+@pytest.mark.parametrize("implementation", ["scan", pytest.param("reference", marks=pytest.mark.slow)])
+def test_packed_documents_equal_each_alone(implementation):
+    """Outputs, final states and gradients, with a document that only the padding follows and ids that come again."""
+    inputs = make_inputs(length=12)
+    cuts, lengths = [[0, 4, 5, 12], [0, 2, 9]], jnp.asarray([12, 9])
+    ids = jnp.asarray([[7] * 4 + [3] + [7] * 7, [1] * 2 + [2] * 7 + [0] * 3])
+    rows, states = ("q", "k", "v", "gate_logits"), ("initial_state", "conv_state")
+    weight = jnp.cos(jnp.arange(2 * 12 * 4 * 8.0)).reshape(2, 12, 4, 8)
+
+    def value(o, state, tails, weight):
+        return jnp.sum(o * weight) + sum(jnp.sum(jnp.sin(x)) for x in (*state, *tails))
+
+    def packed(inputs):
+        options = {"lengths": lengths, "segment_ids": ids, "implementation": implementation}
+        o, state, tails = kp.lawcat_attention(**inputs, **options)
+        return value(o, state, tails, weight), (o, state, tails)
+
+    def alone(inputs):
+        total, outputs = 0.0, []
+        for row, edges in enumerate(cuts):
+            o, state, tails = [], None, None
+            for first, last in itertools.pairwise(edges):
+                one = {n: inputs[n][row : row + 1, first:last] for n in rows}
+                kept = {n: jax.tree.map(lambda x: x[row : row + 1], inputs[n]) if first == 0 else None for n in states}  # noqa: B023
+                part, state, tails = kp.lawcat_attention(**inputs | one | kept, implementation=implementation)
+                o.append(part)
+            o = jnp.pad(jnp.concatenate(o, axis=1), ((0, 0), (0, 12 - edges[-1]), (0, 0), (0, 0)))
+            total += value(o, state, tails, weight[row : row + 1])
+            outputs.append((o, state, tails))
+        return total, jax.tree.map(lambda *x: jnp.concatenate(x), *outputs)
+
+    got, want = (quick_jit(jax.grad(f, has_aux=True))(inputs) for f in (packed, alone))
+    for (path, a), (_, b) in zip(*(jax.tree_util.tree_leaves_with_path(x) for x in (got, want)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5, err_msg=str(path))
+
+
+def test_convolution_rows_restart():
+    x, w = make_inputs(length=6)["q"], jnp.ones((TAPS, 4, 8))
+    y, tail = kp.causal_conv1d(x, w, segment_ids=jnp.asarray([[0, 0, 0, 0, 1, 1], [0] * 6]))
+    np.testing.assert_allclose(y[0, 4:], jnp.cumsum(x[0, 4:], axis=0), atol=1e-6)
+    np.testing.assert_array_equal(tail[0], x[0, 3:].at[0].set(0))
+    np.testing.assert_array_equal(tail[1], x[1, 3:])
+
+
 def test_lengths_of_a_traced_call_are_clamped():
     inputs = make_inputs(length=6)
     run = quick_jit(lambda lengths: kp.lawcat_attention(**inputs, lengths=lengths))
@@ -302,6 +348,8 @@ def test_the_bound_is_the_papers_gate_above_minus_twenty():
         ("implementation", "fused", "implementation: unknown 'fused'"),
         ("lengths", jnp.asarray([-1, 3]), r"lengths: expected 0 to 20 valid tokens.*\[-1, 3\]"),
         ("lengths", np.asarray([21, 3]), r"lengths: expected 0 to 20 valid tokens.*\[21, 3\]"),
+        ("segment_ids", jnp.ones((2, 3), int), r"segment_ids: expected \[B, T\]"),
+        ("segment_ids", jnp.ones((2, 20)), "segment_ids: expected int32"),
         ("lengths", jnp.asarray([3]), r"lengths: expected \[B\]"),
         *(
             ("gate_normalizer", x, "gate_normalizer: expected a finite number above 0")
@@ -322,3 +370,9 @@ def test_errors(name, value, message):
 def test_a_traced_gate_normalizer_is_refused():
     with pytest.raises(ValueError, match="gate_normalizer: expected a static float"):
         jax.eval_shape(lambda x: kp.lawcat_attention(**make_inputs(), gate_normalizer=x), 16.0)
+
+
+def test_a_named_backend_without_unbounded_gates_refuses_segments():
+    case = make_case(heads=1)
+    with kp.interpret(), pytest.raises(ValueError, match=r"pallas_triton.*segment_ids need a backend"):
+        kp.gated_linear_attention(*case.arrays, segment_ids=jnp.zeros((1, 65), int), implementation="pallas_triton")

@@ -151,7 +151,7 @@ class LawcatAblation(LawcatMixer):
             o, new_state = super().__call__(x, linear_q, linear_k, v, context, state)
         else:
             parts, rows = self.recurrence(x, linear_q, linear_k, context, state)
-            o, (S, z) = recur(parts, v.astype(jnp.float32), state, self.options(a.normalize))
+            o, (S, z) = recur(parts, v.astype(jnp.float32), state, self.options(a.normalize), context.segments)
             new_state = {"S": S, "z": z, **rows}
         if not a.normalize:
             o = o * o.dtype.type(math.sqrt(1 / new_state["z"].shape[-1]))
@@ -193,7 +193,7 @@ class LawcatAblation(LawcatMixer):
         outputs = []
         for y, names in zip(rows.values(), _conv_names(self.attention), strict=True):
             for name in names:
-                y = convolved(y, getattr(self, name)[...])
+                y = convolved(y, getattr(self, name)[...], context.segments)
             outputs.append(y[:, count:])
         return outputs[0], outputs[1], {name: last_rows(x, count, context.lengths) for name, x in rows.items()}
 
@@ -236,7 +236,7 @@ class LawcatAblation(LawcatMixer):
         old = None if state is None else state["window"]
         window, _, new_window = window_attention(window_q, window_k, v, self.attention, context, old)
         parts, rows = self.recurrence(x, linear_q, linear_k, context, state)
-        numerator, denominator, (S, z) = linear_terms(parts, v, state, self.options(False))
+        numerator, denominator, (S, z) = linear_terms(parts, v, state, self.options(False), context.segments)
         factor, scale = self.window_factor[...], z.shape[-1] ** -0.5
         o = joint(window, scale * numerator, scale * denominator, factor, affine=self.attention.affine_window)
         return o.astype(v.dtype), {"S": S, "z": z, **rows, "window": new_window}

@@ -98,7 +98,9 @@ class LolcatsMixer(nnx.Module):
         window, rows, new_window = window_attention(q, k, v, self.attention, context, old)
         length = q.shape[1]
         parts = self.recurrence(q, rows.k[:, :length], context)
-        numerator, denominator, (S, z) = linear_terms(parts, rows.v[:, :length], state, {"normalize": False})
+        numerator, denominator, (S, z) = linear_terms(
+            parts, rows.v[:, :length], state, {"normalize": False}, context.segments
+        )
         if self.attention.window_kind == "terraced":
             more, weight = linear_before_window(parts.q, self._key_features(rows.k), rows.v, self.attention, context)
             numerator, denominator = numerator + more, denominator + weight
@@ -130,8 +132,7 @@ class LolcatsMixer(nnx.Module):
         """Operands of linear attention: features of the rotated q and of the keys that leave the window (0 where none
         leaves, or where it is a sink); no decay.
         """
-        length = q.shape[1]
-        positions = context.start[:, None] + jnp.arange(length) - kept_rows(self.attention)
+        positions = context.positions() - kept_rows(self.attention)
         leaving = context.valid() & (positions >= self.attention.sinks)
         phi_k = jnp.where(leaving[:, :, None, None], self._key_features(evicted), 0)
         phi_q = apply_map(self, "feature_map_q", self.attention, q)

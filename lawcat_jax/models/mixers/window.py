@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from lawcat_jax.config import AttentionConfig, ModelConfig
+from lawcat_jax.errors import UserError
 from lawcat_jax.models import parallel
 from lawcat_jax.models.cache import extend, last_rows
 from lawcat_jax.models.layers import Context
@@ -79,6 +80,8 @@ def window_attention(
     what leaves the window) and the next state.
     """
     size, sinks = kept_rows(attention), attention.sinks
+    if sinks and context.segments is not None:
+        raise UserError("attention.sinks: packed rows (data.pack) have no sinks; set sinks=0 or data.pack=False")
     state = state or {}
     rows = Extended(extend(state.get("k"), k, size), extend(state.get("v"), v, size))
     new_state = {name: last_rows(x, size, context.lengths) for name, x in rows._asdict().items()}
@@ -88,7 +91,7 @@ def window_attention(
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
     cut = _Slices(length, size)
-    block, blocks, index = cut.block, cut.blocks, cut.index
+    block, blocks = cut.block, cut.blocks
     grouped = cut.queries(q).reshape(batch, blocks, block, kv_heads, heads // kv_heads, width)
     keys, values = (cut.rows(x) for x in rows)
     mask, _ = _visible(cut, attention, context)
@@ -96,7 +99,7 @@ def window_attention(
     dots = {"preferred_element_type": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
     scores = jnp.einsum("bnikgd,bnjkd->bnkgij", grouped, keys, **dots)
     sink_scores = jnp.einsum("bnikgd,bskd->bnkgis", grouped, new_state["sink_k"], **dots)
-    positions = context.start[:, None, None] + index[:, :block]
+    positions = cut.queries(context.positions())
     reachable = jnp.arange(sinks) <= positions[..., None]  # [B, n, i, s]
     everything = jnp.concatenate([scores, sink_scores], axis=-1) * width**-0.5
     allowed = jnp.concatenate([mask, reachable], axis=-1)[:, :, None, None]
@@ -142,13 +145,14 @@ def _visible(
     """
     size, kept = attention.window_size, cut.kept
     distance = jnp.arange(cut.block)[:, None] + kept - jnp.arange(cut.block + kept)
-    positions = context.start[:, None, None] - kept + cut.index
+    # Counted within a document, so that rows of the documents before have negative positions.
+    places = cut.queries(context.positions())
+    positions = places[..., None] - distance
     # The current token must stay visible in padded rows too, or their empty softmax would be NaN.
-    band = ((distance >= 0) & (distance < kept))[None, None] & (positions >= attention.sinks)[:, :, None, :]
+    band = (distance >= 0) & (distance < kept) & (positions >= attention.sinks)
     if attention.window_kind == "sliding":
         return band, jnp.zeros_like(band)
-    first = (positions[:, :, kept:] // size - 1) * size
-    inside = positions[:, :, None, :] >= first[..., None]
+    inside = positions >= (places[..., None] // size - 1) * size
     return band & inside, band & ~inside
 
 
