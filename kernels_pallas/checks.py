@@ -40,6 +40,44 @@ def check_bound(bound: Any) -> None:
         raise ValueError(f"gate_lower_bound: expected a finite number below 0 (nats a token) or None, got {bound}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Refuses what is no Python or NumPy bool: a string, say, would be taken for True."""
+    if not isinstance(value, (bool, np.bool_)):
+        found = repr(value) if isinstance(value, (int, float, str)) else type(value).__name__
+        raise ValueError(f"{name}: expected True or False, got {found}")
+
+
+def check_normalizer(value: Any) -> None:
+    """Refuses a divisor of the gates that is not static, not finite, or not above 0."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.floating, np.integer)):
+        raise ValueError(f"gate_normalizer: expected a static float, got {type(value).__name__}")
+    if not value > 0 or not np.isfinite(value):
+        raise ValueError(f"gate_normalizer: expected a finite number above 0, got {value}")
+
+
+def check_lengths(lengths: Any, batch: int, most: int) -> None:
+    """Refuses what is not int [B], and concrete values outside 0 .. ``most``.
+
+    Values that are known only while a program runs cannot be refused: callers clamp them to that range. Concrete ones
+    on a device are waited for.
+    """
+    check_array("lengths", lengths, 1, dtypes=("int32", "int64", "uint32"))
+    check_shape("lengths", lengths, (batch,), "[B]")
+    if isinstance(lengths, jax.core.Tracer) or not isinstance(lengths, (jax.Array, np.ndarray)):
+        return
+    if isinstance(lengths, jax.Array) and not lengths.is_fully_addressable:
+        return
+    values = np.asarray(lengths)
+    if np.any(values < 0) or np.any(values > most):
+        raise ValueError(f"lengths: expected 0 to {most} valid tokens for each sequence, got {values.tolist()}")
+
+
+def check_segments(segment_ids: Any, batch: int, length: int) -> None:
+    """Refuses what is not int [B, T]."""
+    check_array("segment_ids", segment_ids, 2, dtypes=("int32", "int64", "uint32"))
+    check_shape("segment_ids", segment_ids, (batch, length), "[B, T]")
+
+
 def check_state(state: Any, batch: int, heads: int, features: int, width: int, name: str = "initial_state") -> None:
     """Refuses what is not (S [B, H, K, V], z [B, H, K]) in float32."""
     if not isinstance(state, (tuple, list)) or len(state) != 2:

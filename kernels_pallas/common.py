@@ -62,6 +62,31 @@ def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
+def without_padding(valid: jax.Array | None, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays [B, T, ...] with zeros where ``valid`` [B, T] is False, and zero gradient there; ``valid`` None is all.
+
+    A mask on one factor of a product does not do: 0 times what padding holds is NaN where that is NaN or infinite.
+    """
+    if valid is None:
+        return arrays
+    return tuple(jnp.where(valid.reshape(*valid.shape, *(1,) * (x.ndim - 2)), x, 0) for x in arrays)
+
+
+def segment_starts(segment_ids: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+    """[B, T] bool: tokens whose id differs from that of the token before. The first token goes on from what was before
+    these, and padding (``valid`` False) goes on with its sequence's last segment."""
+    starts = jnp.concatenate(
+        [jnp.zeros_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
+    )
+    return starts if valid is None else starts & valid
+
+
+def segment_numbers(segment_ids: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+    """[B, T] int32: 0, 1, 2, ... for the segments in order, also where an id comes again later; see
+    :func:`segment_starts`."""
+    return jnp.cumsum(segment_starts(segment_ids, valid).astype(jnp.int32), axis=1)
+
+
 @contextlib.contextmanager
 def lowering_for(platform: str) -> Iterator[None]:
     """Choose kernels for ``platform`` ("cpu", "cuda" or "tpu") while tracing, whatever devices this process has."""

@@ -19,8 +19,8 @@ from jax import lax
 from kernels_pallas import dispatch
 from kernels_pallas.causal_conv1d import xla as conv_xla
 from kernels_pallas.causal_conv1d.checks import check_conv
-from kernels_pallas.checks import check_bound, check_state
-from kernels_pallas.common import match_varying, varying_axes
+from kernels_pallas.checks import check_bound, check_flag, check_normalizer, check_state
+from kernels_pallas.common import match_varying, varying_axes, without_padding
 from kernels_pallas.gated_linear_attention import scan
 from kernels_pallas.gated_linear_attention.checks import check_qkvg
 from kernels_pallas.gated_linear_attention.vjp import OP, AttentionSpec, attention_spec, bounded
@@ -143,6 +143,7 @@ def gated_linear_attention(
     """
     check_qkvg(q, k, v, log_g, 4)
     check_bound(gate_lower_bound)
+    check_flag("normalize", normalize)
     size, index = _check_axis(axis_name)
     batch, _, heads, features = q.shape
     shapes = ((batch, heads, features, v.shape[3]), (batch, heads, features))
@@ -235,15 +236,18 @@ def lawcat_attention(
     ``lengths`` counts tokens of the whole sequence; states are the whole sequence's, equal on every shard. Every shard
     needs at least W - 1 tokens. Raises ValueError naming the argument.
     """
-    check_layer(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, lengths)
-    _, index = _check_axis(axis_name)
+    size, index = _check_axis(axis_name)
+    check_layer(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, lengths, size)
+    check_flag("zero_padding", zero_padding)
+    check_normalizer(gate_normalizer)
+    valid = None if lengths is None else lawcat_xla.valid_tokens(lengths, q.shape[1], index * q.shape[1])
+    q, k, v, gate_logits = without_padding(valid, q, k, v, gate_logits)
     rows = conv_q.shape[1] - 1
     initial = conv_state or (None, None)
     before_q, before_k = (
         _rows_before(x, tail, rows, axis_name, name) for name, x, tail in zip("qk", (q, k), initial, strict=True)
     )
     before = (before_q, before_k)
-    valid = None if lengths is None else lawcat_xla.valid_tokens(lengths, q.shape[1], index * q.shape[1])
     features_q, features_k, log_g = lawcat_xla.prepare(
         q, k, gate_logits, conv_q, conv_k, phi, before, valid, gate_normalizer
     )

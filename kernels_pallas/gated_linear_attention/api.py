@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import jax
 
-from kernels_pallas.checks import check_bound, check_sharding, check_state
+from kernels_pallas.checks import check_bound, check_flag, check_segments, check_sharding, check_state
 from kernels_pallas.common import match_varying_all, target_platform
 from kernels_pallas.dispatch import implementation_for
 from kernels_pallas.gated_linear_attention.checks import check_qkvg, check_values
-from kernels_pallas.gated_linear_attention.vjp import attend, attention_spec, bounded, decode
+from kernels_pallas.gated_linear_attention.vjp import attend, attention_spec, bounded, decode, restarted
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Float, Int
 
 
 def gated_linear_attention(
@@ -25,6 +25,7 @@ def gated_linear_attention(
     initial_state: tuple[Float[Array, "B H K V"], Float[Array, "B H K"]] | None = None,
     normalize: bool = True,
     gate_lower_bound: float | None = -1.25,
+    segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], tuple[Float[Array, "B H K V"], Float[Array, "B H K"]]]:
     """Normalised gated linear attention (arXiv 2509.18467, with the gates of GLA, arXiv 2312.06635)::
@@ -34,17 +35,22 @@ def gated_linear_attention(
     Args:
       q, k: non-negative features, float32 or bfloat16, one dtype for q, k and v.
       v: values; Hv divides H, query head h reads v head h // (H / Hv).
-      log_g: natural logarithm of the gates, <= 0 and finite, float32 or bfloat16; Hg divides H, same rule.
+      log_g: natural logarithm of the gates, <= 0 (-inf forgets everything), float32 or bfloat16; Hg divides H, same rule.
       initial_state: (S, z) float32, or None for zeros.
       normalize: divide by the denominator; when False o = S^T q (z is carried all the same).
       gate_lower_bound: nats a token, below 0, or None. Lower gates are raised to it, with zero gradient there. A bound
-        >= -1.25 allows chunks of 64 tokens with one reference point; None costs more.
+        >= -1.25 allows chunks of 64 tokens with one reference point; None costs more. Gates below -128 are raised to
+        -128, which in float32 changes nothing.
+      segment_ids: documents of a row; S and z start anew (from zeros) wherever the id changes, and an id may come again.
+        The first segment goes on from ``initial_state``; the state returned is the last one's. None: one document. A
+        start is a gate of 0, so a backend must take gates without a bound, at the price of those.
       implementation: one of ``kernels_pallas.IMPLEMENTATIONS``, such as "scan" or "pallas_triton", or None for the best
         one on the platform (``kernels_pallas.implementation_for``).
 
     Returns:
       o in v.dtype and the state (S, z) after the last token, float32. Differentiable in every array argument, state
-      included.
+      included. Padding is the caller's business: k = 0 and log_g = 0 leave the state alone, and then q and v must be
+      finite as well. NaN or infinity at one token may reach the outputs of other tokens of its chunk, earlier ones too.
 
     Raises:
       ValueError: naming the argument, for a wrong shape or dtype, heads that do not divide, a sequence axis known to be
@@ -53,17 +59,25 @@ def gated_linear_attention(
     """
     check_qkvg(q, k, v, log_g, 4)
     check_bound(gate_lower_bound)
+    check_flag("normalize", normalize)
     if initial_state is not None:
         check_state(initial_state, q.shape[0], q.shape[2], q.shape[3], v.shape[3])
         initial_state = (initial_state[0], initial_state[1])
     for name, x in (("q", q), ("k", k), ("v", v), ("log_g", log_g)):
         check_sharding(name, x)
     check_values(q, k, log_g)
-    name = implementation_for(
-        q, k, v, log_g, normalize=normalize, gate_lower_bound=gate_lower_bound, implementation=implementation
-    )
+    if segment_ids is not None:
+        check_segments(segment_ids, *q.shape[:2])
+        log_g, gate_lower_bound = restarted(bounded(log_g, gate_lower_bound), segment_ids), None
+    try:
+        name = implementation_for(
+            q, k, v, log_g, normalize=normalize, gate_lower_bound=gate_lower_bound, implementation=implementation
+        )
+    except ValueError as problem:
+        more = "" if segment_ids is None else " (segment_ids need a backend that takes gates without a bound)"
+        raise ValueError(f"{problem}{more}") from None
     spec = attention_spec(name, normalize, gate_lower_bound)
-    if not spec.applies_bound:
+    if not spec.applies_bound or spec.lower_bound is None:
         log_g = bounded(log_g, gate_lower_bound)
     return attend(spec, *match_varying_all(q, k, v, log_g, initial_state))
 
@@ -86,6 +100,7 @@ def decode_step(
     """
     check_qkvg(q, k, v, log_g, 3)
     check_bound(gate_lower_bound)
+    check_flag("normalize", normalize)
     check_state(state, q.shape[0], q.shape[1], q.shape[2], v.shape[2], name="state")
     check_values(q, k, log_g)
     shaped = (jax.ShapeDtypeStruct((x.shape[0], 1, *x.shape[1:]), x.dtype) for x in (q, k, v, log_g))

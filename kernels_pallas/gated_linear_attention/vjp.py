@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import dispatch
+from kernels_pallas.common import segment_starts
 from kernels_pallas.gated_linear_attention import decode as decode_xla
 
 OP = "gated_linear_attention"
@@ -32,12 +33,26 @@ def attention_spec(implementation: str, normalize: bool, lower_bound: float | No
     return AttentionSpec(implementation, bool(normalize), None if lower_bound is None else float(lower_bound))
 
 
+VANISHED = -128.0
+"""Nats a token. e^-128 is 0 in float32, so lower gates than this, -inf included, are the same gate."""
+
+
 def bounded(log_g: jax.Array, lower_bound: float | None) -> jax.Array:
-    """log_g raised to the bound, with zero gradient below it; belongs outside of the ``custom_vjp``."""
+    """log_g raised to the bound, with zero gradient below it; belongs outside of the ``custom_vjp``.
+
+    Without a bound, or with one that is lower, it is raised to :data:`VANISHED`: kernels form sums of gates by products
+    with matrices that hold zeros, where -inf would become NaN.
+    """
+    floor = VANISHED if lower_bound is None else max(lower_bound, VANISHED)
     # where, not maximum: at a tie maximum passes half of the gradient. XLA fuses this into the producer of log_g.
-    return (
-        log_g if lower_bound is None else jnp.where(log_g < lower_bound, jnp.asarray(lower_bound, log_g.dtype), log_g)
-    )
+    return jnp.where(log_g < floor, jnp.asarray(floor, log_g.dtype), log_g)
+
+
+def restarted(log_g: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """log_g with a gate that forgets everything at the first token of every segment but the first, and zero gradient
+    there."""
+    starts = segment_starts(segment_ids)[:, :, None, None]
+    return jnp.where(starts, jnp.asarray(VANISHED, log_g.dtype), log_g)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

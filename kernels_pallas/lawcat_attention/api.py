@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 
 from kernels_pallas import dispatch
-from kernels_pallas.checks import check_bound, check_sharding
-from kernels_pallas.common import match_varying_all, target_platform
+from kernels_pallas.checks import check_bound, check_flag, check_normalizer, check_segments, check_sharding
+from kernels_pallas.common import match_varying_all, segment_numbers, target_platform, without_padding
 from kernels_pallas.lawcat_attention import xla
 from kernels_pallas.lawcat_attention.checks import check_layer
 from kernels_pallas.lawcat_attention.vjp import OP, LayerSpec, by_kernel, composed, next_conv_state
@@ -59,6 +59,7 @@ def lawcat_attention(
     gate_normalizer: float = 16.0,
     gate_lower_bound: float | None = -1.25,
     lengths: Int[Array, " B"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     zero_padding: bool = True,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], tuple[Array, Array], tuple[Array, Array]]:
@@ -75,11 +76,17 @@ def lawcat_attention(
       initial_state: (S, z) float32 after the tokens before these, or None.
       conv_state: the W - 1 rows of raw q and of raw k before these, or None for zeros.
       normalize, gate_lower_bound: as in gated_linear_attention.
+      gate_normalizer: a static number above 0.
       lengths: number of valid tokens of each sequence among these T, or None for all: the rest is padding on the right,
-        which leaves state and conv_state as they were and whose output is 0.
+        which leaves state and conv_state as they were and whose output is 0. What the arrays hold there, NaN included,
+        reaches nothing, and their gradient there is 0. Concrete values outside 0 .. T are refused; traced ones, which
+        cannot be checked, are taken as the nearest of 0 and T.
+      segment_ids: documents of a row; convolution rows, S and z start anew (from zeros) wherever the id changes between
+        valid tokens. The first segment goes on from the states given, and those returned are the last one's. See
+        gated_linear_attention.
       zero_padding: False leaves the output at padding finite but meaningless, for callers that mask later. That saves a
         pass over the output and one over its gradient.
-      implementation: as in gated_linear_attention. Without ``lengths``, a Pallas name and None take the backend's
+      implementation: as in gated_linear_attention. Without ``lengths`` and ``segment_ids``, a Pallas name and None take the backend's
         kernels for the whole layer where it has them for the case (:func:`kernel_for`); otherwise the parts run one
         after another, with gated_linear_attention's choice.
 
@@ -92,6 +99,9 @@ def lawcat_attention(
     """
     check_layer(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, lengths)
     check_bound(gate_lower_bound)
+    check_flag("normalize", normalize)
+    check_flag("zero_padding", zero_padding)
+    check_normalizer(gate_normalizer)
     for name, x in (("q", q), ("k", k), ("v", v), ("gate_logits", gate_logits)):
         check_sharding(name, x)
     implementation = dispatch.requested(implementation)
@@ -101,13 +111,17 @@ def lawcat_attention(
     bound = None if gate_lower_bound is None else float(gate_lower_bound)
     spec = LayerSpec(implementation, bool(normalize), float(gate_normalizer), bound)
 
-    if lengths is None:
+    if segment_ids is not None:
+        check_segments(segment_ids, *q.shape[:2])
+    if lengths is None and segment_ids is None:
         options = {"normalize": normalize, "gate_lower_bound": bound, "implementation": implementation}
         kernel = kernel_for(*arrays[:7], **options)
         if kernel is not None:
             return by_kernel(spec._replace(implementation=kernel), *match_varying_all(*arrays))
     valid = None if lengths is None else xla.valid_tokens(lengths, q.shape[1])
-    o, state = composed(spec, *arrays, valid)
+    q, k, v, gate_logits = without_padding(valid, *arrays[:4])
+    numbers = None if segment_ids is None else segment_numbers(segment_ids, valid)
+    o, state = composed(spec, q, k, v, gate_logits, *arrays[4:], valid, numbers)
     if valid is not None and zero_padding:
         o = jnp.where(valid[:, :, None, None], o, 0)
-    return o, state, next_conv_state(q, k, conv_q, conv_state, lengths)
+    return o, state, next_conv_state(q, k, conv_q, conv_state, lengths, numbers)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from kernels_pallas.checks import check_array, check_shape, check_state, describe
+from kernels_pallas.checks import check_array, check_lengths, check_shape, check_state, describe
 
 
-def check_layer(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, lengths) -> None:
-    """Shapes and dtypes of the arrays of ``lawcat_attention``; raises ValueError naming the argument."""
+def check_layer(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, lengths, shards: int = 1) -> None:
+    """Shapes and dtypes of the arrays of ``lawcat_attention``, and ``lengths`` within the ``shards`` T tokens of a
+    sequence; raises ValueError naming the argument."""
     for name, x in (("q", q), ("k", k), ("v", v), ("gate_logits", gate_logits)):
         check_array(name, x, 4)
     for name, x in (("conv_q", conv_q), ("conv_k", conv_k), ("phi", phi)):
@@ -15,6 +16,9 @@ def check_layer(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_s
     kv_heads = k.shape[2]
     if 0 in q.shape:
         raise ValueError(f"q: every dimension must be at least 1, got {describe(q)}")
+    if 0 in v.shape or 0 in phi.shape:
+        name, x = ("v", v) if 0 in v.shape else ("phi", phi)
+        raise ValueError(f"{name}: every dimension must be at least 1, got {describe(x)}")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"k: its {kv_heads} heads must divide the {heads} heads of q, got {describe(k)}")
     for name, x in (("k", k), ("v", v)):
@@ -39,5 +43,4 @@ def check_layer(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_s
             check_array(f"conv_state {name}", x, 4)
             check_shape(f"conv_state {name}", x, (batch, taps - 1, rows, width), "[B, W - 1, heads, d]")
     if lengths is not None:
-        check_array("lengths", lengths, 1, dtypes=("int32", "int64", "uint32"))
-        check_shape("lengths", lengths, (batch,), "[B]")
+        check_lengths(lengths, batch, shards * length)

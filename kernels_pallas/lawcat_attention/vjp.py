@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 
 from kernels_pallas import dispatch
+from kernels_pallas.common import without_padding
 from kernels_pallas.gated_linear_attention.api import decode_step, gated_linear_attention
 from kernels_pallas.lawcat_attention import xla
 
@@ -23,9 +24,15 @@ class LayerSpec(NamedTuple):
     lower_bound: float | None
 
 
-def composed(spec: LayerSpec, q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, valid=None):
-    """(o, (S, z)): convolutions, feature map and gates in XLA, then ``gated_linear_attention`` or ``decode_step``."""
-    q, k, log_g = xla.prepare(q, k, gate_logits, conv_q, conv_k, phi, conv_state, valid, spec.gate_normalizer)
+def composed(
+    spec: LayerSpec, q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, valid=None, numbers=None
+):
+    """(o, (S, z)): convolutions, feature map and gates in XLA, then ``gated_linear_attention`` or ``decode_step``.
+
+    ``numbers``: segments of the tokens in order from 0, see ``kernels_pallas.common.segment_numbers``.
+    """
+    normalizer = spec.gate_normalizer
+    q, k, log_g = xla.prepare(q, k, gate_logits, conv_q, conv_k, phi, conv_state, valid, normalizer, numbers)
     options = {
         "normalize": spec.normalize,
         "gate_lower_bound": spec.lower_bound,
@@ -35,14 +42,20 @@ def composed(spec: LayerSpec, q, k, v, gate_logits, conv_q, conv_k, phi, initial
         o, state = decode_step(q[:, 0], k[:, 0], v[:, 0], log_g[:, 0], initial_state, **options)
         o = o[:, None]
     else:
-        o, state = gated_linear_attention(q, k, v, log_g, initial_state=initial_state, **options)
+        o, state = gated_linear_attention(q, k, v, log_g, initial_state=initial_state, segment_ids=numbers, **options)
     return o, state
 
 
-def next_conv_state(q, k, conv_q, conv_state, lengths=None) -> tuple[jax.Array, jax.Array]:
-    """The conv_state of the next call: the last W - 1 valid rows of q and of k."""
+def next_conv_state(q, k, conv_q, conv_state, lengths=None, numbers=None) -> tuple[jax.Array, jax.Array]:
+    """The conv_state of the next call: the last W - 1 valid rows of q and of k, zeros for those of earlier segments."""
     rows, (tail_q, tail_k) = conv_q.shape[1] - 1, conv_state or (None, None)
-    return xla.last_rows(q, tail_q, rows, lengths), xla.last_rows(k, tail_k, rows, lengths)
+    found_q, found_k = xla.last_rows(q, tail_q, rows, lengths), xla.last_rows(k, tail_k, rows, lengths)
+    if numbers is None:
+        return found_q, found_k
+    # The rows before these tokens belong to segment 0, as the zeros that stand for their numbers say.
+    same = xla.last_rows(numbers, None, rows, lengths) == xla.last_rows(numbers, None, 1, lengths)
+    kept_q, kept_k = without_padding(same, found_q, found_k)
+    return kept_q, kept_k
 
 
 def _composed_with_tails(spec: LayerSpec, *arrays):

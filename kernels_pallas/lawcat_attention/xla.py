@@ -79,19 +79,21 @@ def prepare(
     conv_state: tuple[Float[Array, "B W-1 H d"], Float[Array, "B W-1 Hkv d"]] | None,
     valid: Bool[Array, "B T"] | None,
     gate_normalizer: float,
+    numbers: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T H 2*f"], Float[Array, "B T H 2*f"], Float[Array, "B T Hkv K"]]:
     """(phi(q), phi(k), log_g) of the shapes that gated_linear_attention takes.
 
     q [B, T, H, d]; k [B, T, Hkv, d]; each query head has its own taps, so the k of a kv head is convolved H / Hkv
     times. ``valid`` [B, T] bool or None: elsewhere phi(k) = 0 and log_g = 0, so that padding leaves the state alone.
+    ``numbers`` [B, T] or None: segments, which the convolutions do not cross.
     """
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
     tail_q, tail_k = (None, None) if conv_state is None else conv_state
     conv_q, conv_k = conv_q.swapaxes(0, 1), conv_k.swapaxes(0, 1)
     conv_k = conv_k.reshape(conv_k.shape[0], kv_heads, heads // kv_heads, width)
-    q, _ = causal_conv1d(q, conv_q, tail_q)
-    k, _ = causal_conv1d(k[:, :, :, None], conv_k, None if tail_k is None else tail_k[:, :, :, None])
+    q, _ = causal_conv1d(q, conv_q, tail_q, numbers)
+    k, _ = causal_conv1d(k[:, :, :, None], conv_k, None if tail_k is None else tail_k[:, :, :, None], numbers)
     q, k = feature_map(q, phi), feature_map(k.reshape(batch, length, heads, width), phi)
     log_g = log_gate(gate_logits, gate_normalizer)
     if valid is not None:

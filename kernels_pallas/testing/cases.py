@@ -6,6 +6,7 @@ The tolerances are fixed: a kernel is mended, not its tolerance.
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +116,7 @@ def features(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 @dataclass
 class Case:
     """One call: (q, k, v, log_g) already rounded to their dtype, the initial state or None, the cotangents
-    (do, dS, dz), and the options ``normalize`` and ``gate_lower_bound``."""
+    (do, dS, dz), and the options ``normalize``, ``gate_lower_bound`` and, of packed rows, ``segment_ids``."""
 
     arrays: tuple
     state: tuple | None
@@ -168,20 +169,31 @@ def run_vjp(arrays, state, cotangents, **options) -> dict[str, jax.Array]:
 
 
 def expected(case: Case) -> dict[str, np.ndarray]:
-    """What :func:`run_vjp` should give, in float64."""
+    """What :func:`run_vjp` should give, in float64; of packed rows by running each segment alone."""
 
     def f64(x):
         return np.asarray(x).astype(np.float64)
 
     arrays = [f64(x) for x in case.arrays]
     state = None if case.state is None else [f64(x) for x in case.state]
-    return oracle.gla(
-        *arrays,
-        state=state,
-        normalize=case.options["normalize"],
-        bound=case.options["gate_lower_bound"],
-        cotangents=[f64(x) for x in case.cotangents],
-    )
+    do, *dstate = (f64(x) for x in case.cotangents)
+    options = {"normalize": case.options["normalize"], "bound": case.options["gate_lower_bound"]}
+    ids = case.options.get("segment_ids")
+    if ids is None:
+        return oracle.gla(*arrays, state, **options, cotangents=[do, *dstate])
+    rows = []
+    for row, numbers in enumerate(np.asarray(ids)):
+        one = slice(row, row + 1)
+        cuts = [0, *np.flatnonzero(np.diff(numbers)) + 1, len(numbers)]
+        parts = []
+        for first, last in itertools.pairwise(cuts):
+            start = None if state is None or first else [x[one] for x in state]
+            end = [x[one] if last == len(numbers) else np.zeros_like(x[one]) for x in dstate]
+            part = [x[one, first:last] for x in arrays]
+            parts.append(oracle.gla(*part, start, **options, cotangents=[do[one, first:last], *end]))
+        along = {name: np.concatenate([p[name] for p in parts], axis=1) for name in ("o", "dq", "dk", "dv", "dlog_g")}
+        rows.append(along | {n: parts[-1][n] for n in ("S", "z")} | {n: parts[0][n] for n in ("dS0", "dz0")})
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
 def errors(got: dict[str, Any], want: dict[str, np.ndarray]) -> dict[str, float]:

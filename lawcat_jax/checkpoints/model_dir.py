@@ -359,8 +359,20 @@ def read_model_json(
             "convert again"
         )
     model, attention, lora = configs_from_json(values, str(path))
+    _refuse_outdated(path, values.get("attention"))
     ids = token_ids(stated_ids(path.parent / TOKENIZER / GENERATION))
     return dataclasses.replace(model, **ids), attention, lora, values.get("extra") or {}
+
+
+def _refuse_outdated(path: Path, attention: dict[str, Any] | None) -> None:
+    """Raises UserError for students of layers that have changed since: they would load and compute something else."""
+    if attention is None or "window_kind" in attention:  # which came with both changes
+        return
+    remedy = "train it again, or use the version of this program that wrote it"
+    if attention.get("feature_map") == "relu":
+        raise UserError(f"{path}: a student of feature_map 'relu' with a bias per feature, now one per head; {remedy}")
+    if attention.get("kind") == "lawcat" and attention.get("window_size"):
+        raise UserError(f"{path}: a student whose linear sums beside a window lack the factor K^-0.5; {remedy}")
 
 
 def _tokenizer_path(directory: Path) -> str | None:

@@ -45,6 +45,7 @@ from lawcat_jax.config.choices import (
     StatePassing,
     TaskName,
     ValidationWording,
+    WindowKind,
     Wording,
 )
 from lawcat_jax.config.model import ModelConfig, RopeScaling, model_problems
@@ -95,6 +96,7 @@ __all__ = [
     "TaskName",
     "TeacherConfig",
     "ValidationWording",
+    "WindowKind",
     "Wording",
     "attention_problems",
     "choice_problems",

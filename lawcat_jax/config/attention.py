@@ -3,7 +3,16 @@
 import dataclasses
 import typing
 
-from lawcat_jax.config.choices import Conv, FeatureMap, GateKind, Implementation, Init, MixerKind, Projection
+from lawcat_jax.config.choices import (
+    Conv,
+    FeatureMap,
+    GateKind,
+    Implementation,
+    Init,
+    MixerKind,
+    Projection,
+    WindowKind,
+)
 from lawcat_jax.config.tree import Node, choice_problems
 
 
@@ -23,13 +32,15 @@ class AttentionConfig(Node):
     feature_dim: int = 0
     """[scores] f; 0 chooses f so that K = d (d / 2 for the two-sided maps)."""
     tie_qk: bool = True
-    """q and k share one feature map per head."""
+    """q and k share one feature map per head; maps of their own start as copies of each other."""
     normalize: bool = True
     """Divide by the gated sum of keys, as softmax does by its sum."""
     rope_linear: bool = False
     """Rotate q and k of the linear branch too (the paper does not)."""
     window_size: int = 0
     """[tokens] Softmax window over the last tokens, under one denominator with the linear part; 0 is no window."""
+    window_kind: WindowKind = "sliding"
+    """Which tokens a window of w = ``window_size`` holds."""
     affine_window: bool = False
     """Window and linear part have weights w and 1 - w; otherwise w and 1."""
     sinks: int = 0

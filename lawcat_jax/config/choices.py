@@ -39,8 +39,13 @@ from f scores, the others f."""
 GateKind = Literal["per_dim", "per_head", "none"]
 """Forget gate: one per kv head and feature, one per kv head, or none."""
 
+WindowKind = Literal["sliding", "terraced"]
+"""Softmax window of a token: the last w tokens, or its own block of w tokens up to itself and the whole block before
+(w + 1 to 2 w tokens), as in LoLCATs' fast kernels."""
+
 Init = Literal["identity", "xavier", "normal", "kaiming_feature_map"]
-"""Initial values of taps, feature maps and gate matrices; ``identity`` is the paper's."""
+"""Initial values of taps and gate matrices, or (``kaiming_feature_map``) of feature maps; feature maps are the identity
+otherwise, as in the authors' code. ``identity`` is the paper's."""
 
 Implementation = Literal["reference", "scan", "pallas_mosaic_gpu", "pallas_triton", "pallas_tpu"]
 """Backend of the ops in ``kernels_pallas``."""

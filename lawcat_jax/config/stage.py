@@ -99,7 +99,7 @@ class DataConfig(Node):
     mixture: tuple[MixtureSource, ...] = ()
     """``mixture``: the sources. A pass has ``num_samples`` samples of all of them."""
     pack: bool = False
-    """Put several short samples into one row and add ``segment_ids`` to the batch."""
+    """Put several short samples into one row. No sample sees another one of its row."""
     pieces: int = 0
     """[sequences] At least 2: make long samples and cut each into at most so many pieces of ``seq_length`` tokens, which
     follow each other in consecutive batches (states passed from step to step); 0 is off."""
@@ -146,6 +146,8 @@ class StageConfig(Node):
     """Learning rate after the warm-up."""
     warmup_fraction: float = 0.01
     """[share] Share of the steps in which the learning rate rises linearly."""
+    warmup_from_zero: bool = False
+    """The first step has rate 0 and each reaches what otherwise the one before does (the authors' code)."""
     weight_decay: float = 0.0
     """[1] AdamW's decay of matrices; scales and biases do not decay."""
     b1: float = 0.9
@@ -190,6 +192,11 @@ class StageConfig(Node):
     """[ratio] ``plateau``: factor on the learning rate when the validation loss stops falling."""
     plateau_patience: int = 10
     """[validations] ``plateau``: validations without a better loss before the learning rate is lowered."""
+    plateau_threshold: float = 1e-4
+    """[share] ``plateau``: a validation loss counts as better when it is lower than the best by more than this share
+    of it."""
+    plateau_min_lr: float = 1e-5
+    """[1] ``plateau``: learning rate below which it is not lowered."""
     eval_every: int = 0
     """[optimizer steps] Between validations; 0 validates at the end only."""
     validation_length: int = 0
@@ -235,6 +242,8 @@ def stage_problems(stage: StageConfig, path: str) -> list[str]:
         "loss_chunk",
         "validation_length",
         "kl_weight_end",
+        "plateau_threshold",
+        "plateau_min_lr",
     ):
         if (getattr(stage, name) or 0) < 0:
             problems.append(f"{path}.{name}: {getattr(stage, name)} must not be negative")
@@ -247,6 +256,8 @@ def stage_problems(stage: StageConfig, path: str) -> list[str]:
         problems.append(f"{path}.kl_temperature: {stage.kl_temperature} must be positive")
     if stage.state_passing != "off" and not path.endswith("stage2"):
         problems.append(f"{path}.state_passing: only stage 2 runs the student alone; set it to 'off'")
+    if stage.state_passing != "off" and stage.data.pack:
+        problems.append(f"{path}.data.pack: packed rows begin with an empty state; set state_passing to 'off'")
     alone = stage.data.pieces and path.endswith("stage2")  # a question without its needle
     if (stage.state_passing == "pieces" and not stage.data.pieces) or (alone and stage.state_passing != "pieces"):
         problems.append(

@@ -54,5 +54,5 @@ def last_rows(
     """
     if lengths is None:
         return extended[:, extended.shape[1] - count :]
-    index = lengths[:, None] + jnp.arange(count)
+    index = jnp.clip(lengths, 0, extended.shape[1] - count)[:, None] + jnp.arange(count)
     return jnp.take_along_axis(extended, index.reshape(*index.shape, *(1,) * (extended.ndim - 2)), axis=1)

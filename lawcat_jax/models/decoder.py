@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels_pallas.checks import check_lengths, check_segments
+from kernels_pallas.common import segment_numbers
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig, attention_problems, model_problems
 from lawcat_jax.errors import UserError
 from lawcat_jax.models import cache as caching
 from lawcat_jax.models import parallel
 from lawcat_jax.models.attention import softmax_attention
 from lawcat_jax.models.blocks import DecoderLayer, Embed, Segment, Stacked, rematerialized, split_segments
-from lawcat_jax.models.layers import Context, Linear, RMSNorm, static_config
+from lawcat_jax.models.layers import Context, Linear, RMSNorm, static_config, token_positions
 from lawcat_jax.models.lora import Lora
 from lawcat_jax.models.mixers import MIXERS, TokenMixer, mixer_class
 from lawcat_jax.models.rope import rope_table, rotate
@@ -76,6 +78,7 @@ class Decoder(nnx.Module):
         dropout_rng: jax.Array | None = None,
         return_hidden: bool = False,
         recurrent: caching.Cache | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> Any:
         """Logits in float32 [B, T, V] of every position, or with ``return_hidden`` the final-normed hidden states
         [B, T, D] (for :meth:`head`); with ``recurrent`` a pair of that and the state after the last valid token.
@@ -83,17 +86,21 @@ class Decoder(nnx.Module):
         Args:
           tokens: int32; padding on the right, any id.
           lengths: valid tokens of each sequence, or None for all.
-          positions: for the rotary embedding; default 0 .. T - 1.
+          positions: for the rotary embedding; default 0 .. T - 1, of packed rows from 0 in each document.
           as_teacher: softmax attention in every layer and no adapter.
           remat: "none", "layer" (recompute each layer in the backward pass), "dots" (keep matrix products).
           unroll_layers: no loop over layers in the compiled program (see ``StageConfig``).
           dropout_rng: key of the adapters' dropout, None for evaluation.
           recurrent: what the linearised layers remember of the tokens before these (:meth:`init_recurrent`). Softmax
             layers of a hybrid see the tokens of this call only.
+          segment_ids: documents of packed rows, int [B, T]: a new one begins wherever the id changes, and no token
+            sees another document's. Not together with ``recurrent``.
         """
+        if segment_ids is not None and recurrent is not None:
+            raise ValueError("segment_ids: rows that go on from a state hold one document; leave one of the two out")
         start = None if recurrent is None else recurrent["position"]
-        context = self.context(tokens, start, lengths, positions)
-        x = self.embedded(tokens)
+        context = self.context(tokens, start, lengths, positions, segment_ids)
+        x = self.embedded(tokens, context)
         options = {"remat": remat, "unroll": unroll_layers, "dropout_rng": dropout_rng, "as_teacher": as_teacher}
         cache = recurrent
         for segment in self.segments(as_teacher):
@@ -105,7 +112,7 @@ class Decoder(nnx.Module):
         out = hidden if return_hidden else self.head(hidden)
         if cache is None:
             return out
-        added = tokens.shape[1] if lengths is None else lengths
+        added = tokens.shape[1] if context.lengths is None else context.lengths
         return out, {**cache, "position": cache["position"] + added}
 
     def init_recurrent(self, batch_size: int) -> caching.Cache:
@@ -149,16 +156,16 @@ class Decoder(nnx.Module):
         A sequence of length 0 keeps its cache; its logits mean nothing.
         """
         context = self.context(tokens, cache["position"], lengths)
-        x = self.embedded(tokens)
+        x = self.embedded(tokens, context)
         cache = dict(cache)
         for segment in self.segments(as_teacher):
             x, cache = self._run(segment, x, context, cache=cache, as_teacher=as_teacher)
-        added = tokens.shape[1] if lengths is None else lengths
+        added = tokens.shape[1] if context.lengths is None else context.lengths
         cache["position"] = cache["position"] + added
         if return_hidden:
             return self.final_norm(x), cache
         if not all_logits:
-            x = _last_valid(x, lengths)
+            x = _last_valid(x, context.lengths)
         return self.head(self.final_norm(x)), cache
 
     def decode(
@@ -167,10 +174,16 @@ class Decoder(nnx.Module):
         """One more token for every sequence: (logits, new cache)."""
         return self.prefill(token[:, None], cache, as_teacher=as_teacher)
 
-    def diagnostics(self, tokens: Int[Array, "B T"], *, lengths: Int[Array, " B"] | None = None) -> dict[str, Array]:
+    def diagnostics(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> dict[str, Array]:
         """The mixers' ``statistics`` in a forward pass of the student, stacked over the linearised layers."""
-        context = self.context(tokens, lengths=lengths)
-        x, collected = self.embedded(tokens), []
+        context = self.context(tokens, lengths=lengths, segment_ids=segment_ids)
+        x, collected = self.embedded(tokens, context), []
 
         def mix(mixer, index, state, *projections):
             del state
@@ -187,8 +200,12 @@ class Decoder(nnx.Module):
 
     # The first and the last step of every pass
 
-    def embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Hidden states before the first layer, in the dtype of the embedding."""
+    def embedded(self, tokens: Int[Array, "B T"], context: Context | None = None) -> Float[Array, "B T D"]:
+        """Hidden states before the first layer, in the dtype of the embedding; at what ``context`` says is padding,
+        those of token 0 whatever the id (one outside the vocabulary has none: NaN).
+        """
+        if context is not None:
+            (tokens,) = context.without_padding(tokens)
         table = self.embed.embedding[...]
         if tokens.size >= self.config.vocab_size // 16:  # for a few tokens the table is the larger thing to gather
             table = parallel.whole_rows(table)
@@ -200,16 +217,32 @@ class Decoder(nnx.Module):
         start: Int[Array, " B"] | None = None,
         lengths: Int[Array, " B"] | None = None,
         positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> Context:
         """What the layers know about the tokens of one call: rotary table, valid ``lengths``, and ``start``, the number
-        of tokens that each sequence had before (default 0). ``positions`` default to start .. start + T - 1.
+        of tokens that each sequence had before (default 0). ``positions`` default to start .. start + T - 1;
+        with ``segment_ids`` they begin again in each document.
+
+        Raises:
+          ValueError: tokens that are not [B, T] with at least one token, ``lengths`` that are not int [B], or concrete
+            ones outside 0 .. T (those of a traced call are clamped to that range).
         """
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            raise ValueError(f"tokens: expected [B, T] with at least one token, got shape {list(tokens.shape)}")
         batch, length = tokens.shape
+        if lengths is not None:
+            check_lengths(lengths, batch, length)
+            lengths = jnp.clip(lengths, 0, length)
         start = jnp.zeros((batch,), jnp.int32) if start is None else start
+        segments = None
+        if segment_ids is not None:
+            check_segments(segment_ids, batch, length)
+            valid = None if lengths is None else jnp.arange(length) < lengths[:, None]
+            segments = segment_numbers(segment_ids, valid)
         if positions is None:
-            positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
+            positions = token_positions(start, length, segments)
         cos, sin = rope_table(positions, self.config, lengths)
-        return Context(cos, sin, start, lengths)
+        return Context(cos, sin, start, lengths, segments)
 
     def head_kernel(self) -> Float[Array, "V D"] | Float[Array, "D V"]:
         """The matrix of :meth:`head` as it is stored (its dimensions: :attr:`head_axes`), gathered over ``fsdp``: for
@@ -268,17 +301,19 @@ class Decoder(nnx.Module):
         and window: the heads before Wo.
         """
         context = self.layer_context(context, layer)
+        q, k, v = context.without_padding(q, k, v)
         q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
-        return self._softmax_attention(layer, q, k, v)
+        return self._softmax_attention(layer, q, k, v, segments=context.segments)
 
-    def _softmax_attention(self, layer, q, k, v, start=None):
+    def _softmax_attention(self, layer, q, k, v, **options):
         config = self.config
         if config.sliding_window is None or not config.full_attention_layers:
-            return softmax_attention(q, k, v, start=start, window=config.sliding_window)
+            return softmax_attention(q, k, v, window=config.sliding_window, **options)
         # Both branches are compiled, and one runs: kernels want to know the window beforehand.
-        full, sliding = (functools.partial(softmax_attention, window=n) for n in (None, config.sliding_window))
+        attend = functools.partial(softmax_attention, **options)
+        full, sliding = (functools.partial(attend, window=n) for n in (None, config.sliding_window))
         whole = _is_in(layer, config.full_attention_layers, config.num_layers)
-        return jax.lax.cond(whole, lambda *x: full(*x, start=start), lambda *x: sliding(*x, start=start), q, k, v)
+        return jax.lax.cond(whole, full, sliding, q, k, v)
 
     def run_softmax(
         self,
@@ -309,12 +344,13 @@ class Decoder(nnx.Module):
 
             def mix(h, q, k, v):
                 own = self.layer_context(context, layer)
+                q, k, v = own.without_padding(q, k, v)
                 q, k = (rotate(array, own.cos, own.sin) for array in (q, k))
                 new = (
                     caching.write_kv(keys, index, context.start, k),
                     caching.write_kv(values, index, context.start, v),
                 )
-                return self._softmax_attention(layer, q, new[0][index], new[1][index], context.start), new
+                return self._softmax_attention(layer, q, new[0][index], new[1][index], start=context.start), new
 
             x, (keys, values) = layers.layer(params)(x, mix)
             return (x, keys, values), None

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels_pallas.common import without_padding
 from lawcat_jax import projections
 from lawcat_jax.config import ModelConfig
 
@@ -70,13 +71,20 @@ class Context(NamedTuple):
     """What a token mixer knows about the tokens of one call, beside their values.
 
     ``cos``, ``sin``: rotary table [B, T, d/2]. ``start``: tokens already in the cache, [B] int32. ``lengths``: valid
-    tokens of this call, [B] int32, or None when all are; padding is on the right.
+    tokens of this call, [B] int32, or None when all are; padding is on the right. ``segments``: number 0, 1, ... of the
+    document that each token of a packed row belongs to, [B, T] int32, or None for one document; no token sees another
+    document's.
     """
 
     cos: Float[Array, "B T half"]
     sin: Float[Array, "B T half"]
     start: Int[Array, " B"]
     lengths: Int[Array, " B"] | None = None
+    segments: Int[Array, "B T"] | None = None
+
+    def positions(self) -> Int[Array, "B T"]:
+        """Tokens of the same document before each token, those in the cache included."""
+        return token_positions(self.start, self.cos.shape[1], self.segments)
 
     def valid(self) -> Bool[Array, "B T"]:
         """Which tokens are not padding."""
@@ -84,6 +92,20 @@ class Context(NamedTuple):
         if self.lengths is None:
             return jnp.ones((batch, length), bool)
         return jnp.arange(length) < self.lengths[:, None]
+
+    def without_padding(self, *arrays: Float[Array, "B T ..."]) -> tuple[Array, ...]:
+        """The arrays with zeros at padding, and zero gradient there: masks that multiply by 0 would let NaN through."""
+        return without_padding(None if self.lengths is None else self.valid(), *arrays)
+
+
+def token_positions(start: Int[Array, " B"], length: int, segments: Int[Array, "B T"] | None) -> Int[Array, "B T"]:
+    """start .. start + T - 1 of each sequence, or, of packed rows, from 0 in each document but the first."""
+    index = jnp.arange(length, dtype=jnp.int32)
+    if segments is None:
+        return start[:, None] + index
+    first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    begin = jax.lax.cummax(jnp.where(first, index, -start[:, None]), axis=1)
+    return index - begin
 
 
 class Linear(nnx.Module):

@@ -93,25 +93,32 @@ def softmax(
     k: Float[Array, "B S Hkv d"],
     v: Float[Array, "B S Hkv d"],
     start: Int[Array, " B"] | None,
+    segments: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T H d"]:
-    """``attend(q, k, v, start)`` on every device's share; q [B, T, H, d], k and v [B, S, Hkv, d], ``start`` [B] or None.
+    """``attend(q, k, v, start, segments of q, segments of k)`` on every device's share; q [B, T, H, d], k and v
+    [B, S, Hkv, d], ``start`` [B] or None, ``segments`` [B, T] or None (else S = T).
 
     With split tokens a device holds some queries and all keys (XLA gathers them), and its queries start further on.
     """
     found = split(*q.shape[:2], heads=(q.shape[2], k.shape[2]))
     if found is None:
-        return attend(q, k, v, start)
+        return attend(q, k, v, start, segments, segments)
 
-    def local(q, k, v, start):
+    def local(q, k, v, start, segments, key_segments):
         if found.tokens:
             before = jax.lax.axis_index(found.tokens) * q.shape[1]
             start = (jnp.zeros((q.shape[0],), jnp.int32) if start is None else start) + before
-        return attend(q, k, v, start)
+        return attend(q, k, v, start, segments, key_segments)
 
     keys = P(found.batch, None, found.heads)
-    in_specs = (found.rows(), keys, keys, P(found.batch))
+    in_specs = (found.rows(), keys, keys, P(found.batch), P(found.batch, found.tokens), P(found.batch))
     # Kernels of other libraries do not say over which axes their results vary.
-    return _per_device(local, (q, k, v, start), in_specs, found.rows(), check=False)
+    return _per_device(local, (q, k, v, start, segments, segments), in_specs, found.rows(), check=False)
+
+
+def _refuse_cut_segments(found: Split | None, segments: jax.Array | None) -> None:
+    if found is not None and found.tokens and segments is not None:
+        raise ValueError("segment_ids: packed rows cannot be split over the mesh axis 'sequence'; set mesh.sequence=1")
 
 
 def lawcat_attention(
@@ -126,24 +133,28 @@ def lawcat_attention(
     initial_state: tuple[Float[Array, "B H K e"], Float[Array, "B H K"]] | None = None,
     conv_state: tuple[Float[Array, "B W-1 H d"], Float[Array, "B W-1 Hkv d"]] | None = None,
     lengths: Int[Array, " B"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     **options: Any,
 ) -> tuple[Float[Array, "B T H e"], tuple[Array, Array], tuple[Array, Array]]:
     """``kernels_pallas.lawcat_attention`` on the mesh in context; same arguments and results."""
     found = split(*q.shape[:2], heads=(q.shape[2], k.shape[2]), least_tokens=conv_q.shape[1])
     operation = kernels.lawcat_attention
+    _refuse_cut_segments(found, segment_ids)
     if found is not None and found.tokens:
         operation = functools.partial(kernels.context_parallel.lawcat_attention, axis_name=found.tokens)
 
-    def local(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, lengths):
+    def local(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, lengths, segment_ids):
         states = {"initial_state": initial_state, "conv_state": conv_state, "lengths": lengths}
+        if segment_ids is not None:
+            states["segment_ids"] = segment_ids
         return operation(q, k, v, gate_logits, conv_q, conv_k, phi, **states, **options)
 
-    arguments = (q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, lengths)
+    arguments = (q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, lengths, segment_ids)
     if found is None:
         return local(*arguments)
     rows, state, tail = found.rows(), P(found.batch, found.heads), P(found.batch, None, found.heads)
     taps = P(found.heads)
-    in_specs = (rows, rows, rows, rows, taps, taps, taps, state, tail, P(found.batch))
+    in_specs = (rows, rows, rows, rows, taps, taps, taps, state, tail, P(found.batch), P(found.batch))
     return _per_device(local, arguments, in_specs, (rows, state, tail))
 
 
@@ -154,19 +165,23 @@ def gated_linear_attention(
     log_g: Float[Array, "B T Hg K"],
     *,
     initial_state: tuple[Float[Array, "B H K e"], Float[Array, "B H K"]] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     **options: Any,
 ) -> tuple[Float[Array, "B T H e"], tuple[Float[Array, "B H K e"], Float[Array, "B H K"]]]:
     """``kernels_pallas.gated_linear_attention`` on the mesh in context; same arguments and results."""
     found = split(*q.shape[:2], heads=tuple(x.shape[2] for x in (q, v, log_g)))
     operation = kernels.gated_linear_attention
+    _refuse_cut_segments(found, segment_ids)
     if found is not None and found.tokens:
         operation = functools.partial(kernels.context_parallel.gated_linear_attention, axis_name=found.tokens)
 
-    def local(q, k, v, log_g, initial_state):
-        return operation(q, k, v, log_g, initial_state=initial_state, **options)
+    def local(q, k, v, log_g, initial_state, segment_ids):
+        more = {} if segment_ids is None else {"segment_ids": segment_ids}
+        return operation(q, k, v, log_g, initial_state=initial_state, **more, **options)
 
     if found is None:
-        return local(q, k, v, log_g, initial_state)
+        return local(q, k, v, log_g, initial_state, segment_ids)
     specs = tuple(P(found.batch, found.tokens, found.heads if x.shape[2] > 1 else None) for x in (q, k, v, log_g))
     state = P(found.batch, found.heads if q.shape[2] > 1 else None)
-    return _per_device(local, (q, k, v, log_g, initial_state), (*specs, state), (specs[0], state))
+    in_specs = (*specs, state, P(found.batch))
+    return _per_device(local, (q, k, v, log_g, initial_state, segment_ids), in_specs, (specs[0], state))

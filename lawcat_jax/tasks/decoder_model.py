@@ -121,7 +121,8 @@ def model_nll(graphdef: Any, params: Any, *, as_teacher: bool) -> NllSum:
     def nll(params, tokens, targets, weights, lengths, chunk):
         model = bind(graphdef, params)
         hidden = model(tokens, lengths=lengths, as_teacher=as_teacher, return_hidden=True)
-        return jnp.sum(_token_nll(model, hidden, targets, chunk) * weights), jnp.sum(weights)
+        lost = _token_nll(model, hidden, targets, chunk) * weights
+        return jnp.sum(jnp.where(weights > 0, lost, 0.0)), jnp.sum(weights)
 
     def call(batch: Mapping[str, np.ndarray]) -> tuple[float, float]:
         names = ("tokens", "targets", "loss_weights", "lengths")

@@ -41,15 +41,17 @@ def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
 
     def layer_loss(index: jax.Array, teacher: jax.Array, student: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
         del index  # every layer counts the same
-        weight = mask.astype(jnp.float32)[..., None]
-        error = jnp.sum(weight * jnp.square(student - teacher))
-        return {"error": error / teacher.shape[-1], "power": jnp.sum(weight * jnp.square(teacher)) / teacher.shape[-1]}
+        # By where: NaN times a weight of 0 would be NaN, in the gradient too.
+        teacher, student = (jnp.where(mask[..., None], x, 0.0) for x in (teacher, student))
+        error, power = jnp.sum(jnp.square(student - teacher)), jnp.sum(jnp.square(teacher))
+        return {"error": error / teacher.shape[-1], "power": power / teacher.shape[-1]}
 
     def loss(params: dict, batch: Batch, inputs: StepInputs) -> tuple[Sums, None]:
         del inputs  # nothing random, nothing scheduled
         decoder = models.bind(graphdef, params)
         mask = batch["mask"]
-        options = {"mask": mask, "lengths": batch["lengths"], "unroll_layers": stage.unroll_layers}
+        options = {"mask": mask, "lengths": batch["lengths"], "segment_ids": batch.get("segment_ids")}
+        options["unroll_layers"] = stage.unroll_layers
         layers = teacher_forced(decoder, batch["tokens"], layer_loss=layer_loss, **options)
         count = mask.size if stage.loss_denominator == "all" else jnp.sum(mask)
         sums = Sums(
@@ -68,6 +70,7 @@ def teacher_forced(
     *,
     mask: Bool[Array, "B T"] | None = None,
     lengths: Int[Array, " B"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     layer_loss: LayerLoss,
     unroll_layers: bool = False,
 ) -> Any:
@@ -82,6 +85,7 @@ def teacher_forced(
       tokens: int32, padding on the right.
       mask: handed to ``layer_loss``; None for all valid tokens. Outputs at padding are finite and mean nothing.
       lengths: valid tokens of each sequence, or None for all.
+      segment_ids: documents of packed rows, or None for one document a row; see ``Decoder.__call__``.
       layer_loss: see :data:`LayerLoss`.
       unroll_layers: no loop over layers in the compiled program (see ``StageConfig``).
 
@@ -90,9 +94,9 @@ def teacher_forced(
     """
     if decoder.mixers is None:
         raise UserError("teacher_forced: the model has no linearised layers; give it an attention config")
-    context = decoder.context(tokens, lengths=lengths)
+    context = decoder.context(tokens, lengths=lengths, segment_ids=segment_ids)
     mask = context.valid() if mask is None else mask
-    x, collected = jax.lax.stop_gradient(decoder.embedded(tokens)), []
+    x, collected = jax.lax.stop_gradient(decoder.embedded(tokens, context)), []
 
     def mix(mixer, index, state, *projections):
         del state

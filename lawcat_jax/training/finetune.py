@@ -58,12 +58,15 @@ def token_sums(
 
     logits: f32 [..., V]; targets: i32 [...]; weights: f32 [...]. Cross entropy and divergence are in nats; the
     divergence is that of the tempered distributions times the temperature squared, so that its gradient does not shrink
-    with it (Hinton et al., 1503.02531). Tokens of weight 0 add exactly 0, even where their logits are not finite.
+    with it (Hinton et al., 1503.02531). Tokens of weight 0 add exactly 0, to the gradient as well, even where their
+    logits are not finite.
     """
+    counted = weights > 0 if teacher is None else (weights > 0) | (teacher.weights > 0)
+    logits = jnp.where(counted[..., None], logits, 0.0)
     shifted, log_sum, picked = _shifted(logits, targets)
     sums = _sums(weights, log_sum, picked)
     if teacher is not None:
-        wanted = jax.lax.stop_gradient(teacher.values).astype(jnp.float32)
+        wanted = jnp.where(counted[..., None], jax.lax.stop_gradient(teacher.values).astype(jnp.float32), 0.0)
         log_p = shifted - log_sum[..., None]
         if teacher.temperature != 1.0:
             wanted = wanted / teacher.temperature
@@ -104,6 +107,8 @@ def chunked_token_sums(
 
     def one(piece: tuple) -> TokenSums:
         hidden, targets, weights, values = piece
+        counted = weights > 0 if values is None else (weights > 0) | (values[1] > 0)
+        hidden = jnp.where(counted[..., None], hidden, 0)  # else NaN times a gradient of 0 reaches a head that trains
         held = None if teacher is None else teacher._replace(values=head(values[0]), weights=values[1])
         return token_sums(head(hidden), targets, weights, held)
 
@@ -200,6 +205,7 @@ def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
         tokens, lengths, weights = batch["tokens"], batch["lengths"], batch["loss_weights"]
         options = {
             "lengths": lengths,
+            "segment_ids": batch.get("segment_ids"),
             "remat": stage.remat,
             "unroll_layers": stage.unroll_layers,
             "return_hidden": True,

@@ -134,7 +134,7 @@ class Loop:
         self._state = stage.state
         self._best: Params | None = None
         self._best_loss = math.inf
-        self._plateau = Plateau(stage.config.plateau_factor, stage.config.plateau_patience)
+        self._plateau = Plateau.of(stage.config)
         self._step = 0
         self._finished = False
         self._pending: tuple[int, dict[str, jax.Array]] | None = None

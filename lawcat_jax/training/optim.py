@@ -66,8 +66,8 @@ def warmup_steps(stage: StageConfig, steps: int) -> int:
 
 def schedule(stage: StageConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
     """Learning rate at 0-based ``step``: linear warm-up over ``warmup_fraction`` of ``steps``, then cosine to 0 or
-    constant. The first step already learns (rate peak / warm-up steps). ``plateau`` is constant here: the loop
-    lowers it by a factor (:class:`Plateau`).
+    constant. The first step already learns (rate peak / warm-up steps) unless ``warmup_from_zero``. ``plateau`` is
+    constant here: the loop lowers it by a factor (:class:`Plateau`).
     """
     warmup = warmup_steps(stage, steps)
     peak = stage.learning_rate
@@ -78,7 +78,8 @@ def schedule(stage: StageConfig, steps: int) -> Callable[[jax.Array], jax.Array]
         if stage.schedule == "cosine":
             progress = jnp.clip((step - warmup) / max(steps - warmup, 1), 0.0, 1.0)
             after = peak * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-        return jnp.where(step < warmup, peak * (step + 1) / max(warmup, 1), after)
+        risen = step if stage.warmup_from_zero else step + 1
+        return jnp.where(step < warmup, peak * risen / max(warmup, 1), after)
 
     return rate
 
@@ -118,20 +119,31 @@ def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
 
 @dataclasses.dataclass
 class Plateau:
-    """Lowers the rate when the validation loss has not improved for ``patience`` evaluations."""
+    """Lowers the rate when the validation loss has not improved for ``patience`` evaluations, by the rules of
+    ``torch.optim.lr_scheduler.ReduceLROnPlateau`` for a loss: a loss improves when it is below the best one times
+    1 - ``threshold``, and ``least`` is the smallest factor on the rate.
+    """
 
     factor: float
     patience: int
+    threshold: float = 0.0
+    least: float = 0.0
     best: float = math.inf
     waited: int = 0
     scale: float = 1.0
 
+    @classmethod
+    def of(cls, stage: StageConfig) -> Plateau:
+        """That of a stage which has seen no validation yet."""
+        least = stage.plateau_min_lr / stage.learning_rate
+        return cls(stage.plateau_factor, stage.plateau_patience, stage.plateau_threshold, least)
+
     def update(self, loss: float) -> float:
         """Take one validation loss, give the factor on the learning rate from here on."""
-        if loss < self.best:
+        if loss < self.best * (1 - self.threshold):
             self.best, self.waited = loss, 0
         else:
             self.waited += 1
             if self.waited > self.patience:
-                self.scale, self.waited = self.scale * self.factor, 0
+                self.scale, self.waited = min(self.scale, max(self.scale * self.factor, self.least)), 0
         return self.scale

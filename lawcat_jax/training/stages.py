@@ -77,7 +77,9 @@ class Stage:
         def statistics(trainable, frozen, batch):
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
                 decoder = models.bind(self.graphdef, optim.merge(trainable, frozen))
-                return decoder.diagnostics(batch["tokens"], lengths=batch["lengths"])
+                return decoder.diagnostics(
+                    batch["tokens"], lengths=batch["lengths"], segment_ids=batch.get("segment_ids")
+                )
 
         def diagnose(trainable: optim.Params) -> dict[str, Any]:
             values = jax.tree_util.tree_leaves_with_path(jax.device_get(statistics(trainable, frozen, batch)))

@@ -295,6 +295,14 @@ def test_model_directory_with_other_parameters(saved, tmp_path):
         ({"model": {"depth": 3}}, "unknown field.*depth"),
         ({"model": None}, "model should be an object"),
         ({"attention": {"kind": "mamba"}}, "'mamba' is not one of"),
+        (
+            {"attention": {"kind": "lawcat", "window_size": 64}},
+            "lack the factor K.*train it again",
+        ),  # of older versions
+        (
+            {"attention": {"kind": "lolcats", "feature_map": "relu"}},
+            "bias per feature, now one per head; train it again",
+        ),
     ):
         (tmp_path / "m" / "model.json").write_text(json.dumps(values | change))
         with pytest.raises(UserError, match=message):

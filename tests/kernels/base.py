@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -100,6 +101,42 @@ class RequiredCases(Backend):
         found = errors(self.run(case), expected(case))
         bad = {name: found[name] for name in ("o", "dlog_g") if not found[name] <= self.dtypes[dtype][name]}
         assert not bad, f"relative errors {bad}, all {found}"
+
+
+SEGMENTS = {
+    "at chunk edges": [[0, 64, 128], [0, 32, 96]],
+    "around chunk edges": [[0, 63, 129], [0, 65, 127]],
+    "of one token": [[0, 1, 2, 3, 64, 65, 66, 128, 129], [0, 31, 32, 33]],
+    "one": [[0], [0, 129]],
+}
+"""Where documents start in two rows of 130 tokens."""
+
+
+def segment_ids(starts, length=130):
+    """int32 [B, T]: ids that come again: 0, 1, 2, 0, 1, ..."""
+    rows = [np.searchsorted(row, np.arange(length), side="right") - 1 for row in starts]
+    return jnp.asarray(np.stack(rows) % 3, jnp.int32)
+
+
+class SegmentCases(Backend):
+    """Packed rows, for backends that take gates without a bound. Subclass like :class:`GlaBackend`."""
+
+    @pytest.mark.parametrize("starts", SEGMENTS.values(), ids=SEGMENTS)
+    def test_segments(self, starts):
+        dtype = next(iter(self.dtypes))
+        case = make_case(batch=2, length=130, heads=2, value_heads=1, K=self.K, V=self.V, dtype=dtype)
+        case.options["segment_ids"] = segment_ids(starts)
+        self.check(case, dtype)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("normalize", [True, False])
+    @pytest.mark.parametrize("regime", params(REGIMES))
+    def test_segments_of_every_regime(self, regime, normalize):
+        dtype = next(iter(self.dtypes))
+        options = {"normalize": normalize, "state": False, "dtype": dtype}
+        case = make_case(regime, batch=2, length=130, heads=2, K=self.K, V=self.V, **options)
+        case.options["segment_ids"] = segment_ids(SEGMENTS["around chunk edges"])
+        self.check(case, dtype)
 
 
 class GlaBackend(Backend):

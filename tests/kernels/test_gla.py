@@ -12,15 +12,15 @@ from kernels_pallas.gated_linear_attention import scan
 from kernels_pallas.testing import oracle
 from kernels_pallas.testing.cases import FLOAT32, expected, make_case, run_vjp
 
-from .base import GlaBackend, RequiredCases, assert_close
+from .base import GlaBackend, RequiredCases, SegmentCases, assert_close
 
 
-class TestScan(GlaBackend):
+class TestScan(GlaBackend, SegmentCases):
     implementation = "scan"
     K = V = 32
 
 
-class TestReference(GlaBackend):
+class TestReference(GlaBackend, SegmentCases):
     # It computes in float32 whatever the inputs are, so one dtype says it all.
     implementation = "reference"
     dtypes = {"float32": FLOAT32}  # noqa: RUF012

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import operator
 
 import jax
@@ -13,6 +15,7 @@ import pytest
 import kernels_pallas as kp
 from kernels_pallas.lawcat_attention.xla import feature_map
 from kernels_pallas.testing import oracle
+from kernels_pallas.testing.cases import make_case
 
 TAPS = 4
 
@@ -143,6 +146,130 @@ def test_padding_may_keep_its_output():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+# These programs run for milliseconds: compiling them fast matters more than how fast they are.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.mark.parametrize(
+    ("implementation", "zero_padding"),
+    [
+        ("scan", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("scan", False), ("reference", True), ("pallas_triton", True), ("pallas_tpu", True))
+        ),
+    ],
+)
+def test_padding_is_inert_whatever_it_holds(implementation, zero_padding):
+    """NaN and infinity at padding: outputs, states and gradients as with zeros there, bit for bit."""
+    size = {"heads": 2, "kv_heads": 1, "width": 64, "features": 32} if "pallas" in implementation else {}
+    inputs, length = make_inputs(length=12, **size), 12
+    lengths = jnp.asarray([7, 0])
+    valid = (jnp.arange(length) < lengths[:, None])[..., None, None]
+    rows = ("q", "k", "v", "gate_logits")
+    filled = {
+        name: jnp.where(valid, inputs[name], x)
+        for name, x in zip(rows, (jnp.nan, jnp.inf, jnp.nan, -jnp.inf), strict=True)
+    }
+    zeros = {name: jnp.where(valid, inputs[name], 0) for name in rows}
+
+    @quick_jit
+    def run(inputs):
+        def loss(inputs):
+            options = {"lengths": lengths, "zero_padding": zero_padding, "implementation": implementation}
+            o, *states = kp.lawcat_attention(**inputs, **options)
+            loss = jnp.sum(jnp.where(valid, jnp.sin(o), 0)) + sum(jnp.sum(jnp.cos(x)) for x in jax.tree.leaves(states))
+            return loss, (o, states)
+
+        return jax.value_and_grad(loss, has_aux=True)(inputs)
+
+    with kp.interpret() if "pallas" in implementation else contextlib.nullcontext():
+        got, want = run(inputs | filled), run(inputs | zeros)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    gradients = got[1]
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(got))
+    assert all(np.any(x) for x in jax.tree.leaves(gradients))
+    for name in rows:
+        assert not np.any(np.where(valid, 0, gradients[name])), name
+
+
+@pytest.mark.parametrize("implementation", ["scan", pytest.param("reference", marks=pytest.mark.slow)])
+def test_packed_documents_equal_each_alone(implementation):
+    """Outputs, final states and gradients, with a document that only the padding follows and ids that come again."""
+    inputs = make_inputs(length=12)
+    cuts, lengths = [[0, 4, 5, 12], [0, 2, 9]], jnp.asarray([12, 9])
+    ids = jnp.asarray([[7] * 4 + [3] + [7] * 7, [1] * 2 + [2] * 7 + [0] * 3])
+    rows, states = ("q", "k", "v", "gate_logits"), ("initial_state", "conv_state")
+    weight = jnp.cos(jnp.arange(2 * 12 * 4 * 8.0)).reshape(2, 12, 4, 8)
+
+    def value(o, state, tails, weight):
+        return jnp.sum(o * weight) + sum(jnp.sum(jnp.sin(x)) for x in (*state, *tails))
+
+    def packed(inputs):
+        options = {"lengths": lengths, "segment_ids": ids, "implementation": implementation}
+        o, state, tails = kp.lawcat_attention(**inputs, **options)
+        return value(o, state, tails, weight), (o, state, tails)
+
+    def alone(inputs):
+        total, outputs = 0.0, []
+        for row, edges in enumerate(cuts):
+            o, state, tails = [], None, None
+            for first, last in itertools.pairwise(edges):
+                one = {n: inputs[n][row : row + 1, first:last] for n in rows}
+                kept = {n: jax.tree.map(lambda x: x[row : row + 1], inputs[n]) if first == 0 else None for n in states}  # noqa: B023
+                part, state, tails = kp.lawcat_attention(**inputs | one | kept, implementation=implementation)
+                o.append(part)
+            o = jnp.pad(jnp.concatenate(o, axis=1), ((0, 0), (0, 12 - edges[-1]), (0, 0), (0, 0)))
+            total += value(o, state, tails, weight[row : row + 1])
+            outputs.append((o, state, tails))
+        return total, jax.tree.map(lambda *x: jnp.concatenate(x), *outputs)
+
+    got, want = (quick_jit(jax.grad(f, has_aux=True))(inputs) for f in (packed, alone))
+    for (path, a), (_, b) in zip(*(jax.tree_util.tree_leaves_with_path(x) for x in (got, want)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5, err_msg=str(path))
+
+
+def test_convolution_rows_restart():
+    x, w = make_inputs(length=6)["q"], jnp.ones((TAPS, 4, 8))
+    y, tail = kp.causal_conv1d(x, w, segment_ids=jnp.asarray([[0, 0, 0, 0, 1, 1], [0] * 6]))
+    np.testing.assert_allclose(y[0, 4:], jnp.cumsum(x[0, 4:], axis=0), atol=1e-6)
+    np.testing.assert_array_equal(tail[0], x[0, 3:].at[0].set(0))
+    np.testing.assert_array_equal(tail[1], x[1, 3:])
+
+
+def test_lengths_of_a_traced_call_are_clamped():
+    inputs = make_inputs(length=6)
+    run = quick_jit(lambda lengths: kp.lawcat_attention(**inputs, lengths=lengths))
+    got, want = run(jnp.asarray([-3, 99])), run(jnp.asarray([0, 6]))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.parametrize("implementation", ["scan", pytest.param("reference", marks=pytest.mark.slow)])
+def test_a_gate_of_minus_infinity_forgets_everything(implementation):
+    """Without a bound, -inf starts anew: the rest of the sequence does not know what came before."""
+    cut, options = 5, {"gate_lower_bound": None, "implementation": implementation}
+    inputs = make_inputs(length=12)
+    inputs["gate_logits"] = inputs["gate_logits"].at[:, cut].set(-jnp.inf)
+    run = quick_jit(functools.partial(kp.lawcat_attention, **options))
+    o, state, _ = run(**inputs)
+    rest = {name: inputs[name][:, cut:] for name in ("q", "k", "v", "gate_logits")}
+    before = {"conv_state": (inputs["q"][:, cut - 3 : cut], inputs["k"][:, cut - 3 : cut]), "initial_state": None}
+    want, want_state, _ = run(**inputs | rest | before)
+    for a, b in zip((o[:, cut:], *state), (want, *want_state), strict=True):
+        assert oracle.error(a, b) < 2e-6
+    one = {name: inputs[name][:, cut : cut + 1] for name in ("q", "k", "v", "gate_logits")}
+    first, _, _ = run(**inputs | one | {"conv_state": before["conv_state"]})  # the decoding step
+    assert oracle.error(first[:, 0], want[:, 0]) < 2e-6
+
+    def loss(inputs):
+        o, state, _ = kp.lawcat_attention(**inputs, **options)
+        return jnp.sum(jnp.sin(o)) + sum(map(jnp.sum, state))
+
+    gradients = quick_jit(jax.grad(loss))(inputs)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(gradients))
+    assert not np.any(gradients["gate_logits"][:, cut])
+
+
 def plain_features(u, phi):
     """The feature map as the paper writes it, left to automatic differentiation."""
     s = jnp.einsum("bthd,hdf->bthf", u, phi, precision=jax.lax.Precision.HIGHEST)
@@ -219,8 +346,33 @@ def test_the_bound_is_the_papers_gate_above_minus_twenty():
         ("lengths", jnp.ones((2,)), "lengths: expected int32"),
         ("k", jnp.ones((2, 20, 3, 8)), "k: its 3 heads must divide"),
         ("implementation", "fused", "implementation: unknown 'fused'"),
+        ("lengths", jnp.asarray([-1, 3]), r"lengths: expected 0 to 20 valid tokens.*\[-1, 3\]"),
+        ("lengths", np.asarray([21, 3]), r"lengths: expected 0 to 20 valid tokens.*\[21, 3\]"),
+        ("segment_ids", jnp.ones((2, 3), int), r"segment_ids: expected \[B, T\]"),
+        ("segment_ids", jnp.ones((2, 20)), "segment_ids: expected int32"),
+        ("lengths", jnp.asarray([3]), r"lengths: expected \[B\]"),
+        *(
+            ("gate_normalizer", x, "gate_normalizer: expected a finite number above 0")
+            for x in (0, -1.0, np.nan, np.inf)
+        ),
+        *(("gate_normalizer", x, "gate_normalizer: expected a static float") for x in (jnp.ones(()), None, True, "16")),
+        *(("normalize", x, "normalize: expected True or False") for x in (1, "yes", None, jnp.ones(()))),
+        ("zero_padding", 0, "zero_padding: expected True or False"),
+        ("v", jnp.ones((2, 20, 2, 0)), "v: every dimension must be at least 1"),
+        ("q", jnp.ones((0, 20, 4, 8)), "q: every dimension must be at least 1"),
     ],
 )
 def test_errors(name, value, message):
     with pytest.raises(ValueError, match=message):
         kp.lawcat_attention(**make_inputs() | {name: value})
+
+
+def test_a_traced_gate_normalizer_is_refused():
+    with pytest.raises(ValueError, match="gate_normalizer: expected a static float"):
+        jax.eval_shape(lambda x: kp.lawcat_attention(**make_inputs(), gate_normalizer=x), 16.0)
+
+
+def test_a_named_backend_without_unbounded_gates_refuses_segments():
+    case = make_case(heads=1)
+    with kp.interpret(), pytest.raises(ValueError, match=r"pallas_triton.*segment_ids need a backend"):
+        kp.gated_linear_attention(*case.arrays, segment_ids=jnp.zeros((1, 65), int), implementation="pallas_triton")

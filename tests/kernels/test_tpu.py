@@ -11,7 +11,7 @@ import kernels_pallas as kp
 from kernels_pallas.gated_linear_attention import tpu, tpu_plan
 from kernels_pallas.testing.cases import BFLOAT16, REGIMES, expected, make_case, run_vjp
 
-from .base import GlaBackend, RequiredCases, assert_close
+from .base import GlaBackend, RequiredCases, SegmentCases, assert_close
 
 REGIME = {r.name: r for r in REGIMES}
 
@@ -38,6 +38,11 @@ class TestTpu(_Interpreted, GlaBackend):
 @pytest.mark.slow
 class TestTpu128(_Interpreted, GlaBackend):
     K = V = 128
+
+
+@pytest.mark.slow
+class TestTpuSegments(_Interpreted, SegmentCases):
+    K = V = 64
 
 
 @pytest.mark.slow

@@ -31,6 +31,8 @@ VARIANTS = {
     "window": variant(window_size=3),
     "window_affine_sinks": variant(window_size=2, affine_window=True, sinks=2, output_gate=True, conv="off"),
     "lolcats": AttentionConfig(kind="lolcats", window_size=3),
+    "window_terraced": variant(window_size=2, window_kind="terraced", sinks=1),
+    "lolcats_terraced": AttentionConfig(kind="lolcats", window_size=2, window_kind="terraced", sinks=1),
     "lolcats_affine_sinks": AttentionConfig(kind="lolcats", window_size=2, affine_window=True, sinks=1),
 }
 ONE_LAYER = dataclasses.replace(TINY, num_layers=1)
@@ -56,7 +58,7 @@ def check_parity(config, attention, splits):
 
 
 # Their parts are covered by the other variants; the slow test has them all.
-REDUNDANT = {"conv_off", "one_tap", "window", "lolcats"}
+REDUNDANT = {"conv_off", "one_tap", "window", "lolcats", "window_terraced"}
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name not in REDUNDANT])

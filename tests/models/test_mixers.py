@@ -29,6 +29,7 @@ CONFIGS = {
     "full gate, stacked, untied, window": AttentionConfig(
         gate_rank=0, conv="stacked", tie_qk=False, feature_map="relu", window_size=3, sinks=2, output_gate=True
     ),
+    "terraced window": AttentionConfig(kind="lolcats", window_size=2, window_kind="terraced"),
     "gate per head, shared, not normalised": AttentionConfig(
         gate_rank=4, gate_kind="per_head", conv="shared", normalize=False, rope_linear=True
     ),

@@ -149,3 +149,30 @@ def test_the_gpu_variant_trains_the_same():
     assert (gpu.mesh.data, gpu.mesh.fsdp) == (-1, 1)
     gpu.mesh = base.mesh
     assert gpu == base
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_tokens_without_weight_reach_neither_sums_nor_gradients(chunk):
+    """Hidden states that are not finite where both weights are 0, with a head that trains and a teacher."""
+    rng = np.random.default_rng(0)
+    hidden, teacher, kernel = (
+        jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 5, 4), (2, 5, 4), (4, 7))
+    )
+    targets = jnp.asarray(rng.integers(0, 7, (2, 5)))
+    weights, held = jnp.asarray([[1, 0, 1, 0, 0], [0, 0, 1, 1, 0]], jnp.float32), jnp.zeros((2, 5)).at[:, 1].set(1.0)
+    off = ((weights == 0) & (held == 0))[..., None]
+
+    @jax.jit
+    def run(hidden, teacher, kernel):
+        def loss(hidden, kernel):
+            values = finetune.Teacher(teacher, held, 2.0)
+            head = lambda x: x @ kernel  # noqa: E731
+            sums = finetune.chunked_token_sums(head, hidden, targets, weights, values, chunk)
+            return sums["cross_entropy"] + sums["kl"], sums
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, kernel)
+
+    want = run(jnp.where(off, 0, hidden), jnp.where(off, 0, teacher), kernel)
+    got = run(jnp.where(off, jnp.nan, hidden), jnp.where(off, jnp.inf, teacher), kernel)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(want))
+    jax.tree.map(np.testing.assert_array_equal, got, want)

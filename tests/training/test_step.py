@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,6 +112,30 @@ def test_plateau_waits_then_lowers():
     plateau = optim.Plateau(0.1, 2)
     scales = [plateau.update(loss) for loss in (3.0, 2.0, 2.0, 2.5, 2.1, 1.0, 1.5)]
     np.testing.assert_allclose(scales, [1, 1, 1, 1, 0.1, 0.1, 0.1])
+
+
+def test_plateau_and_warm_up_equal_torch_and_transformers():
+    """The authors' schedules: torch's ReduceLROnPlateau with its defaults and LoLCATs' numbers, and transformers' warm-up."""
+    import torch
+    from transformers import get_constant_schedule_with_warmup
+
+    stage = StageConfig(learning_rate=1e-3, schedule="plateau", plateau_patience=1, warmup_fraction=0.5)
+    plateau = optim.Plateau.of(stage)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    reference = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=1, min_lr=1e-5)
+    best = 2.0
+    for loss in (best, best * (1 - 5e-5), best * (1 - 9e-5), best, best * (1 - 2e-4), *[best] * 12):
+        reference.step(loss)
+        assert 1e-3 * plateau.update(loss) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
+    assert optimizer.param_groups[0]["lr"] == 1e-5  # three steps down would be below the least
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    reference = get_constant_schedule_with_warmup(optimizer, 5)
+    rate = optim.schedule(dataclasses.replace(stage, warmup_from_zero=True), 10)
+    for number in range(8):
+        assert float(rate(number)) == pytest.approx(reference.get_last_lr()[0], rel=1e-6)
+        optimizer.step()
+        reference.step()
 
 
 def test_split_and_merge():

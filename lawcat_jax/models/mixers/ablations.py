@@ -5,8 +5,8 @@
 - ``gate_rank`` 0: one full matrix D -> Hkv K. ``gate_kind``: "per_head" (one decay for a head's features) or "none".
 - ``normalize`` off: ``o = K^-0.5 S^T phi(q~)``; the authors' kernel scales q, which otherwise cancels.
 - ``rope_linear``: q and k are rotated before step 5.
-- ``window_size``, ``affine_window``, ``sinks``: softmax over the last tokens (and the first), which shares a
-  denominator with linear attention over all tokens.
+- ``window_size``, ``window_kind``, ``affine_window``, ``sinks``: softmax over the last tokens (and the first), which
+  shares a denominator with linear attention over all tokens, both of whose sums have the factor K^-0.5.
 - ``output_gate``: ``o * 2 sigmoid(x W)``.
 - ``init``: other initial values.
 
@@ -61,7 +61,7 @@ class LawcatAblation(LawcatMixer):
     """The paper's mixer under any setting of the switches: a :class:`~lawcat_jax.models.mixers.mixer.TokenMixer`.
 
     Parameters beside or in place of those of ``LawcatMixer``: no conv_k when shared, conv_q2 and conv_k2 when stacked;
-    feature_map_q and feature_map_k when untied, with relu also *_bias [H, f]; gate/{kernel [D, Hkv K], bias [Hkv K]} at
+    feature_map_q and feature_map_k when untied, with relu also *_bias [H]; gate/{kernel [D, Hkv K], bias [Hkv K]} at
     full rank (Hkv instead of Hkv K for a gate per head); window_factor [H] with a window; output_gate/kernel [D, H d].
     """
 
@@ -81,8 +81,11 @@ class LawcatAblation(LawcatMixer):
         init, heads, width = INITS[attention.init], config.num_heads, config.head_dim
         for name in dict.fromkeys(sum(_conv_names(attention), ())):
             setattr(self, name, param(rngs, init.taps, stack, (heads, attention.conv_size, width)))
-        for name in dict.fromkeys(_map_names(attention)):
-            add_map(self, name, config, attention, rngs=rngs, stack=stack, init=init.feature_map)
+        first, second = _map_names(attention)
+        options = {"rngs": rngs, "stack": stack, "init": init.feature_map}
+        add_map(self, first, config, attention, **options)
+        if second != first:
+            add_map(self, second, config, attention, **options, copy_of=first)
         if attention.gate_kind != "none":
             bias = gate_bias(half_lives(config, attention), attention.gate_normalizer)
             options = {"rngs": rngs, "stack": stack, "init": init.gate}
@@ -140,6 +143,7 @@ class LawcatAblation(LawcatMixer):
     ) -> tuple[Float[Array, "B T H d"], State]:
         """(output of the heads before Wo, state after the last valid token); see ``TokenMixer.__call__``."""
         a = self.attention
+        x, q, k, v = context.without_padding(x, q, k, v)
         linear_q, linear_k = self._for_linear(q, k, context)
         if a.window_size:
             o, new_state = self._with_window(x, q, k, v, linear_q, linear_k, context, state)
@@ -147,7 +151,7 @@ class LawcatAblation(LawcatMixer):
             o, new_state = super().__call__(x, linear_q, linear_k, v, context, state)
         else:
             parts, rows = self.recurrence(x, linear_q, linear_k, context, state)
-            o, (S, z) = recur(parts, v.astype(jnp.float32), state, self.options(a.normalize))
+            o, (S, z) = recur(parts, v.astype(jnp.float32), state, self.options(a.normalize), context.segments)
             new_state = {"S": S, "z": z, **rows}
         if not a.normalize:
             o = o * o.dtype.type(math.sqrt(1 / new_state["z"].shape[-1]))
@@ -166,6 +170,7 @@ class LawcatAblation(LawcatMixer):
     ) -> dict[str, Array]:
         """As ``LawcatMixer``, without the gates' where there is none; window_share [H], sigmoid(window_factor)."""
         a = self.attention
+        (v,) = context.without_padding(v)
         parts, _ = self.recurrence(x, *self._for_linear(q, k, context), context, None)
         out = branch_statistics(parts, v, context, self.options(False))
         if a.gate_kind != "none":
@@ -188,7 +193,7 @@ class LawcatAblation(LawcatMixer):
         outputs = []
         for y, names in zip(rows.values(), _conv_names(self.attention), strict=True):
             for name in names:
-                y = convolved(y, getattr(self, name)[...])
+                y = convolved(y, getattr(self, name)[...], context.segments)
             outputs.append(y[:, count:])
         return outputs[0], outputs[1], {name: last_rows(x, count, context.lengths) for name, x in rows.items()}
 
@@ -223,14 +228,17 @@ class LawcatAblation(LawcatMixer):
         return rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
 
     def _with_window(self, x, q, k, v, linear_q, linear_k, context: Context, state: State | None):
-        """Softmax over the window and gated linear attention over everything, under one denominator."""
+        """Softmax over the window and gated linear attention over everything, under one denominator.
+
+        The sums of linear attention keep the factor K^-0.5 of the authors' kernel, which cancels only without a window.
+        """
         window_q, window_k = (rotate(array, context.cos, context.sin) for array in (q, k))
         old = None if state is None else state["window"]
         window, _, new_window = window_attention(window_q, window_k, v, self.attention, context, old)
         parts, rows = self.recurrence(x, linear_q, linear_k, context, state)
-        numerator, denominator, (S, z) = linear_terms(parts, v, state, self.options(False))
-        factor = self.window_factor[...]
-        o = joint(window, numerator, denominator, factor, affine=self.attention.affine_window)
+        numerator, denominator, (S, z) = linear_terms(parts, v, state, self.options(False), context.segments)
+        factor, scale = self.window_factor[...], z.shape[-1] ** -0.5
+        o = joint(window, scale * numerator, scale * denominator, factor, affine=self.attention.affine_window)
         return o.astype(v.dtype), {"S": S, "z": z, **rows, "window": new_window}
 
 

@@ -49,7 +49,7 @@ def branch_statistics(
     denominator [H, 2]: minimum and 1 % quantile of z . phi(q), which near 1e-10 makes outputs collapse towards 0.
     entropy_q, entropy_k [H]: of the features as a distribution, nats. ``options``: see ``linear_terms``.
     """
-    _, denominator, _ = linear_terms(parts, v[..., :1], None, options)
+    _, denominator, _ = linear_terms(parts, v[..., :1], None, options, context.segments)
     return {
         "denominator": quantiles(denominator, context, denominator.shape[2], (0.0, 0.01)),
         "entropy_q": entropy(parts.q, context),

@@ -34,7 +34,7 @@ def _exp_dim(s):
 
 class FeatureMap(NamedTuple):
     """A feature map: ``function`` turns the f scores u^T Phi into ``copies`` * f features; with ``bias`` the scores have
-    a learned bias [f] as well.
+    a learned bias as well, one number for all f.
     """
 
     function: Callable[[jax.Array], jax.Array]
@@ -62,12 +62,12 @@ def features(
     kind: str,
     u: Float[Array, "B T H d"],
     phi: Float[Array, "H d f"],
-    bias: Float[Array, "H f"] | None = None,
+    bias: Float[Array, " H"] | None = None,
 ) -> Float[Array, "B T H K"]:
     """phi_h(u) >= 1e-12 in float32, for the map ``kind`` of :data:`FEATURE_MAPS` with matrices ``phi`` (and ``bias``)."""
     scores = jnp.einsum("bthd,hdf->bthf", u.astype(jnp.float32), phi, precision=jax.lax.Precision.HIGHEST)
     if bias is not None:
-        scores = scores + bias
+        scores = scores + bias[:, None]
     return jnp.maximum(FEATURE_MAPS[kind].function(scores), FLOOR)
 
 
@@ -80,12 +80,19 @@ def add_map(
     rngs: nnx.Rngs,
     stack: Stack,
     init: Initializer,
+    copy_of: str | None = None,
 ) -> None:
-    """Give ``module`` the parameters of one map: ``name`` [H, d, f] and, where the map has one, ``name``_bias [H, f]."""
+    """Give ``module`` the parameters of one map: ``name`` [H, d, f] and, where the map has one, ``name``_bias [H].
+
+    ``copy_of`` names a map that ``module`` has already, whose matrix this one starts with instead of a draw of ``init``.
+    """
     scores, _ = feature_sizes(config, attention)
-    setattr(module, name, param(rngs, init, stack, (config.num_heads, config.head_dim, scores)))
+    matrix = param(rngs, init, stack, (config.num_heads, config.head_dim, scores))  # drawn also where it is replaced,
+    if copy_of is not None:  # so that what is drawn next does not depend on it
+        matrix = nnx.Param(jnp.copy(getattr(module, copy_of)[...]))
+    setattr(module, name, matrix)
     if FEATURE_MAPS[attention.feature_map].bias:
-        setattr(module, f"{name}_bias", nnx.Param(jnp.zeros((*stack, config.num_heads, scores))))
+        setattr(module, f"{name}_bias", nnx.Param(jnp.zeros((*stack, config.num_heads))))
 
 
 def apply_map(

@@ -24,8 +24,11 @@ def xavier(key, shape, dtype):
 
 
 def kaiming(key, shape, dtype):
-    """Uniform in +-1 / sqrt(inputs), the inputs being the last dimension but one."""
-    limit = 1 / math.sqrt(shape[-2])
+    """Uniform in +-sqrt(6 / (d f)) over the last two dimensions d and f.
+
+    What torch's ``kaiming_uniform_`` makes of an array [H, d, f]: it takes d f for the number of inputs.
+    """
+    limit = math.sqrt(6 / (shape[-1] * shape[-2]))
     return jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
@@ -52,6 +55,6 @@ class Init(NamedTuple):
 INITS = {  # AttentionConfig.init -> initializers
     "identity": Init(identity_taps, identity_map, normal(NARROW)),
     "kaiming_feature_map": Init(identity_taps, kaiming, normal(NARROW)),
-    "xavier": Init(xavier, xavier, xavier),
-    "normal": Init(normal(NARROW), normal(NARROW), normal(NARROW)),
+    "xavier": Init(xavier, identity_map, xavier),
+    "normal": Init(normal(NARROW), identity_map, normal(NARROW)),
 }

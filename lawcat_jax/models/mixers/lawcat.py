@@ -42,7 +42,7 @@ from lawcat_jax.models.mixers.linear_attention import STATE_RULES, Recurrence, e
 from lawcat_jax.models.mixers.mixer import Rules, State
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Float, Int
 
 
 class LawcatMixer(nnx.Module):
@@ -108,12 +108,14 @@ class LawcatMixer(nnx.Module):
     ) -> tuple[Float[Array, "B T H d"], State]:
         """(output of the heads before Wo, state after the last valid token); see ``TokenMixer.__call__``."""
         conv_q, conv_k = self.taps()
+        (x,) = context.without_padding(x)
         o, (S, z), (rows_q, rows_k) = parallel.lawcat_attention(
             *(q, k, v, self.gate_logits(x), conv_q, conv_k, self.feature_map[...]),
             initial_state=None if state is None else (state["S"], state["z"]),
             conv_state=None if state is None else (state["conv_q"], state["conv_k"]),
             gate_normalizer=self.attention.gate_normalizer,
             lengths=context.lengths,
+            segment_ids=context.segments,
             zero_padding=False,  # attention is causal: what stands at padding on the right reaches no valid token
             **self.options(self.attention.normalize),
         )
@@ -140,7 +142,8 @@ class LawcatMixer(nnx.Module):
         """Step 5 with 4: (q~ and k~ [B, T, H, d], the state's next rows)."""
         state, count = state or {}, self.attention.conv_size - 1
         rows = {"conv_q": extend(state.get("conv_q"), q, count), "conv_k": extend(state.get("conv_k"), k, count)}
-        q, k = (convolved(x, taps)[:, count:] for x, taps in zip(rows.values(), self.taps(), strict=True))
+        pairs = zip(rows.values(), self.taps(), strict=True)
+        q, k = (convolved(x, taps, context.segments)[:, count:] for x, taps in pairs)
         return q, k, {name: last_rows(x, count, context.lengths) for name, x in rows.items()}
 
     def featurize(self, q: Float[Array, "B T H d"], k: Float[Array, "B T H d"]) -> tuple[Array, Array]:
@@ -164,6 +167,7 @@ class LawcatMixer(nnx.Module):
 
         Padding gets phi(k~) = 0 and a log-gate of 0, so that it leaves S and z alone.
         """
+        x, q, k = context.without_padding(x, q, k)
         q, k, rows = self.convolve(q, k, context, state)
         phi_q, phi_k = self.featurize(q, k)
         valid = context.valid()[:, :, None, None]
@@ -178,6 +182,7 @@ class LawcatMixer(nnx.Module):
         context: Context,
     ) -> dict[str, Array]:
         """:func:`branch_statistics` of each query head and :func:`gate_statistics` of each key-value head."""
+        (v,) = context.without_padding(v)
         parts, _ = self.recurrence(x, q, k, context, None)
         bound = self.attention.gate_lower_bound
         return branch_statistics(parts, v, context, self.options(False)) | gate_statistics(parts.log_g, bound, context)
@@ -186,12 +191,18 @@ class LawcatMixer(nnx.Module):
 MIXER = LawcatMixer
 
 
-def convolved(rows: Float[Array, "B R Hr d"], taps: Float[Array, "H W d"]) -> Float[Array, "B R H d"]:
-    """Step 5 with 4: each query head's taps over the rows of its head (Hr = H for q, Hkv for k)."""
+def convolved(
+    rows: Float[Array, "B R Hr d"], taps: Float[Array, "H W d"], segments: Int[Array, "B T"] | None = None
+) -> Float[Array, "B R H d"]:
+    """Step 5 with 4: each query head's taps over the rows of its head (Hr = H for q, Hkv for k), the last T of which
+    belong to ``segments``, and those before to the first of them.
+    """
+    if segments is not None:
+        segments = jnp.pad(segments, ((0, 0), (rows.shape[1] - segments.shape[1], 0)))
     groups = taps.shape[0] // rows.shape[2]
     taps = taps.swapaxes(0, 1)
     if groups == 1:
-        return kernels.causal_conv1d(rows, taps)[0]
+        return kernels.causal_conv1d(rows, taps, segment_ids=segments)[0]
     taps = taps.reshape(taps.shape[0], rows.shape[2], groups, -1)
-    y, _ = kernels.causal_conv1d(rows[:, :, :, None], taps)
+    y, _ = kernels.causal_conv1d(rows[:, :, :, None], taps, segment_ids=segments)
     return y.reshape(*rows.shape[:2], -1, rows.shape[3])

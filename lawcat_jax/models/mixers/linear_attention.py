@@ -14,7 +14,7 @@ from lawcat_jax.models.mixers.feature_maps import feature_sizes
 from lawcat_jax.models.mixers.mixer import Rules, State
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Float, Int
 
 STATE_RULES: Rules = {"[Sz]": P(parallel.BATCH, parallel.HEADS)}
 """How the arrays of :func:`empty_sums` are split over the mesh."""
@@ -42,21 +42,31 @@ def sums_flops(config: ModelConfig, attention: AttentionConfig) -> float:
 
 
 def recur(
-    parts: Recurrence, v: Float[Array, "B T Hv e"], state: State | None, options: dict[str, Any]
+    parts: Recurrence,
+    v: Float[Array, "B T Hv e"],
+    state: State | None,
+    options: dict[str, Any],
+    segments: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T H e"], tuple[Float[Array, "B H K e"], Float[Array, "B H K"]]]:
     """(outputs, (S, z)) of ``kernels_pallas.gated_linear_attention`` with its ``options``; one token that follows a
-    state takes the decoding step.
+    state takes the decoding step. ``segments``: those of :class:`~lawcat_jax.models.layers.Context`.
     """
     initial = None if state is None else (state["S"], state["z"])
     if parts.q.shape[1] == 1 and initial is not None:
         arrays = (array[:, 0] for array in (parts.q, parts.k, v, parts.log_g))
         o, new = kernels.decode_step(*arrays, state=initial, **options)
         return o[:, None], new
-    return parallel.gated_linear_attention(parts.q, parts.k, v, parts.log_g, initial_state=initial, **options)
+    return parallel.gated_linear_attention(
+        parts.q, parts.k, v, parts.log_g, initial_state=initial, segment_ids=segments, **options
+    )
 
 
 def linear_terms(
-    parts: Recurrence, v: Float[Array, "B T Hkv e"], state: State | None, options: dict[str, Any]
+    parts: Recurrence,
+    v: Float[Array, "B T Hkv e"],
+    state: State | None,
+    options: dict[str, Any],
+    segments: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T H e"], Float[Array, "B T H"], tuple[Float[Array, "B H K e"], Float[Array, "B H K"]]]:
     """Numerator and denominator of linear attention apart, float32, and the next (S, z).
 
@@ -68,5 +78,5 @@ def linear_terms(
     if state is not None:
         S = jnp.concatenate([state["S"], state["z"][..., None]], axis=-1)
         state = {"S": S, "z": state["z"]}
-    o, (S, z) = recur(parts, widened, state, options)
+    o, (S, z) = recur(parts, widened, state, options, segments)
     return o[..., :-1], o[..., -1], (S[..., :-1], z)

@@ -78,7 +78,8 @@ class TokenMixer(Protocol):
 
         ``x`` is the layer's input after its norm; q, k and v are its projections, not rotated. Any split of a sequence
         into calls that hand on the state gives the same outputs. ``state`` None is the start of a sequence. Padding
-        stands on the right: it leaves the state alone, and its outputs are finite and mean nothing.
+        stands on the right: whatever it holds, NaN included, it reaches neither the state, nor other outputs, nor a
+        gradient (``Context.without_padding``); its outputs are finite and mean nothing.
         """
         ...
 

@@ -1,7 +1,9 @@
-"""Softmax over a sliding window (and the first tokens), as the numerator and denominator of a joint softmax-plus-linear
-attention.
+"""Softmax over a window (and the first tokens), as the numerator and denominator of a joint softmax-plus-linear attention.
 
-The state keeps constant size: the last w rotated keys and their values, and those of the first ``sinks`` tokens.
+A window of w tokens is *sliding* (the last w tokens, the current one included) or *terraced* (the current block of w
+tokens up to the current one, and the whole block before: w + 1 to 2 w tokens; blocks are counted from the start of the
+sequence). The state keeps constant size: the last w (terraced: 2 w) rotated keys and their values, and those of the
+first ``sinks`` tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from lawcat_jax.config import AttentionConfig, ModelConfig
+from lawcat_jax.errors import UserError
 from lawcat_jax.models import parallel
 from lawcat_jax.models.cache import extend, last_rows
 from lawcat_jax.models.layers import Context
@@ -38,16 +41,23 @@ class WindowTerms(NamedTuple):
 
 
 class Extended(NamedTuple):
-    """Rotated keys and values of this call behind the w rows before it: row i stands at position start - w + i."""
+    """Rotated keys and values of this call behind the R = :func:`kept_rows` before it: row i stands at position
+    start - R + i.
+    """
 
-    k: Float[Array, "B w+T Hkv d"]
-    v: Float[Array, "B w+T Hkv d"]
+    k: Float[Array, "B R+T Hkv d"]
+    v: Float[Array, "B R+T Hkv d"]
+
+
+def kept_rows(attention: AttentionConfig) -> int:
+    """R, the tokens before the current one that the state keeps: w, or 2 w where the window is terraced."""
+    return attention.window_size * (2 if attention.window_kind == "terraced" else 1)
 
 
 def empty_window(config: ModelConfig, attention: AttentionConfig, batch: int, dtype) -> WindowState:
-    """The window's state before the first token: k, v [B, w, Hkv, d] and sink_k, sink_v [B, sinks, Hkv, d]."""
+    """The window's state before the first token: k, v [B, R, Hkv, d] and sink_k, sink_v [B, sinks, Hkv, d]."""
     tail = (config.num_kv_heads, config.head_dim)
-    recent, sinks = (batch, attention.window_size, *tail), (batch, attention.sinks, *tail)
+    recent, sinks = (batch, kept_rows(attention), *tail), (batch, attention.sinks, *tail)
     return {
         "k": jnp.zeros(recent, dtype),
         "v": jnp.zeros(recent, dtype),
@@ -64,13 +74,14 @@ def window_attention(
     context: Context,
     state: WindowState | None,
 ) -> tuple[WindowTerms, Extended, WindowState]:
-    """Terms over the last ``window_size`` tokens (the current one included) and the first ``sinks``; q and k already
-    rotated.
+    """Terms over the window and the first ``sinks`` tokens; q and k already rotated.
 
     Memory is linear in T: queries go in blocks, each with its own slice of keys. Returns also the extended rows (for
     what leaves the window) and the next state.
     """
-    size, sinks = attention.window_size, attention.sinks
+    size, sinks = kept_rows(attention), attention.sinks
+    if sinks and context.segments is not None:
+        raise UserError("attention.sinks: packed rows (data.pack) have no sinks; set sinks=0 or data.pack=False")
     state = state or {}
     rows = Extended(extend(state.get("k"), k, size), extend(state.get("v"), v, size))
     new_state = {name: last_rows(x, size, context.lengths) for name, x in rows._asdict().items()}
@@ -79,18 +90,16 @@ def window_attention(
 
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
-    block = min(max(size, BLOCK), length)
-    blocks = -(-length // block)
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, blocks * block - length), *((0, 0),) * (x.ndim - 2)))  # noqa: E731
-    grouped = pad(q).reshape(batch, blocks, block, kv_heads, heads // kv_heads, width)
-    index = jnp.arange(blocks)[:, None] * block + jnp.arange(block + size)
-    keys, values = (jnp.take(pad(x), index, axis=1) for x in rows)
-    mask = _band(index, block, size, sinks, context)
+    cut = _Slices(length, size)
+    block, blocks = cut.block, cut.blocks
+    grouped = cut.queries(q).reshape(batch, blocks, block, kv_heads, heads // kv_heads, width)
+    keys, values = (cut.rows(x) for x in rows)
+    mask, _ = _visible(cut, attention, context)
 
     dots = {"preferred_element_type": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
     scores = jnp.einsum("bnikgd,bnjkd->bnkgij", grouped, keys, **dots)
     sink_scores = jnp.einsum("bnikgd,bskd->bnkgis", grouped, new_state["sink_k"], **dots)
-    positions = context.start[:, None, None] + index[:, :block]
+    positions = cut.queries(context.positions())
     reachable = jnp.arange(sinks) <= positions[..., None]  # [B, n, i, s]
     everything = jnp.concatenate([scores, sink_scores], axis=-1) * width**-0.5
     allowed = jnp.concatenate([mask, reachable], axis=-1)[:, :, None, None]
@@ -107,14 +116,71 @@ def window_attention(
     return terms, rows, new_state
 
 
-def _band(index, block: int, size: int, sinks: int, context: Context) -> Bool[Array, "B n i j"]:
-    """Which rows of its slice each query sees: the last ``size`` up to itself, from the start of the sequence, sinks
-    excluded.
+class _Slices:
+    """T queries in blocks, each with its slice of the R + T rows that :class:`Extended` holds."""
+
+    def __init__(self, length: int, kept: int):
+        self.block = min(max(kept, BLOCK), length)
+        self.blocks = -(-length // self.block)
+        self.kept, self._padding = kept, self.blocks * self.block - length
+        self.index = jnp.arange(self.blocks)[:, None] * self.block + jnp.arange(self.block + kept)
+
+    def queries(self, x: Float[Array, "B T ..."]) -> Float[Array, "B n i ..."]:
+        """Blocks of i queries, the last one filled up with zeros."""
+        return self._pad(x).reshape(x.shape[0], self.blocks, self.block, *x.shape[2:])
+
+    def rows(self, x: Float[Array, "B R+T ..."]) -> Float[Array, "B n j ..."]:
+        """The slice of j = R + i rows of each block: query number a of a block is row R + a of its slice."""
+        return jnp.take(self._pad(x), self.index, axis=1)
+
+    def _pad(self, x):
+        return jnp.pad(x, ((0, 0), (0, self._padding), *((0, 0),) * (x.ndim - 2)))
+
+
+def _visible(
+    cut: _Slices, attention: AttentionConfig, context: Context
+) -> tuple[Bool[Array, "B n i j"], Bool[Array, "B n i j"]]:
+    """Which rows of its slice each query has in its window, and which of the last R tokens lie before that (of a
+    terraced window); sinks and what would be before the start of the sequence are in neither.
     """
-    distance = jnp.arange(block)[:, None] + size - jnp.arange(block + size)
-    positions = context.start[:, None, None] - size + index
+    size, kept = attention.window_size, cut.kept
+    distance = jnp.arange(cut.block)[:, None] + kept - jnp.arange(cut.block + kept)
+    # Counted within a document, so that rows of the documents before have negative positions.
+    places = cut.queries(context.positions())
+    positions = places[..., None] - distance
     # The current token must stay visible in padded rows too, or their empty softmax would be NaN.
-    return ((distance >= 0) & (distance < size))[None, None] & (positions >= sinks)[:, :, None, :]
+    band = (distance >= 0) & (distance < kept) & (positions >= attention.sinks)
+    if attention.window_kind == "sliding":
+        return band, jnp.zeros_like(band)
+    inside = positions >= (places[..., None] // size - 1) * size
+    return band & inside, band & ~inside
+
+
+def linear_before_window(
+    phi_q: Float[Array, "B T H K"],
+    phi_k: Float[Array, "B R+T H K"],
+    v: Float[Array, "B R+T Hkv d"],
+    attention: AttentionConfig,
+    context: Context,
+) -> tuple[Float[Array, "B T H d"], Float[Array, "B T H"]]:
+    """Numerator and denominator of linear attention without decay over those of the last R = 2 w tokens that lie before
+    a terraced window, float32; ``phi_k`` are the features of the keys that :class:`Extended` holds.
+
+    A recurrence that takes in one token per step cannot follow a window that moves by w tokens at once. It takes in
+    token t - 2 w at token t, and this is the rest.
+    """
+    batch, length, heads, _ = phi_q.shape
+    cut = _Slices(length, kept_rows(attention))
+    _, before = _visible(cut, attention, context)
+    dots = {"preferred_element_type": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
+    scores = jnp.einsum("bnihc,bnjhc->bnhij", cut.queries(phi_q), cut.rows(phi_k), **dots)
+    scores = jnp.where(before[:, :, None], scores, 0.0)
+    values = cut.rows(v.astype(jnp.float32))
+    grouped = scores.reshape(batch, cut.blocks, v.shape[2], -1, *scores.shape[3:])
+    numerator = jnp.einsum("bnkgij,bnjkd->bnikgd", grouped, values, **dots)
+    numerator = numerator.reshape(batch, cut.blocks * cut.block, heads, -1)
+    denominator = jnp.moveaxis(jnp.sum(scores, axis=-1), 2, -1).reshape(batch, -1, heads)
+    return numerator[:, :length], denominator[:, :length]
 
 
 def _update_sinks(old, x, sinks: int, context: Context):
@@ -129,8 +195,9 @@ def _update_sinks(old, x, sinks: int, context: Context):
 
 
 def window_flops(config: ModelConfig, attention: AttentionConfig) -> float:
-    """Operations per token of the softmax over window and sinks."""
-    return 4.0 * config.num_heads * config.head_dim * (attention.window_size + attention.sinks)
+    """Operations per token of the softmax over window and sinks; a terraced window holds 1.5 w tokens on average."""
+    tokens = attention.window_size * (1.5 if attention.window_kind == "terraced" else 1)
+    return 4.0 * config.num_heads * config.head_dim * (tokens + attention.sinks)
 
 
 def joint(
