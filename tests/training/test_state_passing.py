@@ -173,6 +173,7 @@ def test_accumulation_passes_the_same_states(model, mode):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(model):
     """With the states of rows shuffled over devices, and the gradient across one boundary."""
     _, params = model

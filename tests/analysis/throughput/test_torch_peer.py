@@ -69,7 +69,8 @@ def peer(stage: str, params: dict, normaliser: str = "widened", conv: str = "shi
     flat, weights = optim.flatten(params), dict(decoder.named_parameters())
     with torch.no_grad():
         for name, slot in hf_slots(MODEL).items():
-            value = flat[slot.path] if slot.layer is None else flat[slot.path][slot.layer]
+            ((path, _),) = slot.parts  # nothing of this family is fused
+            value = flat[path] if slot.layer is None else flat[path][slot.layer]
             value = value.T if slot.transpose else value
             weights[name.replace("self_attn.", "self_attn.teacher.")].copy_(torch.from_numpy(np.array(value)))
         for layer, attention in enumerate(torch_model.attentions(decoder)):
