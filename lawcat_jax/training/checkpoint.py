@@ -10,9 +10,11 @@ does not notice damage afterwards, and does not fall back: both happen here.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +29,8 @@ from lawcat_jax.runtime.sharding import path_name
 
 Tree = Any
 
-FORMAT = 1
+FORMAT = 2
+_UNSIGNED_FORMAT = 1  # of earlier versions: no digest of the metadata
 
 
 class Restored(NamedTuple):
@@ -40,6 +43,12 @@ class Restored(NamedTuple):
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
+
+
+def _digest(meta: dict[str, Any]) -> str:
+    """Hex digest of the metadata but for the digest itself, as JSON returns it."""
+    values = json.loads(json.dumps({name: value for name, value in meta.items() if name != "digest"}))
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 class DamagedError(Exception):
@@ -58,6 +67,11 @@ def _fingerprints(leaves: list[jax.Array]) -> jax.Array:
         return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
 
     return jnp.stack([one(leaf) for leaf in leaves]) if leaves else jnp.zeros(0, jnp.uint32)
+
+
+def tree_digest(tree: Tree) -> str:
+    """Hex digest of the paths, shapes, dtypes and bits of a tree of arrays, the same on any mesh."""
+    return hashlib.sha256(json.dumps(_describe(tree), sort_keys=True).encode()).hexdigest()
 
 
 @jax.jit
@@ -122,6 +136,7 @@ class Checkpointer:
             trees = copy(trees)
         items = {name: args.StandardSave(tree) for name, tree in trees.items()}
         meta = {"format": FORMAT, **meta, "step": step, "trees": described}
+        meta["digest"] = _digest(meta)
         try:
             self._manager.save(step, args=args.Composite(**items, meta=args.JsonSave(meta)), force=True)
         except Exception as problem:
@@ -159,20 +174,26 @@ class Checkpointer:
             "checkpoints are kept)"
         )
 
-    def restore(self, targets: dict[str, Tree]) -> Restored | None:
+    def restore(
+        self, targets: dict[str, Tree], accept: Callable[[dict[str, Any]], None] = lambda meta: None
+    ) -> Restored | None:
         """The newest checkpoint that loads, or None when there is none at all.
 
-        ``targets`` gives per item the tree of ShapeDtypeStructs (with shardings) to load. Checkpoints newer than
-        the one returned are moved aside as ``<step>.damaged``.
+        ``targets`` gives per item the tree of ShapeDtypeStructs (with shardings) to load. ``accept`` gets what was saved
+        as ``meta`` and raises where it makes no sense. Checkpoints newer than the one returned are moved aside as
+        ``<step>.damaged``.
 
         Raises:
-          UserError: checkpoints exist and none loads.
+          UserError: checkpoints exist and none loads; or ``accept`` raised it.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         problems: dict[int, str] = {}
         for step in steps:
             try:
                 restored = self._load(step, targets)
+                accept(restored.meta)
+            except UserError:
+                raise
             except Exception as problem:  # whatever orbax, tensorstore or json raise for broken files
                 problems[step] = " ".join(str(problem).split())[:300] or type(problem).__name__
                 print(f"checkpoint {self._path / str(step)} is damaged: {problems[step]}", flush=True)
@@ -190,8 +211,12 @@ class Checkpointer:
     def _load(self, step: int, targets: dict[str, Tree]) -> Restored:
         args = self._ocp.args
         meta = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
-        if not isinstance(meta, dict) or meta.get("format") != FORMAT or meta.get("step") != step:
+        if not isinstance(meta, dict) or meta.get("step") != step:
             raise DamagedError("meta does not describe this step")
+        if meta.get("format") not in (FORMAT, _UNSIGNED_FORMAT):
+            raise DamagedError(f"format {str(meta.get('format'))[:20]!r}, which this program does not read")
+        if meta["format"] == FORMAT and meta.get("digest") != _digest(meta):
+            raise DamagedError("its metadata has changed since it was saved")
         names = list(meta["trees"])
         if "state" not in names or not set(names) <= set(targets):
             raise DamagedError(f"unexpected items {names}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from lawcat_jax import models
@@ -23,12 +24,14 @@ from lawcat_jax.tasks.runner import evaluate_model
 from lawcat_jax.training import inputs, optim, stages
 from lawcat_jax.training.checkpoint import Checkpointer
 from lawcat_jax.training.dry_run import dry_run
+from lawcat_jax.training.identity import identity as identify
+from lawcat_jax.training.identity import refuse_another
 from lawcat_jax.training.inputs import Student
 from lawcat_jax.training.loop import EXIT_INTERRUPTED, InterruptedRunError, Loop, StageRun, StopSignal
 from lawcat_jax.training.metrics import Manifest, MetricsWriter
 from lawcat_jax.training.step import validation
 from lawcat_jax.training.utilization import utilization
-from lawcat_jax.training.workdir import Workdir
+from lawcat_jax.training.workdir import Workdir, lock, unlock
 
 
 def run(config: Config) -> int:
@@ -46,16 +49,21 @@ def run(config: Config) -> int:
             return dry_run(config, mesh)
         if not config.workdir:
             raise UserError("config.workdir: name a folder for the run (--workdir=...)")
-        with Workdir(config.workdir, primary=distributed.is_primary()) as folder:
+        primary = distributed.is_primary()
+        with Workdir(config.workdir, primary=primary) as folder, _checkpoints_to_itself(config, primary):
             return run_in(folder, config, mesh)
 
 
 def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
     """:func:`run` in an opened folder, on a mesh."""
     manifest = Manifest.open(folder.local, config, primary=distributed.is_primary())
-    if manifest.finished:
-        say(f"{folder.name}: this run is finished; its report is in {folder.child('manifest.json')}")
-        return 0
+    again = manifest.finished  # and yet here: the result is made once more
+    if again:
+        if problem := missing_result(folder, config):
+            say(f"{folder.name}: this run is finished, but {problem}; exporting it again from the last checkpoint")
+        else:
+            say(f"{folder.name}: this run is finished; its report is in {folder.child('manifest.json')}")
+            return 0
 
     # Load. The stages are built first: what does not fit shows before any weight is read.
     teacher = None if config.pretrain.enabled else inputs.open_teacher(config)
@@ -66,6 +74,11 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
     else:
         say(f"loading {config.teacher.source}")
         student = inputs.load_student(config, mesh, teacher)
+        for note in student.notes:
+            say(note)
+    identity = identify(config, student.origin)
+    refuse_another({"teacher": manifest.values.get("teacher")}, identity, folder.name)
+    manifest.values |= {"teacher": identity["teacher"], "notes": list(student.notes)}
 
     # Train.
     writer = MetricsWriter(
@@ -78,8 +91,10 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
     try:
         with StopSignal() as stop:
             for stage in built:
-                student.params = run_stage(stage, config, student, folder, writer, stop)
-                manifest.update(stage=stage.name)
+                options = {"identity": identity, "only_finished": again, "begun": manifest.begin}
+                student.params, summary = run_stage(stage, config, student, folder, writer, stop, **options)
+                done = manifest.values.get("stages", {}) | {stage.name: summary}
+                manifest.update(stage=stage.name, stages=done)
                 folder.sync(now=True)
     except InterruptedRunError as interruption:
         manifest.update(status="interrupted")
@@ -90,7 +105,9 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
 
     # Export, evaluate, report.
     target = folder.child(export(config, student, folder.local).name)
-    results = evaluate(config, student, folder) if config.eval.enabled else {}
+    results = manifest.values.get("results", {}) if again else None
+    if results is None:
+        results = evaluate(config, student, folder) if config.eval.enabled else {}
     manifest.update(status="finished", model=target, results=results)
     folder.sync(now=True)
     distributed.barrier("finished")  # jax's own farewell gives the slowest process little time
@@ -99,9 +116,17 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
 
 
 def run_stage(
-    stage: stages.Stage, config: Config, student: Student, folder: Workdir, writer: MetricsWriter, stop: StopSignal
-) -> optim.Params:
-    """Run or resume one stage; returns all parameters of the student with the stage's result in them."""
+    stage: stages.Stage,
+    config: Config,
+    student: Student,
+    folder: Workdir,
+    writer: MetricsWriter,
+    stop: StopSignal,
+    **options: Any,
+) -> tuple[optim.Params, dict[str, Any]]:
+    """Run or resume one stage; returns all parameters of the student with the stage's result in them, and the
+    :attr:`Loop.summary`. ``options`` are those of :class:`Loop`.
+    """
     mesh, seed = stage.mesh, config.seed
     _, parts = sharding.data_shard(mesh)
     state, frozen = stage.split(student.params)
@@ -135,11 +160,28 @@ def run_stage(
             log=config.log,
             workdir=folder.local,
             max_bad_steps=config.max_bad_steps,
+            **options,
         )
         trainable = loop.run(stop)
     finally:
         checkpointer.close()
-    return stage.merged(trainable, student.params)
+    return stage.merged(trainable, student.params), loop.summary
+
+
+def missing_result(folder: Workdir, config: Config) -> str | None:
+    """What is missing of the model that the finished run in ``folder`` exported, or None."""
+    name, wanted = ("teacher", "config.json") if config.pretrain.enabled else ("student", model_dir.MODEL_JSON)
+    target = epath.Path(folder.child(name))
+    try:
+        weights = target if config.pretrain.enabled else target / model_dir.PARAMS
+        files = {path.name for path in weights.iterdir()} if weights.is_dir() else set()
+        if not (target / wanted).exists():
+            return f"{target}/{wanted} is missing"
+    except OSError as problem:
+        raise UserError(f"{target}: cannot be read ({problem.strerror or problem})") from problem
+    if not files or (config.pretrain.enabled and not any(file.endswith(".safetensors") for file in files)):
+        return f"there are no weights in {target}"
+    return None
 
 
 def export(config: Config, student: Student, workdir: Path) -> Path:
@@ -201,6 +243,22 @@ def say(text: str) -> None:
     """Print one line, from process 0 only."""
     if distributed.is_primary():
         print(text, flush=True)
+
+
+@contextlib.contextmanager
+def _checkpoints_to_itself(config: Config, primary: bool) -> Iterator[None]:
+    """A checkpoint folder outside the workdir is kept to one run, as the workdir is."""
+    directory, held = config.checkpoint.directory, None
+    if directory and "://" not in directory and primary:
+        try:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise UserError(f"config.checkpoint.directory={directory}: {problem.strerror or problem}") from problem
+        held = lock(Path(directory), f"config.checkpoint.directory={directory}")
+    try:
+        yield
+    finally:
+        unlock(held)
 
 
 @contextlib.contextmanager
