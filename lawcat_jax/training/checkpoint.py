@@ -13,7 +13,9 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from lawcat_jax.checkpoints.orbax_errors import is_disk_full, unraisable_hook
+from lawcat_jax.checkpoints.orbax_errors import is_disk_full, only_one_report, unraisable_hook
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import distributed
 from lawcat_jax.runtime.sharding import path_name
@@ -104,6 +106,7 @@ class Checkpointer:
 
         # Orbax logs a dozen lines for every save, and prints a traceback in each of its threads before it raises the error.
         logging.getLogger("absl").addFilter(_not_of_orbax)
+        only_one_report()
         self._unraisable, sys.unraisablehook = sys.unraisablehook, unraisable_hook
         self._ocp, self._primary = ocp, primary
         self._path = epath.Path(directory)
@@ -130,6 +133,7 @@ class Checkpointer:
         Raises:
           UserError: this save could not begin, or an earlier one failed (a full disk, a lost mount).
         """
+        self._check_writable()
         args = self._ocp.args
         described = {name: _describe(tree) for name, tree in trees.items()}
         if jax.default_backend() == "cpu":  # there, "host copies" are views of the buffers to be donated
@@ -142,6 +146,17 @@ class Checkpointer:
         except Exception as problem:
             raise self._failed(problem) from problem
         self._saved = step
+
+    def _check_writable(self) -> None:
+        # After a save that could not even begin, orbax' threads wait for minutes for what it did not write.
+        if not self._primary or "://" in str(self._path):
+            return
+        try:
+            with tempfile.TemporaryFile(dir=os.fspath(self._path)):
+                pass
+        except OSError as problem:
+            if not is_disk_full(problem):
+                raise self._failed(problem) from problem
 
     def wait(self) -> None:
         """Wait until every begun save is on disk.
@@ -231,9 +246,14 @@ class Checkpointer:
         if self._primary:
             for step in steps:
                 target = self._path / f"{step}.damaged"
-                if target.exists():
-                    target.rmtree()
-                (self._path / str(step)).rename(target)
+                try:
+                    if target.exists():
+                        target.rmtree()
+                    (self._path / str(step)).rename(target)
+                except OSError as problem:
+                    raise UserError(
+                        f"{self._path / str(step)} is damaged and cannot be moved aside ({problem.strerror or problem})"
+                    ) from problem
         if steps:
             distributed.barrier("checkpoint_move_aside")
             self._manager.reload()

@@ -196,6 +196,24 @@ def checked_tokenizer(path: str, model: ModelConfig) -> Tokenizer:
     return tokenizer
 
 
+@dataclasses.dataclass
+class Prepared:
+    """What a stage reads: its endless stream, and its validation split on the devices (maybe empty)."""
+
+    batches: Iterator[Batch]
+    held_out: list[dict[str, Any]]
+
+
+def prepare(stage: stages.Stage, student: Student, seed: int) -> Prepared:
+    """Open the data of a stage, so that what is wrong with it shows.
+
+    Raises:
+      UserError: data that cannot be read, or tokens that the model does not know.
+    """
+    held_out = validation_batches(stage.config, student.tokenizer, seed, stage.mesh)
+    return Prepared(training_batches(stage.config, student.tokenizer, seed, stage.mesh), held_out)
+
+
 def training_batches(stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh: Mesh) -> Iterator[Batch]:
     """This process's part of the endless training stream, as numpy arrays; has ``get_state()`` and ``set_state()``."""
     part, parts = sharding.data_shard(mesh)

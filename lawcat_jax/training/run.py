@@ -18,8 +18,10 @@ from lawcat_jax.checkpoints.orbax_errors import is_disk_full
 from lawcat_jax.config import Config, to_dict
 from lawcat_jax.data.train_tokenizer import save_tokenizer
 from lawcat_jax.errors import UserError
+from lawcat_jax.files import check_target
 from lawcat_jax.runtime import distributed, sharding
 from lawcat_jax.tasks import report
+from lawcat_jax.tasks.registry import task_named
 from lawcat_jax.tasks.runner import evaluate_model
 from lawcat_jax.training import inputs, optim, stages
 from lawcat_jax.training.checkpoint import Checkpointer
@@ -80,6 +82,10 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
     refuse_another({"teacher": manifest.values.get("teacher")}, identity, folder.name)
     manifest.values |= {"teacher": identity["teacher"], "notes": list(student.notes)}
 
+    # Whatever a later stage, the export or the evaluation would stumble over shows before the first stage has begun.
+    prepared = [inputs.prepare(stage, student, config.seed) for stage in built]
+    check_outputs(config, student, folder)
+
     # Train.
     writer = MetricsWriter(
         folder.local,
@@ -90,9 +96,9 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
     )
     try:
         with StopSignal() as stop:
-            for stage in built:
+            for stage, read in zip(built, prepared, strict=True):
                 options = {"identity": identity, "only_finished": again, "begun": manifest.begin}
-                student.params, summary = run_stage(stage, config, student, folder, writer, stop, **options)
+                student.params, summary = run_stage(stage, read, config, student, folder, writer, stop, **options)
                 done = manifest.values.get("stages", {}) | {stage.name: summary}
                 manifest.update(stage=stage.name, stages=done)
                 folder.sync(now=True)
@@ -117,6 +123,7 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
 
 def run_stage(
     stage: stages.Stage,
+    read: inputs.Prepared,
     config: Config,
     student: Student,
     folder: Workdir,
@@ -127,11 +134,11 @@ def run_stage(
     """Run or resume one stage; returns all parameters of the student with the stage's result in them, and the
     :attr:`Loop.summary`. ``options`` are those of :class:`Loop`.
     """
-    mesh, seed = stage.mesh, config.seed
+    mesh = stage.mesh
     _, parts = sharding.data_shard(mesh)
     state, frozen = stage.split(student.params)
-    key = stage.key(seed)
-    held_out = inputs.validation_batches(stage.config, student.tokenizer, seed, mesh)
+    key = stage.key(config.seed)
+    held_out = read.held_out
 
     def train_step(state, batch):
         return stage.train_step(state, frozen, sharding.place_batch(batch, mesh), key)
@@ -149,7 +156,7 @@ def run_stage(
                 state=state,
                 train_step=train_step,
                 evaluate=validation(stage.eval_step, frozen, held_out) if held_out else None,
-                batches=inputs.training_batches(stage.config, student.tokenizer, seed, mesh),
+                batches=read.batches,
                 tokens=lambda batch: int(batch["lengths"].sum()) * parts,
                 diagnose=stage.diagnostics(frozen, held_out[0]) if config.log.diagnostics and held_out else None,
                 utilization=utilization(stage.name, config, student.model),
@@ -166,6 +173,19 @@ def run_stage(
     finally:
         checkpointer.close()
     return stage.merged(trainable, student.params), loop.summary
+
+
+def check_outputs(config: Config, student: Student, folder: Workdir) -> None:
+    """Find mistakes of the export and the evaluation before anything is trained.
+
+    Raises:
+      UserError: a file stands where a folder will be written, or evaluation settings do not fit.
+    """
+    for name in ("teacher" if config.pretrain.enabled else "student", *(["eval"] if config.eval.enabled else [])):
+        check_target(folder.local / name, overwrite=True)
+    if config.eval.enabled:
+        for task in dict.fromkeys(config.eval.tasks):
+            task_named(task).check(config.eval, student.tokenizer)
 
 
 def missing_result(folder: Workdir, config: Config) -> str | None:

@@ -38,7 +38,10 @@ class Workdir:
 
     def __init__(self, name: str, *, primary: bool = True, every_seconds: float = 120.0):
         self.name, self._primary, self._every = name.rstrip("/") or name, primary, every_seconds
-        self._bucket = epath.Path(self.name) if "://" in name else None
+        try:
+            self._bucket = epath.Path(self.name) if "://" in name else None
+        except Exception as problem:  # a scheme that neither etils nor fsspec knows
+            raise UserError(f"--workdir={name}: cannot be opened ({_brief(problem)})") from problem
         self._sent: dict[Path, tuple[int, int]] = {}
         self._last = time.monotonic()
         self._lock: int | None = None
