@@ -101,6 +101,10 @@ def end_when_terminated() -> None:
 
     def end(*_: Any) -> None:
         print("interrupted; run the same command again to go on", file=sys.stderr, flush=True)
+        # Where the exception is swallowed, as in a callback of the garbage collector, the process must end all the same.
+        watchdog = threading.Timer(GRACE_SECONDS, os._exit, (EXIT_INTERRUPTED,))
+        watchdog.daemon = True
+        watchdog.start()
         raise SystemExit(EXIT_INTERRUPTED)
 
     if threading.current_thread() is threading.main_thread():
