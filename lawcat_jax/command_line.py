@@ -70,6 +70,8 @@ def _exit_code(main: Callable[[list[str]], int | None], argv: list[str]) -> int 
             traceback.print_exc()
             status = EXIT_CRASH
         elif status is None:
+            if not isinstance(problem, ConfigError):  # which lists its problems, one a line
+                told = " ".join(str(told).split())
             print(f"error: {told}", file=sys.stderr, flush=True)
             status = EXIT_USER_ERROR
     if _distributed_is_running():  # the others must not wait for this one

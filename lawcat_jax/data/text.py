@@ -98,7 +98,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as problem:
+            except (ValueError, RecursionError) as problem:
                 raise UserError(f"text source {str(file)!r}, line {number}: not JSON ({problem})") from problem
             yield f"{str(file)!r}, line {number}", row
 
@@ -225,6 +225,10 @@ def _text(value: object, key: str, where: str) -> str:
         value = value.decode("utf-8", errors="replace")
     if not isinstance(value, str):
         raise UserError(f"text source {where}: field {key!r} holds a {type(value).__name__}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # lone surrogates, which JSON can spell
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return value
 
 

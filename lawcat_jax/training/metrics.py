@@ -210,10 +210,12 @@ class Manifest:
             "argv": sys.argv,
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        if path.exists():
+        if os.path.lexists(path):  # a link that leads nowhere would be replaced
             try:
                 old = json.loads(path.read_text(encoding="utf-8"))
                 old_config = old["config"]
+                if not isinstance(old_config, dict):
+                    raise TypeError("its config is no object")
                 resumed = [*old.get("resumed", [])]
                 old["stages"] = dict(old.get("stages", {}))
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:

@@ -38,6 +38,8 @@ class Workdir:
 
     def __init__(self, name: str, *, primary: bool = True, every_seconds: float = 120.0):
         self.name, self._primary, self._every = name.rstrip("/") or name, primary, every_seconds
+        if "://" in name and not name.split("://", 1)[1].strip("/"):
+            raise UserError(f"--workdir={name}: names no bucket")
         try:
             self._bucket = epath.Path(self.name) if "://" in name else None
         except Exception as problem:  # a scheme that neither etils nor fsspec knows
