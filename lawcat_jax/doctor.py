@@ -25,10 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     as_json = parser.parse_args(arguments).json
     report = examine()
     lenient_output()
-    try:
-        print(json.dumps(report, indent=2) if as_json else render(report))
-    except OSError as problem:
-        return output_problem(problem) or 2
+    for line in (json.dumps(report, indent=2) if as_json else render(report)).splitlines():
+        try:
+            print(line, flush=True)
+        except OSError as problem:
+            return output_problem(problem) or 2
     return output_problem() or (0 if report["ok"] else 1)
 
 
