@@ -85,9 +85,12 @@ def output_problem(problem: OSError | None = None) -> int | None:
     if problem is not None and (problem.filename is not None or problem.errno not in _OF_OUTPUT):
         return None
     try:
-        if sys.stdout is not None and not sys.stdout.closed:
-            sys.stdout.flush()
-        return None
+        if sys.stdout is None or sys.stdout.closed:
+            return None
+        sys.stdout.flush()
+        if problem is None:
+            return None
+        raise problem  # the stream has dropped what it could not write, and works again
     except OSError as found:
         handle = os.open(os.devnull, os.O_WRONLY)
         os.dup2(handle, sys.stdout.fileno())  # or the interpreter would try once more, and complain
@@ -98,7 +101,7 @@ def output_problem(problem: OSError | None = None) -> int | None:
         return 2
 
 
-_OF_OUTPUT = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EBADF, errno.EFBIG)
+_OF_OUTPUT = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT)  # of errors that name no file
 
 
 def _shown(value: str) -> str:
