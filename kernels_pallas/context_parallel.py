@@ -157,8 +157,9 @@ def gated_linear_attention(
     spec = attention_spec(name, normalize, gate_lower_bound)
     arrays = (q, k, v, bounded(log_g, gate_lower_bound), *start)
     arrays = tuple(match_varying(x, *arrays, *((index,) if varying_axes(index) else ())) for x in arrays)
-    o, state = _sharded(spec, axis_name, *arrays)
-    return o, tuple(_from_last(x, axis_name, index, size) for x in state)
+    out: Any = _sharded(spec, axis_name, *arrays)  # custom_vjp hides what it returns
+    o, (S, z) = out
+    return o, (_from_last(S, axis_name, index, size), _from_last(z, axis_name, index, size))
 
 
 def _rows_before(x: jax.Array, initial: jax.Array | None, rows: int, axis_name: str, name: str) -> jax.Array:
@@ -238,9 +239,10 @@ def lawcat_attention(
     _, index = _check_axis(axis_name)
     rows = conv_q.shape[1] - 1
     initial = conv_state or (None, None)
-    before = tuple(
+    before_q, before_k = (
         _rows_before(x, tail, rows, axis_name, name) for name, x, tail in zip("qk", (q, k), initial, strict=True)
     )
+    before = (before_q, before_k)
     valid = None if lengths is None else lawcat_xla.valid_tokens(lengths, q.shape[1], index * q.shape[1])
     features_q, features_k, log_g = lawcat_xla.prepare(
         q, k, gate_logits, conv_q, conv_k, phi, before, valid, gate_normalizer
@@ -258,5 +260,5 @@ def lawcat_attention(
     )
     if valid is not None and zero_padding:
         o = jnp.where(valid[:, :, None, None], o, 0)
-    tails = (_last_rows(x, tail, rows, axis_name, lengths) for x, tail in zip((q, k), before, strict=True))
-    return o, state, tuple(tails)
+    tail_q, tail_k = (_last_rows(x, tail, rows, axis_name, lengths) for x, tail in zip((q, k), before, strict=True))
+    return o, state, (tail_q, tail_k)

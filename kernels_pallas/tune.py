@@ -12,6 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import inspect
 import itertools
 import json
 import os
@@ -149,9 +150,9 @@ def tune(d: int, tuner: Tuner) -> dict[str, BlockSizes]:
     if others:
         with block_sizes.override(**chosen):
             residuals = jax.jit(
-                lambda *x: triton.forward(*x[:4], None, normalize=True, lower_bound=_BOUND.value, save_residuals=True)[
-                    2
-                ]
+                lambda q, k, v, log_g, *_: triton.forward(
+                    q, k, v, log_g, None, normalize=True, lower_bound=_BOUND.value, save_residuals=True
+                )[2]
             )(*args)
         for kernel in others:
             options = [{**chosen, kernel: s} for s in candidates(kernel, d, _QUICK.value)]
@@ -180,7 +181,7 @@ def wrong(d: int, chosen: dict[str, BlockSizes], *, length: int = 300, heads: in
     options = case.options | {"implementation": "pallas_triton"}
     with block_sizes.override(**chosen):
         # Not the jitted run_vjp: its cache does not know the block sizes.
-        run = jax.jit(functools.partial(cases.run_vjp.__wrapped__, **options))
+        run = jax.jit(functools.partial(inspect.unwrap(cases.run_vjp), **options))
         got = run(case.arrays, case.state, case.cotangents)
     return cases.failures(got, cases.expected(case), cases.BFLOAT16)
 

@@ -21,8 +21,8 @@ from lawcat_jax.errors import UserError
 _CHECKPOINT = flags.DEFINE_multi_string(
     "checkpoint",
     [],
-    "Model directory, folder of a run, Hugging Face directory or hub id, or asset:tiny_llama. Given several times (or "
-    "separated by commas), each as name=checkpoint, they are compared.",
+    "Model directory, folder of a run, Hugging Face directory or hub id, asset:tiny_llama, or a student's small file. "
+    "Given several times (or separated by commas), each as name=checkpoint, they are compared.",
 )
 _TASKS = flags.DEFINE_list(
     "tasks",
@@ -39,6 +39,7 @@ _TEXT = flags.DEFINE_string("text", None, "Text of the perplexity task: tfds:<na
 _TEXT_KEY = flags.DEFINE_string("text_key", None, "Field of the text in its rows.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of the reports. Default: eval/ of the run, else ./eval_<name>/.")
 _REVISION = flags.DEFINE_string("revision", None, "Revision of a hub repository.")
+_BASE = flags.DEFINE_string("base", None, "Teacher of a student's small file; default: the one that the file names.")
 _DTYPE = flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Of the frozen weights.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer directory or hub id, instead of the checkpoint's.")
 _TRAINING_LENGTH = flags.DEFINE_integer("training_length", None, "In tokens, marked in the plot.")
@@ -74,6 +75,7 @@ def main(argv: list[str]) -> None:
         settings,
         output=_OUTPUT.value,
         revision=_REVISION.value,
+        base=_BASE.value,
         dtype=_DTYPE.value,
         tokenizer=_TOKENIZER.value,
         training_length=_TRAINING_LENGTH.value,

@@ -13,7 +13,9 @@ from lawcat_jax.command_line import no_arguments, readable, run_main
 from lawcat_jax.errors import UserError
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Model directory, folder of a run, Hugging Face directory or hub id, or asset:tiny_llama."
+    "checkpoint",
+    None,
+    "Model directory, folder of a run, Hugging Face directory or hub id, asset:tiny_llama, or a student's small file.",
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; '-' reads it from standard input.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens to generate at most.", lower_bound=1)
@@ -22,6 +24,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the draws at a temperature above 0."
 _TEACHER = flags.DEFINE_bool("teacher", False, "Use the student's teacher (softmax attention).")
 _ECHO = flags.DEFINE_bool("echo", True, "Print the prompt first.")
 _REVISION = flags.DEFINE_string("revision", None, "Revision of a hub repository.")
+_BASE = flags.DEFINE_string("base", None, "Teacher of a student's small file; default: the one that the file names.")
 _DTYPE = flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Of the frozen weights.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer directory or hub id, instead of the checkpoint's.")
 
@@ -38,7 +41,11 @@ def main(argv: list[str]) -> None:
     from lawcat_jax.inference.text import continue_text
 
     model = load_for_inference(
-        _CHECKPOINT.value, revision=_REVISION.value, dtype=_DTYPE.value, tokenizer=_TOKENIZER.value
+        _CHECKPOINT.value or "",
+        revision=_REVISION.value,
+        base=_BASE.value,
+        dtype=_DTYPE.value,
+        tokenizer=_TOKENIZER.value,
     )
     pieces = continue_text(
         model,

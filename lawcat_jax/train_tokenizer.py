@@ -27,13 +27,13 @@ _PASSKEY_REPEATS = flags.DEFINE_integer(
 def main(argv: list[str]) -> None:
     """Train, write, and say how many tokens there are."""
     no_arguments(argv)
-    for name, value in (("input", _INPUT.value), ("target", _TARGET.value)):
-        if not value:
-            raise UserError(f"--{name} is missing")
-    texts = documents(_INPUT.value, _TEXT_KEY.value)
+    source, target = _INPUT.value, _TARGET.value
+    if not source or not target:
+        raise UserError(f"--{'target' if source else 'input'} is missing")
+    texts = documents(source, _TEXT_KEY.value)
     tokenizer = train_tokenizer(texts, vocab_size=_VOCAB_SIZE.value, passkey_repeats=_PASSKEY_REPEATS.value)
-    target = save_tokenizer(tokenizer, _TARGET.value)
-    print(f"wrote {target}: {len(tokenizer)} tokens; the hay text takes {len(tokenizer(HAY)['input_ids']) - 1}")
+    written = save_tokenizer(tokenizer, target)
+    print(f"wrote {written}: {len(tokenizer)} tokens; the hay text takes {len(tokenizer(HAY)['input_ids']) - 1}")
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def main() -> int:
         return static_tpu.main([a for a in sys.argv[1:] if a != "--static"])
     from kernels_pallas.benchmark import peers
 
-    parser = argparse.ArgumentParser(prog="kernels_pallas.benchmark", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="kernels_pallas.benchmark", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("benchmark_results"), help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="four shapes instead of eight")
     parser.add_argument("--variants", action="store_true", help="also other block sizes, on the first shape")

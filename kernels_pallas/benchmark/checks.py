@@ -134,7 +134,7 @@ def run(
             wants[i] = pool.submit(
                 oracle.gla,
                 *wide.values(),
-                data["state"],
+                state=data["state"],
                 normalize=case.normalize,
                 bound=case.regime.bound,
                 cotangents=cotangents,

@@ -145,7 +145,7 @@ def compile_case(
 
     def front(arrays, parameters):
         q, k, _, logits = (split(x) for x in arrays)
-        q, k, log_g = xla.prepare(q, k, logits, *parameters, None, None, 16.0)
+        q, k, log_g = xla.prepare(q, k, logits, *parameters, conv_state=None, valid=None, gate_normalizer=16.0)
         return [x.reshape(batch, length, -1) for x in (q, k, log_g)]
 
     heads, kv_heads, size = shape

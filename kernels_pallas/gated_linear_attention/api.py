@@ -55,7 +55,7 @@ def gated_linear_attention(
     check_bound(gate_lower_bound)
     if initial_state is not None:
         check_state(initial_state, q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-        initial_state = tuple(initial_state)
+        initial_state = (initial_state[0], initial_state[1])
     for name, x in (("q", q), ("k", k), ("v", v), ("log_g", log_g)):
         check_sharding(name, x)
     check_values(q, k, log_g)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from kernels_pallas.checks import check_array, check_shape, describe

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax.numpy as jnp
 
 from kernels_pallas.common import EPS
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
-def decode(q, k, v, log_g, state, *, normalize: bool):
+
+def decode(
+    q: Float[Array, "B H K"],
+    k: Float[Array, "B H K"],
+    v: Float[Array, "B Hv V"],
+    log_g: Float[Array, "B Hg K"],
+    state: tuple[Float[Array, "B H K V"], Float[Array, "B H K"]],
+    *,
+    normalize: bool,
+) -> tuple[Float[Array, "B H V"], tuple[Float[Array, "B H K V"], Float[Array, "B H K"]]]:
     """S <- e^g S + k v^T; z <- e^g z + k; o = S^T q / (z.q + eps), in float32.
 
     q, k [B, H, K]; v [B, Hv, V]; log_g [B, Hg, K] already bounded; state (S [B, H, K, V], z [B, H, K]) float32.

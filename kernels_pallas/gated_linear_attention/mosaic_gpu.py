@@ -14,6 +14,11 @@ work on neighbouring chunks at the same time; each reloads what it alone reads. 
 The closing factor 2^r of S' waits for the next chunk's, to be applied once.
 """
 
+# Pallas for Mosaic GPU as of jax 0.11 and newer: pyright may see an older one, with other signatures and accumulators (the next line).
+# And a variant of a kernel has None for the references that it does without, which a flag beside them tells (the line after it).
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
+
 from __future__ import annotations
 
 import functools

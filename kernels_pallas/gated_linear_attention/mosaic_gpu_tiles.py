@@ -4,6 +4,9 @@ Only these files import Mosaic GPU, and only when a kernel is traced: not every 
 from release to release.
 """
 
+# Pallas for Mosaic GPU as of jax 0.11 and newer: pyright may see an older one, with other signatures and names.
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -59,7 +62,7 @@ def products(*sums: Any) -> list[jax.Array]:
         def load(x):
             return (x if isinstance(x, jax.Array) else plgpu.load(x)).astype(f32)
 
-        results = [sum(lax.dot(load(x), load(y)) for x, y in pairs) for _, *pairs in sums]
+        results: list[Any] = [sum(lax.dot(load(x), load(y)) for x, y in pairs) for _, *pairs in sums]
         plgpu.commit_smem()
         return results
 
@@ -87,7 +90,8 @@ def indices(rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     shape, layout = (rows, columns), plgpu.Layout.WGMMA
-    return tuple(plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout) for axis in (0, 1))
+    row, column = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout) for axis in (0, 1))
+    return row, column
 
 
 def padded(*arrays: jax.Array) -> tuple[jax.Array, ...]:

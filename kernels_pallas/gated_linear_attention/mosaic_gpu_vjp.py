@@ -14,6 +14,11 @@ q^ R is q dq with the very operands of dA k^ and dA^T q^: the terms of a token w
 no gate, cancel to float32. What is summed over tokens for the gates enters its product as two bfloat16 parts (2^-17).
 """
 
+# Pallas for Mosaic GPU as of jax 0.11 and newer: pyright may see an older one, with other signatures (the next line).
+# And a variant of a kernel has None for the references that it does without, which a flag beside them tells (the line after it).
+# pyright: reportCallIssue=false
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 import functools

@@ -63,7 +63,8 @@ def _float32(q, k, v, log_g, initial_state):
             jnp.zeros((batch, heads, features), jnp.float32),
         )
     S, z = (match_varying(x, q, k, v, log_g) for x in initial_state)
-    return *(x.astype(jnp.float32) for x in (q, k, v, log_g)), S, z
+    q, k, v, log_g = (x.astype(jnp.float32) for x in (q, k, v, log_g))
+    return q, k, v, log_g, S, z
 
 
 def supports(q, k, v, log_g, *, normalize: bool, lower_bound: float | None, differentiated: bool) -> str | None:
@@ -82,6 +83,6 @@ def backward(residuals, do, dstate, *, normalize: bool, lower_bound: float | Non
     q, k, v, log_g, initial_state = residuals
     inputs = _float32(q, k, v, log_g, initial_state)
     read = _read_for_gradients if normalize else _read_sum
-    _, pullback = jax.vjp(lambda *args: _recurrence(*args, read), *inputs)
+    _, pullback = jax.vjp(lambda *args: _recurrence(*args, read=read), *inputs)
     dq, dk, dv, dlog_g, dS0, dz0 = pullback((do.astype(jnp.float32), dstate))
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dlog_g.astype(log_g.dtype), (dS0, dz0)

@@ -305,6 +305,7 @@ def _backward_group(q, k, v, log_g, do, S0, z0, dS_end, dz_end, plan: Plan, norm
     do = _round(do.astype(jnp.float32), dtype)
     if normalize:
         num, before = _outputs(earlier, q_in, v, S_in, z_in, True)
+        assert before is not None  # only without normalize
         before = before[..., None]
         den = before + own
         num, before, own, by_value = (_grouped(x, value_heads) for x in (num, before, own, den))
@@ -398,7 +399,9 @@ def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: floa
 
     def body(state, step):
         # float32 group outputs would double the traffic of a bfloat16 call: cast before they are stacked.
-        o, S, z = _forward_group(*(_chunks(x, step, plan) for x in padded), *state, plan, normalize)
+        S, z = state
+        chunks = (_chunks(x, step, plan) for x in padded)
+        o, S, z = _forward_group(*chunks, S0=S, z0=z, plan=plan, normalize=normalize)
         return (S, z), (o.astype(v.dtype), state if save_residuals else None)
 
     state = _initial(q, k, v, log_g, initial_state)
@@ -423,7 +426,8 @@ def backward(residuals, do, dstate, *, normalize: bool, lower_bound: float | Non
 
     def body(dstate, xs):
         step, (S0, z0) = xs
-        *grads, dS0, dz0 = _backward_group(*(_chunks(x, step, plan) for x in padded), S0, z0, *dstate, plan, normalize)
+        chunks, (dS, dz) = (_chunks(x, step, plan) for x in padded), dstate
+        *grads, dS0, dz0 = _backward_group(*chunks, S0=S0, z0=z0, dS_end=dS, dz_end=dz, plan=plan, normalize=normalize)
         return (dS0, dz0), tuple(g.astype(x.dtype) for g, x in zip(grads, (q, k, v, log_g), strict=True))
 
     dstate = tuple(match_varying(x, q, k, v, log_g, do, *starts) for x in dstate)

@@ -224,7 +224,7 @@ def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: floa
     inputs.append(jnp.asarray(gate_matrices(plan), plan.dtype))
     in_specs = [sp.row, sp.row, sp.v, sp.gate, sp.matrices]
     if initial_state is not None:
-        inputs += pack_state(*initial_state, plan)
+        inputs += pack_state(*initial_state, plan=plan)
         in_specs += [sp.S, sp.z]
 
     count = token_heads(plan)

@@ -142,7 +142,7 @@ def launch(
     moved = sum(x.size * x.dtype.itemsize for x in (*inputs, *out_shape))
     elements = state[0].size
     rows = 3 * step.heads_block * step.batch_block
-    o, *state = pl.pallas_call(
+    o, new_S, new_z = pl.pallas_call(
         kernel,
         grid=(pl.cdiv(step.batch, step.batch_block), step.heads // step.heads_block),
         in_specs=[*in_specs, S, z],
@@ -159,7 +159,7 @@ def launch(
         interpret=interpret,
         name=name,
     )(*inputs)
-    return o, tuple(state)
+    return o, (new_S, new_z)
 
 
 def _kernel(

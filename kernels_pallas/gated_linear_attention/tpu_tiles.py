@@ -221,8 +221,10 @@ def scores(q: jax.Array, k: jax.Array, columns: Columns, plan: Plan, *, own: boo
         if a is None:
             a = mask_scores(product, term.mask, columns, plan, own=own)
         else:
+            assert term.mask is not None  # only the first term of a block has none
             a = jnp.where(term.mask, product, a)
         operands.append((left, right))
+    assert a is not None  # a block of columns has at least one term
     return Scores(a.astype(plan.dtype), tuple(operands))
 
 
@@ -280,6 +282,7 @@ def read_out(q, k, v, S, z, decay: Decays, plan: Plan, normalize: bool, *, own: 
     for columns, score in zip(decay.columns, found, strict=True):
         a = score.a.astype(jnp.float32)
         total = a if total is None else add_rows(total, columns.start, a)
+    assert total is not None  # a chunk has at least one block of columns
     if plan.pack == 1 and size != plan.lanes:
         den = [jnp.sum(weighted, axis=1, keepdims=True) + jnp.sum(total, axis=1, keepdims=True)]
     elif size == plan.width:

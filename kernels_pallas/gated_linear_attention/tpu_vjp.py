@@ -130,7 +130,7 @@ def _score_grads(score: Scores, decay_columns, y: _Cotangent, v, dq: _Rows, dk: 
     start, size = decay_columns.start, decay_columns.size
     rows, columns = slice(start, plan.chunk), slice(start, start + size)
     grad, weights = dot(y.do[rows], stack_heads(v[columns], plan), "nt"), score.a
-    if y.inverse is not None:
+    if y.inverse is not None and y.delta is not None:
         inverse = _beside_scores(y.inverse, rows, size, plan)
         grad = (grad + _beside_scores(y.delta, rows, size, plan)) * inverse
         weights = (weights.astype(jnp.float32) * inverse).astype(plan.dtype)
@@ -299,13 +299,13 @@ def backward(residuals, do, dstate, *, normalize: bool, lower_bound: float | Non
     """See ``kernels_pallas.contract``."""
     q, k, v, log_g, initial_state = residuals
     plan = make_plan(q, v, log_g, lower_bound)
-    packed = None if initial_state is None else pack_state(*initial_state, plan)
+    packed = None if initial_state is None else pack_state(*initial_state, plan=plan)
     matrices = jnp.asarray(gate_matrices(plan), plan.dtype)
     q_, k_, v_, g_, do_ = (flat(x, plan) for x in (q, k, v, log_g, do))
     states, zs = chunk_states([k_, v_, g_, matrices], packed, plan)
 
     sp = specs(plan, reverse=True)
-    inputs = [q_, k_, v_, g_, matrices, do_, states, zs, *pack_state(*dstate, plan)]
+    inputs = [q_, k_, v_, g_, matrices, do_, states, zs, *pack_state(*dstate, plan=plan)]
     dv_shape, dv_spec = _group_output(plan.v_group, v.dtype, plan, q_.shape[1], inputs)
     dg_shape, dg_spec = _group_output(plan.g_group, log_g.dtype, plan, q_.shape[1], inputs)
     row = out_struct(q_.shape, q.dtype, *inputs)

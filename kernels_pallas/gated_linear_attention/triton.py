@@ -286,7 +286,7 @@ def _segment_out_kernel(
     blocks = feature_blocks(features)
     state = zero_state(values, features) if given is None else read_state(*given)
     if summaries is not None:
-        state = _prefix(state, *summaries, segment)
+        state = _prefix(state, *summaries, count=segment)
 
     def step(i, state):
         start = (segment * split.per_segment + i) * chunk
@@ -310,7 +310,7 @@ def _segment_out_kernel(
         store_rows(o_ref, start, o, limit)
         if exact_ref is not None:
             store_rows(exact_ref, start, o, limit)
-        if den_ref is not None:
+        if den_ref is not None and den is not None:
             store_vector(den_ref, start, den, limit)
         return state
 
@@ -404,7 +404,7 @@ def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: floa
         summaries = segment_states(k, v, log_g, q.shape[2], split, sizes_for_segments(q, v, sizes), lower_bound)
         states = "prefix"
         if save_residuals or split.segments > PREFIX_SEGMENTS:
-            given = combine(*summaries, initial_state)
+            given = combine(*summaries, initial=initial_state)
             summaries, states = (), "given"
 
     cancels = strong_gates(lower_bound) or q.shape[1] <= SHORT

@@ -60,7 +60,7 @@ def log2(x: jax.Array) -> jax.Array:
     return jnp.log2(x) if interpret_mode() else _special("lg2.approx.ftz.f32", x)
 
 
-def iota(shape: tuple[int, int], axis: int) -> jax.Array:
+def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
     """int32 index along ``axis`` of every entry."""
     return lax.broadcasted_iota(jnp.int32, shape, axis)
 

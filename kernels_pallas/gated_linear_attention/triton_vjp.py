@@ -124,9 +124,11 @@ def _dstates_kernel(*refs, split: Split, normalize: bool, per_chunk: bool, given
         write_totals(L_ref, L)
         return
 
+    assert first is not None  # per_chunk
+
     @pl.when(segment == 0)
     def _():
-        write_state(*first, settled(state))
+        write_state(*first, state=settled(state))
 
 
 def _over_blocks(width: int, body: Any, carry: Any) -> Any:
@@ -172,7 +174,7 @@ def _chunk_vjp_kernel(*refs, split: Split, normalize: bool, bound: float | None)
 
     def scaled_do(block: tuple[Any, int]) -> jax.Array:
         do = load(do_ref, block)
-        return round_to(do.astype(f32) * inverse[:, None], dtype) if normalize else do
+        return do if inverse is None else round_to(do.astype(f32) * inverse[:, None], dtype)
 
     P = jnp.zeros((chunk, chunk), f32) if delta is None else jnp.broadcast_to(delta[:, None], (chunk, chunk))
     for c in columns:
@@ -207,7 +209,7 @@ def _chunk_vjp_kernel(*refs, split: Split, normalize: bool, bound: float | None)
         r = dot(dA, k)
         for c in columns:
             r += dot(scaled_do(c), S_ref[rows, pl.ds(*c)], tb=True)
-        if normalize:
+        if delta is not None:
             r += delta[:, None] * z[None, :]
         store_rows(dq_ref, start, exp2(x) * r, limit, block)
         # q dq and k dk as q^ r and k^ (...): with the very operands of dA k^ and dA^T q^, so that the terms of a token
@@ -406,7 +408,7 @@ def backward(
     own, rest = sizes("segment_dstate"), dict(split=split, shapes=shapes, normalize=normalize, bound=lower_bound)
     sweep = functools.partial(_dstates, q, log_g, do, den, delta, sizes=own, **rest)
     if split.segments > 1:
-        final = combine(*sweep(None, per_chunk=False), dstate, reverse=True)
+        final = combine(*sweep(None, per_chunk=False), initial=dstate, reverse=True)
     dS, dz, dS0, dz0 = sweep(final, per_chunk=True)
     run = gradients or functools.partial(chunk_gradients, sizes=sizes("backward"))
     dq, dk, dv, dlog_g = run(

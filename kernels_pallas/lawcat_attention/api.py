@@ -95,8 +95,8 @@ def lawcat_attention(
     for name, x in (("q", q), ("k", k), ("v", v), ("gate_logits", gate_logits)):
         check_sharding(name, x)
     implementation = dispatch.requested(implementation)
-    initial_state = None if initial_state is None else tuple(initial_state)
-    conv_state = None if conv_state is None else tuple(conv_state)
+    initial_state = None if initial_state is None else (initial_state[0], initial_state[1])
+    conv_state = None if conv_state is None else (conv_state[0], conv_state[1])
     arrays = (q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state)
     bound = None if gate_lower_bound is None else float(gate_lower_bound)
     spec = LayerSpec(implementation, bool(normalize), float(gate_normalizer), bound)

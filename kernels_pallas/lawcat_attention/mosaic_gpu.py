@@ -9,6 +9,9 @@ offset of one; the tensor cores shift them instead: sum_j w_j (P_j X), P_j a mat
 it needs of the tile before is a second, narrow product. u = that sum stays in registers as the left operand of u phi.
 """
 
+# Pallas for Mosaic GPU as of jax 0.11 and newer: pyright may see an older one, with other signatures.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import functools

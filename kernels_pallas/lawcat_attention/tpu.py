@@ -166,6 +166,8 @@ def _prefill_kernel(*refs, plan: Plan, spec: KernelSpec) -> None:
             top = jnp.max(scores, axis=0, keepdims=True)
             peak = top if peak is None else jnp.maximum(peak, top)
 
+    assert peak is not None  # a program has at least one tile
+
     @pl.when(jnp.max(peak) > LARGEST_SCORE)
     def _():
         def subtract(tile, _):
@@ -247,10 +249,11 @@ def forward(
     if conv_state is not None:
         inputs += _tails(conv_state, plan)
         for row in (sp.row, sp.v):
+            assert row.block_shape is not None  # specs() gives every block a shape
             index = functools.partial(_first_rows, row.index_map)
             in_specs.append(pl.BlockSpec((1, HALO, row.block_shape[2]), index))
     if initial_state is not None:
-        inputs += pack_state(*initial_state, plan)
+        inputs += pack_state(*initial_state, plan=plan)
         in_specs += [sp.S, sp.z]
 
     count = gla.token_heads(plan)

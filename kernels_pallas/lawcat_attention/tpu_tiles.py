@@ -55,6 +55,7 @@ def _by_softmax(x: jax.Array, half: int, fill: float, reduce: Any) -> jax.Array:
     for mask in softmax_masks(x.shape, half):
         one = reduce(jnp.where(mask, x, fill), axis=1, keepdims=True)
         out = one if out is None else jnp.where(mask, one, out)
+    assert out is not None  # a row has at least one softmax
     return out
 
 

@@ -39,10 +39,10 @@ def composed(spec: LayerSpec, q, k, v, gate_logits, conv_q, conv_k, phi, initial
     return o, state
 
 
-def next_conv_state(q, k, conv_q, conv_state, lengths=None):
+def next_conv_state(q, k, conv_q, conv_state, lengths=None) -> tuple[jax.Array, jax.Array]:
     """The conv_state of the next call: the last W - 1 valid rows of q and of k."""
-    rows, tails = conv_q.shape[1] - 1, conv_state or (None, None)
-    return tuple(xla.last_rows(x, tail, rows, lengths) for x, tail in zip((q, k), tails, strict=True))
+    rows, (tail_q, tail_k) = conv_q.shape[1] - 1, conv_state or (None, None)
+    return xla.last_rows(q, tail_q, rows, lengths), xla.last_rows(k, tail_k, rows, lengths)
 
 
 def _composed_with_tails(spec: LayerSpec, *arrays):
@@ -57,6 +57,7 @@ def by_kernel(spec: LayerSpec, *arrays):
 
     ``arrays``: q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state.
     """
+    assert spec.implementation is not None  # the caller has asked kernel_for
     run = dispatch.forward_module(OP, spec.implementation).forward
     o, state, *tails = run(
         *arrays,

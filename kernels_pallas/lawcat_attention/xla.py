@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.causal_conv1d.xla import causal_conv1d
 from kernels_pallas.common import einsum, match_varying
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int
+
 FEATURE_FLOOR = 1e-12
 
 
-def feature_map(u: jax.Array, phi: jax.Array) -> jax.Array:
+def feature_map(u: Float[Array, "B T H d"], phi: Float[Array, "H d f"]) -> Float[Array, "B T H 2*f"]:
     """max([softmax(u phi) ; softmax(-u phi)], 1e-12): u [B, T, H, d], phi [H, d, f] -> [B, T, H, 2f] in u.dtype;
     softmax in float32. Features at the floor pass no gradient."""
     return _feature_map(match_varying(u, phi), match_varying(phi, u))
@@ -54,17 +59,27 @@ def _feature_map_backward(residuals, cotangent):
 _feature_map.defvjp(_feature_map_forward, _feature_map_backward)
 
 
-def log_gate(gate_logits: jax.Array, gate_normalizer: float) -> jax.Array:
+def log_gate(gate_logits: Float[Array, "*b"], gate_normalizer: float) -> Float[Array, "*b"]:
     """logsigmoid(logits) / gate_normalizer in float32; the bound is applied by gated_linear_attention."""
     return jax.nn.log_sigmoid(gate_logits.astype(jnp.float32)) / gate_normalizer
 
 
-def valid_tokens(lengths: jax.Array, length: int, start: jax.Array | int = 0) -> jax.Array:
+def valid_tokens(lengths: Int[Array, " B"], length: int, start: Int[Array, ""] | int = 0) -> Bool[Array, "B T"]:
     """[B, T] bool: positions start .. start + T - 1 that lie before each sequence's length."""
     return (start + jnp.arange(length))[None] < lengths[:, None]
 
 
-def prepare(q, k, gate_logits, conv_q, conv_k, phi, conv_state, valid, gate_normalizer: float):
+def prepare(
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B T Hkv d"],
+    gate_logits: Float[Array, "B T Hkv K"],
+    conv_q: Float[Array, "H W d"],
+    conv_k: Float[Array, "H W d"],
+    phi: Float[Array, "H d f"],
+    conv_state: tuple[Float[Array, "B W-1 H d"], Float[Array, "B W-1 Hkv d"]] | None,
+    valid: Bool[Array, "B T"] | None,
+    gate_normalizer: float,
+) -> tuple[Float[Array, "B T H 2*f"], Float[Array, "B T H 2*f"], Float[Array, "B T Hkv K"]]:
     """(phi(q), phi(k), log_g) of the shapes that gated_linear_attention takes.
 
     q [B, T, H, d]; k [B, T, Hkv, d]; each query head has its own taps, so the k of a kv head is convolved H / Hkv
@@ -85,7 +100,9 @@ def prepare(q, k, gate_logits, conv_q, conv_k, phi, conv_state, valid, gate_norm
     return q, k, log_g
 
 
-def last_rows(x: jax.Array, initial: jax.Array | None, rows: int, lengths: jax.Array | None) -> jax.Array:
+def last_rows(
+    x: Float[Array, "B T *c"], initial: Float[Array, "B R *c"] | None, rows: int, lengths: Int[Array, " B"] | None
+) -> Float[Array, "B R *c"]:
     """The last ``rows`` valid rows of [initial ; x] along axis 1, zeros standing before the start of a sequence."""
     if initial is None:
         initial = jnp.zeros_like(x[:, :1], shape=(x.shape[0], rows, *x.shape[2:]))

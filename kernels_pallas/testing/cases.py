@@ -96,7 +96,7 @@ def draw_gates(regime: Regime, rng: np.random.Generator, shape: tuple[int, ...])
         gates = np.full(shape, -0.02)
         gates[:, 5::64] = value
     elif kind == "exponents":
-        gates = -np.exp(rng.uniform(*np.log(numbers), shape))
+        gates = -np.exp(rng.uniform(*np.log(numbers), size=shape))
     elif kind == "jumps":
         gates = np.where(rng.uniform(size=shape) < 0.02, -rng.uniform(10, 300, shape), -0.05)
     else:
@@ -177,7 +177,7 @@ def expected(case: Case) -> dict[str, np.ndarray]:
     state = None if case.state is None else [f64(x) for x in case.state]
     return oracle.gla(
         *arrays,
-        state,
+        state=state,
         normalize=case.options["normalize"],
         bound=case.options["gate_lower_bound"],
         cotangents=[f64(x) for x in case.cotangents],

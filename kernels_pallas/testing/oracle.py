@@ -6,7 +6,13 @@ hand. Nothing here shares code with the kernels. Slow: milliseconds per token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 EPS = 1e-10
 
@@ -18,7 +24,17 @@ def _expand(x: np.ndarray, heads: int) -> np.ndarray:
     return np.repeat(np.asarray(x, np.float64), heads // x.shape[2], axis=2)
 
 
-def gla(q, k, v, log_g, state=None, *, normalize=True, bound=None, cotangents=None):
+def gla(
+    q: Float[np.ndarray, "B T H K"],
+    k: Float[np.ndarray, "B T H K"],
+    v: Float[np.ndarray, "B T Hv V"],
+    log_g: Float[np.ndarray, "B T Hg K"],
+    state: Sequence[np.ndarray] | None = None,
+    *,
+    normalize: bool = True,
+    bound: float | None = None,
+    cotangents: Sequence[np.ndarray] | None = None,
+) -> dict[str, np.ndarray]:
     """Gated linear attention: {o, S, z}, and with ``cotangents`` (do, dS, dz) also {dq, dk, dv, dlog_g, dS0, dz0}.
 
     Arguments as ``kernels_pallas.gated_linear_attention`` takes them; gradients of shared heads are summed. The gate bound

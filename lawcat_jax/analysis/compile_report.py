@@ -149,7 +149,8 @@ def _measure(report: Report, compiled: Any, text: str, chip: Chip, mesh: Any) ->
     }
     times = report.seconds_by.values()
     report.seconds = (max(times), sum(times))
-    report.mfu = tuple(report.model_flops / (chip.flops * max(second, 1e-12)) for second in report.seconds)
+    best, worst = (report.model_flops / (chip.flops * max(second, 1e-12)) for second in report.seconds)
+    report.mfu = (best, worst)
 
 
 def _link_seconds(collectives: list[hlo.Collective], chip: Chip) -> dict[str, float]:

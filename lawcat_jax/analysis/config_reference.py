@@ -89,7 +89,9 @@ def fields(kind: type) -> list[Field]:
         text = strings.get(name)
         if text is None:
             raise ValueError(f"{name}: write a string below the field that says what it is")
-        unit, meaning = re.fullmatch(r"(?:\[([^]]+)\] )?(.*)", text).groups()
+        found = re.fullmatch(r"(?:\[([^]]+)\] )?(.*)", text)
+        assert found is not None  # any single line matches
+        unit, meaning = found.groups()
         if (unit is None) == bool(re.search(r"\b(int|float)\b", type_name(hint))):
             raise ValueError(
                 f"{name}: numbers, and only they, begin with their unit in brackets, [1] if they have none"

@@ -104,8 +104,7 @@ class Module:
         self.entry, current, name = "", None, ""
         for line in text.splitlines():
             if line.startswith((" ", "\t")):
-                found = _instruction(line) if current is not None else None
-                if found is not None:
+                if current is not None and (found := _instruction(line)) is not None:
                     current[found.name] = found
                     if line.lstrip().startswith("ROOT "):
                         self.roots[name] = found
@@ -247,6 +246,7 @@ class Module:
                     width = min(keys, int(window.group(1)) if window else 0) or keys
                     seen = length * width - width * (width - 1) / 2
                 queries = _ARRAY.search(self.computations[name][instruction.operands[0]].type)
+                assert queries is not None  # an operand of attention is an array
                 products = 5 if "Backward" in target.group(1) else 2
                 total += times * 2 * products * batch * heads * seen * int(queries.group(2).split(",")[-1])
         return total
@@ -296,7 +296,9 @@ class Module:
                 if instruction.opcode == "parameter":
                     size = _sliced(instruction, users, inside)
                     if size is not None:
-                        read[int(re.match(r"\d+", instruction.rest).group())] = size
+                        number = re.match(r"\d+", instruction.rest)
+                        assert number is not None  # parameter(0), parameter(1), ...
+                        read[int(number.group())] = size
             root, updates = self.roots.get(fusion), None
             while root is not None and root.opcode == "bitcast":
                 root = inside.get(root.operands[0])

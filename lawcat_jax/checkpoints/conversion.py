@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from lawcat_jax.checkpoints import delta
+from lawcat_jax.checkpoints.delta import check_delta_target, is_delta
 from lawcat_jax.checkpoints.hf.mapping import flatten
 from lawcat_jax.checkpoints.hf.peft import write_adapter
 from lawcat_jax.checkpoints.hf.read import progress_bar
 from lawcat_jax.checkpoints.hf.write import MAX_SHARD_BYTES, write_hf
-from lawcat_jax.checkpoints.model_dir import MODEL_JSON, ModelBundle, load_model, locate, open_checkpoint, save_model
+from lawcat_jax.checkpoints.model_dir import (
+    MODEL_JSON,
+    ModelBundle,
+    OpenedCheckpoint,
+    in_run,
+    load_model,
+    open_checkpoint,
+    resolve_dtype,
+    save_model,
+)
+from lawcat_jax.checkpoints.transformers_export import write_transformers
+from lawcat_jax.config import ModelConfig
 from lawcat_jax.errors import UserError
-from lawcat_jax.files import check_target
+from lawcat_jax.files import check_target, read_json
 
 VERIFY_TOKENS = (2, 64)  # sequences, tokens: enough to see a wrong rotary scaling, cheap for 7B on a CPU
 
@@ -27,6 +43,7 @@ def convert(
     to: str = "model",
     dtype: str = "keep",
     revision: str | None = None,
+    base: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     verify: bool = False,
     overwrite: bool = False,
@@ -34,77 +51,231 @@ def convert(
     """Read ``source``, write ``target``, print what was done.
 
     Args:
-      source: HF directory, hub id, GGUF file, model directory, ``asset:...`` or ``package:...``.
-      target: directory to create.
-      to: ``model`` (model directory), ``hf`` (Hugging Face directory, LoRA merged) or ``peft`` (adapter).
-      dtype: of the pretrained weights, ``keep`` for the stored one.
+      source: HF directory, hub id, GGUF file, model directory, folder of a run, student's small file, ``asset:...`` or
+        ``package:...``.
+      target: directory to create; a file ``*.safetensors`` with ``to="delta"``.
+      to: one of :data:`KINDS`.
+      dtype: of the pretrained weights, with ``to="delta"`` of what was trained; ``keep`` for the stored one.
       revision: of a hub repository.
-      max_shard_bytes: size of one safetensors file with ``to='hf'``.
-      verify: load the result once more and compare its logits with transformers, both in float32.
-      overwrite: replace an existing target.
+      base: the teacher of a student's small file; with ``to="delta"`` the teacher to compare the student with.
+      max_shard_bytes: size of one safetensors file of a Hugging Face directory.
+      verify: read the result once more and compare it with the source (see :func:`_verify`).
+      overwrite: replace an existing target, if it is a model that this program wrote.
 
     Raises:
       UserError: anything wrong with source or target; no target is left behind.
     """
-    check_target(target, overwrite=overwrite)
+    if to not in KINDS:
+        raise UserError(f"unknown target kind {to!r}; one of {', '.join(KINDS)}")
     if verify and to == "peft":
         raise UserError("--verify compares whole models; it does not go with --to=peft")
-    if verify:
+    if verify and to != "delta":
         _require_torch()
     if max_shard_bytes < 1:
         raise UserError("--max_shard_gb must be positive")
     start = time.monotonic()
-    directory = locate(source, revision)
-    if Path(target).exists() and directory.resolve() == Path(target).resolve():
-        raise UserError(f"source and target are the same directory: {target}")
-    with progress_bar(_weight_bytes(directory), f"reading {source}") as progress:
-        bundle = load_model(str(directory), dtype=dtype, progress=progress)
-    total = sum(leaf.nbytes for _, leaf in flatten(bundle.params))
-    own = (directory / MODEL_JSON).is_file()
-    origin = bundle.extra.get("source") if own else source
-    if to == "model":
-        save_model(
-            target,
+    source, run = in_run(source)
+    if to == "delta":
+        check_delta_target(target, overwrite=overwrite)
+    else:
+        check_target(target, overwrite=overwrite, sources=[source] if Path(source).exists() else [])
+    opened = open_checkpoint(source, revision, base if is_delta(source) or to != "delta" else None)
+    if to != "delta":
+        check_target(target, overwrite=overwrite, sources=[opened.directory])
+    is_student = opened.attention is not None
+    if is_student != (to in _OF_STUDENTS) and to != "model":
+        raise UserError(_wrong_kind(source, to, is_student))
+    if verify and to == "delta" and base is None and _local(opened.extra.get("source")) is None:
+        raise UserError("--verify joins the file with its teacher, which is not on this machine: name it with --base")
+    with progress_bar(_weight_bytes(opened), f"reading {source}") as progress:
+        bundle = ModelBundle(
+            opened.model,
+            opened.attention,
+            opened.lora,
+            opened.params(dtype="keep" if to == "delta" else dtype, progress=progress),
+            opened.tokenizer_path,
+            opened.extra,
+        )
+    job = _Job(
+        bundle, source, opened.directory, target, run, resolve_dtype(dtype), revision, base, max_shard_bytes, overwrite
+    )
+    written = KINDS[to](job)
+    print(f"wrote {target}: {_summary(bundle)}, {written / 1e9:.3g} GB in {time.monotonic() - start:.1f} s", flush=True)
+    if verify:
+        _verify(job, to=to, exact=dtype == "keep")
+
+
+class _Job(NamedTuple):
+    """What is written where. ``dtype`` is None for "as stored"."""
+
+    bundle: ModelBundle
+    source: str
+    directory: Path
+    target: str
+    run: Path | None
+    dtype: np.dtype | None
+    revision: str | None
+    base: str | None
+    max_shard_bytes: int
+    overwrite: bool
+
+    @property
+    def origin(self) -> str | None:
+        """The pretrained model as its first reader named it."""
+        return self.bundle.extra.get("source")
+
+
+def _to_model(job: _Job) -> int:
+    bundle = job.bundle
+    save_model(
+        job.target,
+        model=bundle.model,
+        attention=bundle.attention,
+        lora=bundle.lora,
+        params=bundle.params,
+        tokenizer_source=bundle.tokenizer_path,
+        extra=bundle.extra,
+        overwrite=job.overwrite,
+    )
+    return _bytes(bundle.params)
+
+
+def _to_hf(job: _Job) -> int:
+    bundle = job.bundle
+    if bundle.attention is not None:
+        adapters = ", its adapters are merged" if bundle.lora is not None else ""
+        print(f"{job.target}: the softmax model behind the student; its linear attention is left out{adapters}")
+    with progress_bar(_bytes(bundle.params), f"writing {job.target}") as progress:
+        write_hf(
+            job.target,
+            model=bundle.model,
+            params=bundle.params,
+            attention=bundle.attention,
+            lora=bundle.lora,
+            tokenizer_source=bundle.tokenizer_path,
+            max_shard_bytes=job.max_shard_bytes,
+            overwrite=job.overwrite,
+            progress=progress,
+        )
+    return sum(file.stat().st_size for file in Path(job.target).glob("*.safetensors"))
+
+
+def _to_transformers(job: _Job) -> int:
+    bundle = job.bundle
+    assert bundle.attention is not None  # of a student, which the job was checked to be
+    with progress_bar(_bytes(bundle.params), f"writing {job.target}") as progress:
+        return write_transformers(
+            job.target,
             model=bundle.model,
             attention=bundle.attention,
             lora=bundle.lora,
             params=bundle.params,
             tokenizer_source=bundle.tokenizer_path,
-            extra=bundle.extra if own else {"source": source},
-            overwrite=overwrite,
+            extra=bundle.extra,
+            recipe=recipe_of(job.run),
+            max_shard_bytes=job.max_shard_bytes,
+            overwrite=job.overwrite,
+            progress=progress,
         )
-    elif to == "hf":
-        with progress_bar(total, f"writing {target}") as progress:
-            write_hf(
-                target,
-                model=bundle.model,
-                params=bundle.params,
-                attention=bundle.attention,
-                lora=bundle.lora,
-                tokenizer_source=bundle.tokenizer_path,
-                max_shard_bytes=max_shard_bytes,
-                overwrite=overwrite,
-                progress=progress,
-            )
-    elif to == "peft":
-        if bundle.lora is None:
-            raise UserError(f"{source}: has no LoRA adapters to write; --to=peft needs a student")
-        write_adapter(
-            target,
-            model=bundle.model,
-            attention=bundle.attention,
-            lora=bundle.lora,
-            params=bundle.params,
-            base_model=origin,
-            overwrite=overwrite,
-        )
+
+
+def _to_peft(job: _Job) -> int:
+    bundle = job.bundle
+    if bundle.lora is None:
+        raise UserError(f"{job.source}: has no LoRA adapters to write; --to=peft needs a student that has them")
+    write_adapter(
+        job.target,
+        model=bundle.model,
+        attention=bundle.attention,
+        lora=bundle.lora,
+        params=bundle.params,
+        base_model=job.origin,
+        overwrite=job.overwrite,
+    )
+    print(
+        f"{job.target}: the adapters alone, which on softmax attention are another model than the student; "
+        "the student leaves with --to=transformers or --to=delta"
+    )
+    return sum(file.stat().st_size for file in Path(job.target).glob("*.safetensors"))
+
+
+def _to_delta(job: _Job) -> int:
+    bundle, leaves = job.bundle, dict(flatten(job.bundle.params))
+    teacher = job.base or _local(job.origin)
+    weights = delta.record(leaves)
+    if teacher is not None:  # a student whose pretrained part was trained as well is more than its small file
+        found = dict(flatten(load_model(teacher, revision=bundle.extra.get("revision"), dtype="keep").params))
+        found = {path: leaf for path, leaf in found.items() if not delta.is_trained(path)}
+        try:
+            delta.check_base(found, weights, where=teacher, student=job.source)
+        except UserError as problem:
+            raise UserError(
+                f"{problem}; if it is the teacher, stage 2 trained the pretrained weights too, and the student leaves "
+                "as a whole only (--to=model, --to=transformers)"
+            ) from problem
     else:
-        raise UserError(f"unknown target kind {to!r}; one of model, hf, peft")
-    summary = _summary(bundle)
-    print(f"wrote {target}: {summary}, {total / 1e9:.3g} GB in {time.monotonic() - start:.1f} s", flush=True)
-    if verify:
-        del bundle
-        _verify(directory, Path(target), to=to, exact=dtype == "keep")
+        print(
+            f"{job.origin or 'the teacher'} is not on this machine: not checked that the student's weights are its own"
+        )
+    assert bundle.attention is not None  # of a student, which the job was checked to be
+    return delta.write_delta(
+        job.target,
+        model=bundle.model,
+        attention=bundle.attention,
+        lora=bundle.lora,
+        params=leaves,
+        teacher=job.origin or job.base,
+        revision=bundle.extra.get("revision"),
+        weights=weights,
+        extra=bundle.extra,
+        recipe=recipe_of(job.run),
+        dtype=job.dtype,
+        overwrite=job.overwrite,
+    )
+
+
+def recipe_of(run: Path | None) -> dict[str, Any] | None:
+    """Configuration, versions and results of the run in a folder, from its manifest; None if there is none."""
+    if run is None or not (run / "manifest.json").is_file():
+        return None
+    manifest = read_json(run / "manifest.json")
+    return {name: manifest[name] for name in ("config", "results", "git", "versions") if name in manifest}
+
+
+def _local(source: str | None) -> str | None:
+    """``source`` if it can be read without a download."""
+    return (
+        source if source and (source.startswith(("asset:", "package:")) or Path(source).expanduser().exists()) else None
+    )
+
+
+KINDS: dict[str, Callable[[_Job], int]] = {
+    "model": _to_model,
+    "hf": _to_hf,
+    "hf-base": _to_hf,
+    "transformers": _to_transformers,
+    "peft": _to_peft,
+    "delta": _to_delta,
+}
+"""What can be written: a model directory, a Hugging Face checkpoint, the same of a student's softmax model, a student
+with its own torch code, LoRA adapters for PEFT, a student's small file. Each returns the bytes of its weights."""
+
+_OF_STUDENTS = ("hf-base", "transformers", "peft", "delta")
+
+
+def _wrong_kind(source: str, to: str, is_student: bool) -> str:
+    if is_student:
+        return (
+            f"{source} is a student, and --to={to} has no place for its linear attention: take --to=transformers "
+            "(the student as a Hugging Face model) or --to=hf-base (the softmax model behind it, mixers left out)"
+        )
+    if to == "peft":
+        return f"{source}: has no LoRA adapters to write; --to=peft needs a student"
+    return f"{source} is no student; --to={to} needs one"
+
+
+def _bytes(params: Any) -> int:
+    return sum(leaf.nbytes for _, leaf in flatten(params))
 
 
 def _summary(bundle: ModelBundle) -> str:
@@ -114,10 +285,9 @@ def _summary(bundle: ModelBundle) -> str:
     return f"{bundle.model.family}, {bundle.model.num_layers} layers, {count / 1e6:,.1f} M parameters, {kinds}"
 
 
-def _weight_bytes(directory: Path) -> int | None:
-    if directory.is_file():  # GGUF: what is counted are the bytes after dequantisation
-        return open_checkpoint(directory).nbytes
-    return sum(file.stat().st_size for file in directory.glob("model*.safetensors")) or None
+def _weight_bytes(opened: OpenedCheckpoint) -> int | None:
+    """Bytes that reading will report (of GGUF after dequantisation), None where that is not known."""
+    return getattr(opened.reader, "nbytes", None)
 
 
 def _require_torch() -> None:
@@ -126,21 +296,48 @@ def _require_torch() -> None:
         raise UserError(f"--verify needs {' and '.join(missing)}: pip install {' '.join(missing)}; or leave it out")
 
 
-def _verify(source: Path, target: Path, *, to: str, exact: bool) -> None:
-    """Print the differences of logits between the result of a conversion and ``transformers``."""
+def _verify(job: _Job, *, to: str, exact: bool) -> None:
+    """Compare the result of a conversion with its source, and print how they differ.
+
+    Model directories and Hugging Face checkpoints: logits of one side here against those of the other in transformers.
+    A student's small file: joined again, bit for bit.
+    """
+    source, target = job.source, Path(job.target)
+    if to == "delta":
+        base = job.base or job.origin
+        again = dict(flatten(load_model(target, base=base, dtype="keep").params))
+        before = dict(flatten(job.bundle.params))
+        same = all(np.array_equal(again[path], before[path]) for path in before)
+        if not same and exact:
+            raise UserError(f"{target}: joined with {base} it is not {source}; do not use it, and report this")
+        print(f"verify: joined with {base} it is the source {'bit for bit' if same else 'up to rounding'}", flush=True)
+        return
+    job.bundle.params = {}  # make room
+    tokens, trust = random_tokens(job.bundle.model), False
+    before = load_model(source, revision=job.revision, base=job.base, dtype="float32")
     with tempfile.TemporaryDirectory() as scratch:
-        if to == "hf":
-            reference, ours = target, target
-        elif not (source / MODEL_JSON).is_file():
-            reference, ours = source, target
-        else:  # a model directory was copied: its counterpart exists only once it is written
-            reference, ours = Path(scratch) / "hf", target
-            bundle = load_model(target, dtype="keep")
-            write_hf(reference, model=bundle.model, params={k: v for k, v in bundle.params.items() if k != "lora"})
-        result = compare_with_transformers(ours, reference)
+        if to == "model":
+            after = load_model(target, dtype="float32")
+            _check_trained(before, after, target)
+            here, reference = teacher_logits(after, tokens), job.directory
+            if before.attention is not None and not (job.directory / MODEL_JSON).is_file() and not is_delta(source):
+                here, trust = student_logits(after, tokens), True  # an exported student
+            elif (job.directory / MODEL_JSON).is_file() or is_delta(source):
+                reference = Path(scratch) / "hf"  # of our own formats the counterpart exists only once it is written
+                write_hf(reference, model=before.model, params={k: v for k, v in before.params.items() if k != "lora"})
+        elif to == "transformers":
+            here, reference, trust = student_logits(before, tokens), target, True
+        else:
+            if before.lora is not None and before.attention is not None:
+                from lawcat_jax.models import merge_lora
+
+                before.params = merge_lora(before.params, before.lora, before.attention)
+            here, reference = teacher_logits(dataclasses.replace(before, lora=None), tokens), target
+        del before
+        result = compare_logits(here, reference, tokens, trust_remote_code=trust)
     print(
         f"verify: {result['tokens']} random tokens, max abs difference of logits {result['max_abs']:.3g} "
-        f"(largest logit {result['scale']:.3g}), KL(transformers || here) {result['kl']:.3g} nats a token",
+        f"(largest logit {result['scale']:.3g}), KL(transformers || here) {result['kl']:.3g} nats per token",
         flush=True,
     )
     # Rounding to another dtype moves logits by itself; the same weights must agree to float32 rounding.
@@ -148,27 +345,42 @@ def _verify(source: Path, target: Path, *, to: str, exact: bool) -> None:
         raise UserError(f"{target}: logits differ from transformers beyond rounding; do not use it, and report this")
 
 
-def compare_with_transformers(ours: Path, reference: Path, *, seed: int = 0) -> dict[str, float]:
-    """Logits of the teacher in ``ours`` against ``transformers`` on ``reference`` (HF directory or GGUF file), in float32.
+def _check_trained(before: ModelBundle, after: ModelBundle, target: Path) -> None:
+    """Mixers and adapters are never rounded on the way."""
+    old, new = ({p: leaf for p, leaf in flatten(b.params) if delta.is_trained(p)} for b in (before, after))
+    if old.keys() != new.keys() or not all(np.array_equal(old[path], new[path]) for path in old):
+        raise UserError(f"{target}: mixers or adapters are not those of the source; do not use it, and report this")
+
+
+def random_tokens(model: ModelConfig, seed: int = 0) -> np.ndarray:
+    """Tokens that a comparison of logits is made on, int32 [2, 64]."""
+    return np.random.default_rng(seed).integers(0, model.vocab_size, VERIFY_TOKENS).astype(np.int32)
+
+
+def compare_logits(
+    here: np.ndarray, reference: Path, tokens: np.ndarray, *, trust_remote_code: bool = False
+) -> dict[str, float]:
+    """Logits [B, T, V] of this project against ``transformers`` on ``reference`` (HF directory or GGUF file), in
+    float32.
 
     Returns:
       ``max_abs`` (largest absolute difference), ``scale`` (largest absolute logit), ``kl``
       (KL(reference || ours), nats, mean over tokens) and ``tokens``.
 
     Raises:
-      UserError: either cannot be loaded, or torch is not installed.
+      UserError: torch is not installed.
     """
     _require_torch()
-    bundle = load_model(ours, dtype="float32")
-    tokens = np.random.default_rng(seed).integers(0, bundle.model.vocab_size, VERIFY_TOKENS).astype(np.int32)
-    here = teacher_logits(bundle, tokens)
-    del bundle
     import torch
     import transformers
 
     where = (reference.parent, {"gguf_file": reference.name}) if reference.is_file() else (reference, {})
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        where[0], **where[1], dtype=torch.float32, attn_implementation="eager"
+        where[0],
+        **where[1],
+        dtype=torch.float32,
+        attn_implementation="eager",
+        trust_remote_code=trust_remote_code,
     ).eval()
     with torch.no_grad():
         there = model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
@@ -183,13 +395,22 @@ def compare_with_transformers(ours: Path, reference: Path, *, seed: int = 0) -> 
 
 def teacher_logits(bundle: ModelBundle, tokens: np.ndarray) -> np.ndarray:
     """float32 [B, T, V] logits of the softmax model for int32 [B, T] tokens."""
+    return _logits(bundle, tokens, as_teacher=True)
+
+
+def student_logits(bundle: ModelBundle, tokens: np.ndarray) -> np.ndarray:
+    """float32 [B, T, V] logits of the student for int32 [B, T] tokens."""
+    return _logits(bundle, tokens, as_teacher=False)
+
+
+def _logits(bundle: ModelBundle, tokens: np.ndarray, *, as_teacher: bool) -> np.ndarray:
     import jax
 
     from lawcat_jax import models
 
     graphdef, _ = models.abstract(bundle.model, bundle.attention, bundle.lora)
     with jax.default_matmul_precision("float32"):
-        forward = jax.jit(lambda params, x: models.bind(graphdef, params)(x, as_teacher=True))
+        forward = jax.jit(lambda params, x: models.bind(graphdef, params)(x, as_teacher=as_teacher))
         return np.asarray(forward(bundle.params, tokens), np.float32)
 
 

@@ -5,18 +5,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import os
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 
+from lawcat_jax.checkpoints.delta import Delta, cast, is_delta, is_trained
+from lawcat_jax.checkpoints.exported import ExportedCheckpoint, is_exported
 from lawcat_jax.checkpoints.gguf.read import PACKAGE, GgufCheckpoint, find_gguf, is_gguf
 from lawcat_jax.checkpoints.hf.config_map import token_ids
 from lawcat_jax.checkpoints.hf.mapping import base_shapes, flatten, unflatten
@@ -30,24 +29,16 @@ from lawcat_jax.checkpoints.hf.read import (
     stated_ids,
 )
 from lawcat_jax.checkpoints.hf.write import check_leaves, copy_tokenizer
-from lawcat_jax.checkpoints.orbax_errors import is_disk_full, only_one_report, unraisable_hook
-from lawcat_jax.config import (
-    AttentionConfig,
-    ConfigError,
-    LoraConfig,
-    ModelConfig,
-    attention_problems,
-    from_dict,
-    model_problems,
-    to_dict,
-    type_problems,
-)
+from lawcat_jax.checkpoints.orbax_arrays import restore_arrays, save_arrays
+from lawcat_jax.checkpoints.stored_configs import configs_from_json, configs_to_json
+from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import new_directory, read_json, write_json
 
 FORMAT_VERSION = 1
-_RESTORE_BYTES = 256 << 20
 MODEL_JSON, PARAMS, TOKENIZER = "model.json", "params", "tokenizer"
+_MODEL_FILES = (MODEL_JSON, "config.json")  # of a model directory, of a Hugging Face directory
+_IN_RUN = ("student", "teacher")
 ASSETS = Path(__file__).parents[1] / "assets"
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -135,9 +126,7 @@ def save_model(
     check_leaves(leaves, expected_shapes(model, attention, lora), f"cannot write {target}")
     values = {
         "format_version": FORMAT_VERSION,
-        "model": to_dict(model),
-        "attention": None if attention is None else to_dict(attention),
-        "lora": None if lora is None else to_dict(lora),
+        **configs_to_json(model, attention, lora),
         "extra": dict(extra or {}),
         # So that a load can check every array without opening it, and so that a reader sees what is inside.
         "params": {path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in leaves.items()},
@@ -145,18 +134,27 @@ def save_model(
     leaves = {path: distributed.on_host(leaf) for path, leaf in leaves.items()}
     if distributed.is_primary():
         with new_directory(target, overwrite=overwrite) as directory:
-            _save_params(directory / PARAMS, leaves)
+            save_arrays(directory / PARAMS, leaves)
             copy_tokenizer(tokenizer_source, directory / TOKENIZER)
             write_json(directory / MODEL_JSON, values)
     distributed.barrier("save_model")
+
+
+class Reader(Protocol):
+    """What reads the parameters of a checkpoint that is no model directory, e.g. a Hugging Face ``Checkpoint``."""
+
+    def params(self, *, dtype: np.dtype | None, shardings: Shardings | None, progress: Progress) -> dict[str, Any]:
+        """Every parameter as a plain nested dict; for the arguments see :func:`load_model`."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class OpenedCheckpoint:
     """A checkpoint of any format whose configurations are read and whose parameters are not.
 
-    ``directory`` is where it lies on this machine (of GGUF the file). ``model``, ``attention``, ``lora``, ``tokenizer_path`` and
-    ``extra`` are those of :class:`ModelBundle`. Made by :func:`open_checkpoint`.
+    ``directory`` is where it lies on this machine (of GGUF the file, of a student's small file its teacher). ``model``,
+    ``attention``, ``lora``, ``tokenizer_path`` and ``extra`` are those of :class:`ModelBundle`. Made by
+    :func:`open_checkpoint`.
     """
 
     directory: Path
@@ -165,7 +163,7 @@ class OpenedCheckpoint:
     lora: LoraConfig | None
     tokenizer_path: str | None
     extra: dict[str, Any]
-    reader: Checkpoint | None = dataclasses.field(default=None, repr=False)  # of another format than model directories
+    reader: Reader | None = dataclasses.field(default=None, repr=False)  # of another format than model directories
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -187,42 +185,105 @@ class OpenedCheckpoint:
         cast = resolve_dtype(dtype)
         if self.reader is not None:
             return self.reader.params(dtype=cast, shardings=shardings, progress=progress)
-        return unflatten(_restore_params(self.directory, self.shapes, cast, shardings))
+        return unflatten(restore_arrays(self.directory / PARAMS, self.shapes, cast, shardings))
 
 
-def open_checkpoint(source: str | os.PathLike, revision: str | None = None) -> OpenedCheckpoint:
+class _JoinedReader:
+    """A student's small file with its teacher. The teacher passes through the host's memory whole, to be compared."""
+
+    def __init__(self, delta: Delta, base: OpenedCheckpoint, where: str):
+        self._delta, self._base, self._where = delta, base, where
+
+    def params(self, *, dtype: np.dtype | None, shardings: Shardings | None, progress: Progress) -> dict[str, Any]:
+        """As :meth:`Reader.params`."""
+        base = dict(flatten(self._base.params(dtype="keep", progress=progress)))
+        leaves: dict[str, Any] = self._delta.join(base, self._where)
+        check_leaves(
+            leaves, expected_shapes(self._delta.model, self._delta.attention, self._delta.lora), str(self._delta.path)
+        )
+        for path, leaf in leaves.items():
+            if dtype is not None and not is_trained(path):
+                leaf = cast(leaf, dtype, path)
+            sharding = None if shardings is None else shardings(path)
+            if sharding is not None:
+                import jax
+
+                leaf = jax.make_array_from_callback(leaf.shape, sharding, lambda index, leaf=leaf: leaf[index])
+            leaves[path] = leaf
+        return unflatten(leaves)
+
+
+def open_checkpoint(
+    source: str | os.PathLike, revision: str | None = None, base: str | os.PathLike | None = None
+) -> OpenedCheckpoint:
     """Find ``source`` and read its configurations and the list of its tensors, but no parameter.
 
     Args:
       source: a model directory, an HF directory, a hub id (its files are downloaded), a GGUF file,
-        ``package:<name>`` or ``asset:<name>``; see :func:`locate`.
+        ``package:<name>`` or ``asset:<name>`` (see :func:`locate`), or a student's small file
+        (:mod:`lawcat_jax.checkpoints.delta`).
       revision: of a hub repository.
+      base: the teacher that a student's small file belongs to; by default the one that it names.
 
     Raises:
-      UserError: nothing there, a configuration that is damaged or not supported, or tensors that do not fit it.
+      UserError: nothing there, a configuration that is damaged or not supported, tensors that do not fit it, or a
+        ``base`` that is missing, superfluous, or of another architecture.
     """
+    if is_delta(source):
+        return _open_delta(Delta(os.fspath(source)), revision, None if base is None else os.fspath(base))
+    if base is not None:
+        raise UserError(f"--base belongs to a student's small file (convert --to=delta), and {source} is none")
     directory = locate(source, revision)
     if (directory / MODEL_JSON).is_file():
         model, attention, lora, extra = read_model_json(directory)
         return OpenedCheckpoint(directory, model, attention, lora, _tokenizer_path(directory / TOKENIZER), extra)
+    if directory.is_dir() and is_exported(read_json(directory / "config.json")):
+        exported = ExportedCheckpoint(directory, expected_shapes)
+        tokenizer = _tokenizer_path(directory)
+        return OpenedCheckpoint(directory, *exported.configs, tokenizer, exported.extra, exported)
     reader = GgufCheckpoint(directory) if directory.is_file() else Checkpoint(directory)
     tokenizer, extra = reader.tokenizer_directory(), {"source": str(source)}
     return OpenedCheckpoint(directory, reader.config, None, None, tokenizer, extra, reader)
+
+
+def _open_delta(delta: Delta, revision: str | None, base: str | None) -> OpenedCheckpoint:
+    source = base or delta.teacher
+    if source is None:
+        raise UserError(f"{delta.path} does not say which teacher it belongs to; name it with --base")
+    try:
+        opened = open_checkpoint(source, (None if base else delta.revision) or revision)
+    except UserError as problem:
+        if base:
+            raise
+        raise UserError(
+            f"{delta.path} needs its teacher {source}, which cannot be opened here: name it with --base ({problem})"
+        ) from problem
+    delta.check_architecture(opened.model, source)
+    # The token ids are the student's: a run may have changed them.
+    return OpenedCheckpoint(
+        opened.directory,
+        delta.model,
+        delta.attention,
+        delta.lora,
+        opened.tokenizer_path,
+        delta.extra,
+        _JoinedReader(delta, opened, source),
+    )
 
 
 def load_model(
     source: str | os.PathLike,
     *,
     revision: str | None = None,
+    base: str | os.PathLike | None = None,
     dtype: str | None = "auto",
     shardings: Shardings | None = None,
     progress: Progress = lambda count: None,
 ) -> ModelBundle:
-    """Open and read a model directory, an HF directory, a hub id, a GGUF file, or ``asset:tiny_llama``.
+    """Open and read what :func:`open_checkpoint` takes.
 
     Args:
-      source: where from.
-      revision: of a hub repository.
+      source, revision, base: see :func:`open_checkpoint`.
       dtype: of the pretrained part: ``float32``, ``bfloat16``, ``float16``, ``auto`` (bfloat16 on
         accelerators, float32 on CPU), or ``keep``. Mixers and LoRA keep the dtype they were saved in.
       shardings: path -> jax.sharding.Sharding or None; see :meth:`lawcat_jax.checkpoints.hf.read.Checkpoint.params`.
@@ -232,9 +293,25 @@ def load_model(
       UserError: nothing there, damaged files, or parameters that are missing, unexpected or wrongly shaped.
     """
     resolve_dtype(dtype)  # an unknown name shows before anything is downloaded
-    found = open_checkpoint(source, revision)
+    found = open_checkpoint(source, revision, base)
     params = found.params(dtype=dtype, shardings=shardings, progress=progress)
     return ModelBundle(found.model, found.attention, found.lora, params, found.tokenizer_path, found.extra)
+
+
+def in_run(source: str | os.PathLike) -> tuple[str, Path | None]:
+    """(model, folder of its run or None) for ``source``, which may be the folder of a run: its model is ``student/`` or
+    ``teacher/`` in it. Anything else is returned as it is.
+    """
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return os.fspath(source), None
+    if not any((path / name).exists() for name in _MODEL_FILES):
+        for name in _IN_RUN:
+            if any((path / name / file).exists() for file in _MODEL_FILES):
+                return str(path / name), path
+    parent = path.resolve().parent
+    inside = path.resolve().name in _IN_RUN and (parent / "manifest.json").exists()
+    return str(path), parent if inside else None
 
 
 def locate(source: str | os.PathLike, revision: str | None = None) -> Path:
@@ -259,7 +336,7 @@ def locate(source: str | os.PathLike, revision: str | None = None) -> Path:
             raise UserError(f"no embedded model {text!r}; this installation has: {', '.join(known) or 'none'}")
     else:
         directory = resolve_source(text, revision)
-    if not any((directory / name).is_file() for name in (MODEL_JSON, "config.json")):
+    if not any((directory / name).is_file() for name in _MODEL_FILES):
         raise UserError(f"{directory} is not a model directory: neither {MODEL_JSON} nor config.json is in it")
     return directory
 
@@ -281,140 +358,10 @@ def read_model_json(
             f"{path}: format version {values.get('format_version')!r}, but this program reads {FORMAT_VERSION}; "
             "convert again"
         )
-    kinds = {"model": ModelConfig, "attention": AttentionConfig, "lora": LoraConfig}
-    parsed: dict[str, Any] = {}
-    for name, kind in kinds.items():
-        value = values.get(name)
-        if value is None and name != "model":
-            parsed[name] = None
-            continue
-        if not isinstance(value, dict):
-            raise UserError(f"{path}: {name} should be an object")
-        try:
-            parsed[name] = from_dict(kind, value, name)
-        except (ConfigError, TypeError) as problem:
-            raise UserError(f"{path}: {problem}") from None
-        problems = type_problems(parsed[name], name)
-        if not problems:
-            checks = {"model": model_problems, "attention": attention_problems}
-            problems = checks[name](parsed[name], name) if name in checks else []
-        if problems:
-            raise UserError(f"{path}: {'; '.join(problems)}")
+    model, attention, lora = configs_from_json(values, str(path))
     ids = token_ids(stated_ids(path.parent / TOKENIZER / GENERATION))
-    model = dataclasses.replace(parsed["model"], **ids)
-    return model, parsed["attention"], parsed["lora"], values.get("extra") or {}
+    return dataclasses.replace(model, **ids), attention, lora, values.get("extra") or {}
 
 
 def _tokenizer_path(directory: Path) -> str | None:
     return str(directory) if any((directory / name).is_file() for name in TOKENIZER_FILES) else None
-
-
-@contextlib.contextmanager
-def _checkpointer(**options: Any) -> Iterator[Any]:
-    import jax
-    import orbax.checkpoint as ocp
-    from absl import logging as absl_logging
-    from orbax.checkpoint import type_handlers
-
-    # For good: the report comes from a thread, often after the error that it belongs to has been raised.
-    if sys.unraisablehook is sys.__unraisablehook__:
-        sys.unraisablehook = unraisable_hook
-    only_one_report()
-    # Orbax copies host arrays before it writes, and compression buffers all of them at once: 2.9x the bytes.
-    # Without both the peak is the arrays themselves; weights hardly compress anyway.
-    try:
-        numpy_handler = type_handlers.NumpyHandler(deepcopy_host_arrays=False)
-    except TypeError:  # orbax before 0.12.5 (some accelerator images): works as well, with twice the memory
-        numpy_handler = type_handlers.NumpyHandler()
-    registry = type_handlers.create_type_handler_registry(
-        (np.ndarray, numpy_handler),
-        (jax.Array, type_handlers.ArrayHandler()),
-    )
-    verbosity = absl_logging.get_verbosity()
-    if verbosity == absl_logging.INFO:  # the default of a command: orbax logs every step, and warns before it fails
-        absl_logging.set_verbosity(absl_logging.ERROR)
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False, **options)
-    try:
-        with ocp.Checkpointer(handler, **options) as checkpointer:
-            yield checkpointer
-    finally:
-        absl_logging.set_verbosity(verbosity)
-
-
-def _save_params(path: Path, leaves: Mapping[str, np.ndarray]) -> None:
-    import orbax.checkpoint as ocp
-
-    # Process 0 alone: without this orbax waits for the other processes.
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=0, active_processes={0}, barrier_sync_key_prefix="save_model"
-    )
-    try:
-        with _checkpointer(multiprocessing_options=alone) as checkpointer:
-            checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(unflatten(leaves)))
-    except ValueError as problem:  # which tensorstore raises for errors of the operating system
-        if not is_disk_full(problem):
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from problem
-
-
-def _restore_params(
-    directory: Path, expected: Mapping[str, tuple[int, ...]], cast: np.dtype | None, shardings: Shardings | None
-) -> dict[str, Any]:
-    import jax
-    import orbax.checkpoint as ocp
-
-    path = (directory / PARAMS).absolute()
-    if not path.is_dir():
-        raise UserError(f"{directory}: incomplete, {PARAMS}/ is missing; convert or save it again")
-
-    def restore_args(name: str, stored: Any) -> Any:
-        base = not name.startswith(("mixers/", "lora/"))  # the trainable part stays in its own precision
-        dtype = cast if base and cast is not None else np.dtype(stored.dtype)
-        sharding = shardings(name) if shardings is not None else None
-        if sharding is None:
-            return ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
-        return ocp.ArrayRestoreArgs(
-            restore_type=jax.Array, dtype=dtype, sharding=sharding, global_shape=tuple(stored.shape)
-        )
-
-    with _checkpointer() as checkpointer, _damage_reported(path):
-        metadata = checkpointer.metadata(path).item_metadata
-        if metadata is None:
-            raise UserError(f"{path}: damaged or incomplete (its list of arrays cannot be read); convert or save again")
-        stored = dict(flatten(metadata.tree))
-        check_leaves(stored, expected, str(path))
-        leaves: dict[str, Any] = {}
-        for names in _groups(stored):
-            arguments = unflatten({name: restore_args(name, stored[name]) for name in names})
-            item = unflatten({name: stored[name] for name in names})
-            request = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
-            leaves |= flatten(checkpointer.restore(path, args=request))
-    check_leaves(leaves, expected, str(path))
-    return leaves
-
-
-def _groups(stored: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Parameter names in groups read at once: tensorstore holds every array of a read a second time."""
-    group: list[str] = []
-    size = 0
-    for name, leaf in stored.items():
-        count = int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-        if group and size + count > _RESTORE_BYTES:
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += count
-    yield group
-
-
-@contextlib.contextmanager
-def _damage_reported(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except MemoryError:
-        raise
-    except Exception as problem:  # orbax and tensorstore raise many kinds for damaged files
-        first = (str(problem).strip() or type(problem).__name__).splitlines()[0][:300]
-        raise UserError(f"{path}: damaged or incomplete, restore a copy or convert again ({first})") from problem

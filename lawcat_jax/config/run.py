@@ -16,7 +16,9 @@ class TeacherConfig(Node):
 
     source: str = "asset:tiny_llama"
     """Hugging Face directory or hub id, a directory written by ``lawcat_jax.convert``, or ``asset:tiny_llama``, the
-    embedded teacher."""
+    embedded teacher. To train a student on: its directory, or its small file."""
+    base: str | None = None
+    """Where ``source`` is a student's small file: the teacher that it belongs to; None is the one that the file names."""
     revision: str | None = None
     """Branch, tag or commit of a hub repository."""
     dtype: Dtype = "auto"

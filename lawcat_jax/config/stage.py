@@ -247,9 +247,10 @@ def stage_problems(stage: StageConfig, path: str) -> list[str]:
         problems.append(f"{path}.kl_temperature: {stage.kl_temperature} must be positive")
     if stage.state_passing != "off" and not path.endswith("stage2"):
         problems.append(f"{path}.state_passing: only stage 2 runs the student alone; set it to 'off'")
-    if (stage.state_passing == "pieces") != bool(stage.data.pieces):
+    alone = stage.data.pieces and path.endswith("stage2")  # a question without its needle
+    if (stage.state_passing == "pieces" and not stage.data.pieces) or (alone and stage.state_passing != "pieces"):
         problems.append(
-            f"{path}.state_passing: 'pieces' passes the states of data.pieces (at least 2), and nothing else does; it is "
+            f"{path}.state_passing: 'pieces' and data.pieces (at least 2) go together; it is "
             f"{stage.state_passing!r} with data.pieces {stage.data.pieces}"
         )
     problems += _multiplier_problems(stage.lr_multipliers, f"{path}.lr_multipliers")

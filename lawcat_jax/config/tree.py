@@ -161,7 +161,9 @@ def from_dict(kind: type, values: dict, path: str = "config") -> Any:
             value = from_dict(typing.cast(type, kinds[0]), value, f"{path}.{name}")
         elif typing.get_origin(hints[name]) is tuple and isinstance(value, list | tuple):
             value = tuple(
-                from_dict(kinds[0], item, f"{path}.{name}[{index}]") if kinds and isinstance(item, dict) else item
+                from_dict(typing.cast(type, kinds[0]), item, f"{path}.{name}[{index}]")
+                if kinds and isinstance(item, dict)
+                else item
                 for index, item in enumerate(value)
             )
         out[name] = value

@@ -42,7 +42,7 @@ def join_rows(documents: Sequence[Document], seq_length: int, tokenizer: Tokeniz
         parts = [make_row(document, len(document.tokens), tokenizer) for document in documents]
         names = ("tokens", "targets", "loss_weights", "kl_weights")
         joined = (np.concatenate([part[name] for part in parts])[:seq_length] for name in names)
-        row = _arrays(*joined, seq_length, tokenizer)
+        row = _arrays(*joined, seq_length=seq_length, tokenizer=tokenizer)
     length = int(row["lengths"])
     starts, first = np.zeros(seq_length, np.int32), 0
     for document in documents:

@@ -128,7 +128,8 @@ def _tfds_documents(source: str, text_key: str) -> Iterator[str]:
     name, split = _split_of(source.removeprefix("tfds:"))
     try:
         if Path(name).expanduser().is_dir():
-            rows = tfds.builder_from_directory(str(Path(name).expanduser())).as_data_source(split)
+            builder: Any = tfds.builder_from_directory(str(Path(name).expanduser()))  # its decorators hide signatures
+            rows: Any = builder.as_data_source(split)
         else:
             online = network.answers("https://storage.googleapis.com")
             tfds.core.utils.gcs_utils._is_gcs_disabled = not online  # it would try for minutes

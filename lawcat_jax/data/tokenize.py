@@ -47,7 +47,8 @@ def load_tokenizer(source: str | os.PathLike, *, revision: str | None = None) ->
     if not local:
         network.hub_or_offline()
     try:
-        return transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+        # Code that comes with a model is not run for its tokenizer, and nobody is asked whether it should be.
+        return transformers.AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as problem:  # transformers raises many types here, from OSError to KeyError
         reason = str(problem).strip().split("\n")[0]
         raise UserError(f"tokenizer {name!r} cannot be loaded: {reason}") from problem

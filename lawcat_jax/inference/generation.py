@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,11 @@ import numpy as np
 
 from lawcat_jax.errors import UserError
 from lawcat_jax.models import bind, num_linear
+from lawcat_jax.models.cache import Cache
 from lawcat_jax.runtime.sharding import mesh_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 SMALLEST_BUCKET = 16
 
@@ -28,7 +32,9 @@ def bucket(size: int, largest: int | None = None) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "batch", "length", "as_teacher"))
-def empty_cache(params, *, graphdef, batch: int, length: int, as_teacher: bool = False):
+def empty_cache(
+    params: dict[str, Any], *, graphdef: Any, batch: int, length: int, as_teacher: bool = False
+) -> tuple[Cache, Float[Array, "B V"]]:
     """(cache, logits [B, V] float32) of no tokens."""
     model = bind(graphdef, params)
     logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
@@ -36,7 +42,16 @@ def empty_cache(params, *, graphdef, batch: int, length: int, as_teacher: bool =
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher"), donate_argnames=("cache", "logits"))
-def prefill_chunk(params, cache, logits, tokens, lengths, *, graphdef, as_teacher: bool):
+def prefill_chunk(
+    params: dict[str, Any],
+    cache: Cache,
+    logits: Float[Array, "B V"],
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"] | None,
+    *,
+    graphdef: Any,
+    as_teacher: bool,
+) -> tuple[Float[Array, "B V"], Cache]:
     """Consume one chunk of prompts, int32 [B, T]: (logits of the last valid token [B, V], cache).
 
     ``lengths`` int32 [B] counts the valid tokens of each row; a prompt that has ended already (0) keeps its cache and its
@@ -54,7 +69,17 @@ def _choose(logits, step, keys, temperature):
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher"), donate_argnames=("cache",))
-def decode_step(params, cache, token, step, keys, temperature, *, graphdef, as_teacher: bool):
+def decode_step(
+    params: dict[str, Any],
+    cache: Cache,
+    token: Int[Array, " B"],
+    step: Int[Array, ""] | int,
+    keys: Array,
+    temperature: Float[Array, ""] | float,
+    *,
+    graphdef: Any,
+    as_teacher: bool,
+) -> tuple[Int[Array, " B"], Cache]:
     """Consume one token of every sequence, int32 [B], and choose the next: (next tokens [B], cache)."""
     logits, cache = bind(graphdef, params).decode(token, cache, as_teacher=as_teacher)
     return _choose(logits, step, keys, temperature), cache
@@ -99,9 +124,9 @@ def _check(graphdef, params, prompts: Sequence[Sequence[int]], max_new_tokens: i
 
 def _has_softmax(graphdef, params, as_teacher: bool) -> bool:
     model = bind(graphdef, params)
-    return (
-        as_teacher or model.mixers is None or num_linear(model.config, model.attention_config) < model.config.num_layers
-    )
+    if as_teacher or model.mixers is None or model.attention_config is None:
+        return True
+    return num_linear(model.config, model.attention_config) < model.config.num_layers
 
 
 def _consume(graphdef, params, prompts, new_tokens: int, chunk: int, as_teacher: bool):

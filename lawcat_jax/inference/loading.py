@@ -9,9 +9,6 @@ from typing import Any
 from lawcat_jax.data.tokenize import Tokenizer, load_tokenizer
 from lawcat_jax.errors import UserError
 
-_MODEL_FILES = ("model.json", "config.json")  # of a model directory, of a Hugging Face directory
-_IN_RUN = ("student", "teacher")
-
 
 @dataclasses.dataclass(frozen=True)
 class FoundCheckpoint:
@@ -22,7 +19,7 @@ class FoundCheckpoint:
         it was given.
       run: the folder of the run that the model belongs to, which reports may be written into; None for all others.
       tokenizer: as the checkpoint has it, or the one asked for.
-      extra: what the writer of a model directory left in it, e.g. ``training_length`` and ``eval``; {} for others.
+      extra: what the writer of a model directory left in it, e.g. ``training_length`` and ``eval``.
     """
 
     source: str
@@ -53,51 +50,55 @@ class LoadedModel:
     directory: Path | None
 
 
-def find_checkpoint(checkpoint: str, *, revision: str | None = None, tokenizer: str | None = None) -> FoundCheckpoint:
+def find_checkpoint(
+    checkpoint: str, *, revision: str | None = None, base: str | None = None, tokenizer: str | None = None
+) -> FoundCheckpoint:
     """Look a checkpoint up without reading its weights; arguments and errors as in :func:`load_for_inference`."""
     if not checkpoint:
         raise UserError(
             "--checkpoint is missing: a model directory, a Hugging Face directory or hub id, or asset:<name>"
         )
-    source, run = _resolve(checkpoint)
+    from lawcat_jax.checkpoints.model_dir import in_run, open_checkpoint
 
-    from lawcat_jax.checkpoints.hf.read import TOKENIZER_FILES
-    from lawcat_jax.checkpoints.model_dir import MODEL_JSON, TOKENIZER, locate, read_model_json
-
-    directory = locate(source, revision)
-    own = (directory / MODEL_JSON).is_file()
-    extra = read_model_json(directory)[3] if own else {}
-    files = directory / TOKENIZER if own else directory
-    if not (tokenizer or any((files / name).is_file() for name in TOKENIZER_FILES)):
+    source, run = in_run(checkpoint)
+    opened = open_checkpoint(source, revision, base)
+    files = tokenizer or opened.tokenizer_path
+    if files is None:
         raise UserError(
             f"{checkpoint}: no tokenizer in the checkpoint; name one with --tokenizer=<directory or hub id>"
         )
-    return FoundCheckpoint(source, run, load_tokenizer(tokenizer or files), extra)
+    return FoundCheckpoint(source, run, load_tokenizer(files), opened.extra)
 
 
 def load_for_inference(
-    checkpoint: str, *, revision: str | None = None, dtype: str = "auto", tokenizer: str | None = None
+    checkpoint: str,
+    *,
+    revision: str | None = None,
+    base: str | None = None,
+    dtype: str = "auto",
+    tokenizer: str | None = None,
 ) -> LoadedModel:
     """Load a checkpoint onto the default device.
 
     Args:
-      checkpoint: a model directory, the folder of a finished run, a Hugging Face directory or hub id, or
-        ``asset:<name>``.
+      checkpoint: a model directory, the folder of a finished run, a Hugging Face directory or hub id,
+        ``asset:<name>``, or a student's small file.
       revision: of a hub repository.
+      base: the teacher of a student's small file; by default the one that it names.
       dtype: of the pretrained weights: ``auto`` (bfloat16 on accelerators, float32 on CPU), ``float32``, ``bfloat16``.
       tokenizer: directory or hub id of a tokenizer to use instead of the checkpoint's.
 
     Raises:
       UserError: nothing loadable under that name, no tokenizer beside it, or one that does not fit the vocabulary.
     """
-    found = find_checkpoint(checkpoint, revision=revision, tokenizer=tokenizer)
+    found = find_checkpoint(checkpoint, revision=revision, base=base, tokenizer=tokenizer)
 
     import jax
 
     from lawcat_jax.checkpoints.model_dir import load_model
     from lawcat_jax.models import abstract
 
-    bundle = load_model(found.source, revision=revision, dtype=dtype)
+    bundle = load_model(found.source, revision=revision, base=base, dtype=dtype)
     graphdef, _ = abstract(bundle.model, bundle.attention, bundle.lora)
     size, end = bundle.model.vocab_size, found.tokenizer.eos_token_id
     # Added tokens do not count: some checkpoints have them beyond the vocabulary and never use them.
@@ -114,21 +115,3 @@ def load_for_inference(
         dict(bundle.extra or {}),
         found.run,
     )
-
-
-def _resolve(checkpoint: str) -> tuple[str, Path | None]:
-    """(what to load, folder of its run or None). The model of a run's folder is ``student`` or ``teacher`` in it."""
-    path = Path(checkpoint).expanduser()
-    if checkpoint.startswith("asset:") or not path.exists():
-        return checkpoint, None
-    if path.suffix == ".gguf":
-        return checkpoint, None
-    if not path.is_dir():
-        raise UserError(f"checkpoint {checkpoint!r} is a file; give the directory of a model")
-    if not any((path / name).exists() for name in _MODEL_FILES):
-        for name in _IN_RUN:
-            if any((path / name / file).exists() for file in _MODEL_FILES):
-                return str(path / name), path
-    parent = path.resolve().parent
-    inside_run = path.resolve().name in _IN_RUN and (parent / "manifest.json").exists()
-    return str(path), parent if inside_run else None

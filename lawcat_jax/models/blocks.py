@@ -71,12 +71,16 @@ class Attention(nnx.Module):
             return y.reshape(heads)
         return norm(y.reshape(heads)) if self.config.qk_norm == "head" else norm(y).reshape(heads)
 
-    def qkv(self, x: Float[Array, "B T D"], adapter: Lora | None = None, dropout_key: jax.Array | None = None):
+    def qkv(
+        self, x: Float[Array, "B T D"], adapter: Lora | None = None, dropout_key: jax.Array | None = None
+    ) -> tuple[Float[Array, "B T H d"], Float[Array, "B T Hkv d"], Float[Array, "B T Hkv d"]]:
         """q [B, T, H, d], k and v [B, T, Hkv, d], with bias and norms, before any rotation."""
         q, k, v = (self._apply(name, x, adapter, dropout_key) for name in ("q_proj", "k_proj", "v_proj"))
         return self._heads(q, self.q_norm), self._heads(k, self.k_norm), self._heads(v)
 
-    def output(self, o: Float[Array, "B T H d"], adapter: Lora | None = None, dropout_key: jax.Array | None = None):
+    def output(
+        self, o: Float[Array, "B T H d"], adapter: Lora | None = None, dropout_key: jax.Array | None = None
+    ) -> Float[Array, "B T D"]:
         """Concatenated heads through Wo."""
         return self._apply("o_proj", o.reshape(*o.shape[:2], -1), adapter, dropout_key)
 
@@ -90,6 +94,12 @@ def build_norm(config: ModelConfig, path: str, stack: Stack, dtype) -> RMSNorm:
 class DecoderLayer(nnx.Module):
     """Attention and SwiGLU, each with a norm before it (Llama) or behind it (OLMo 2); the decoder hands in the mixer."""
 
+    if TYPE_CHECKING:  # set by name, the two of its position
+        input_norm: RMSNorm
+        post_attention_norm: RMSNorm
+        attention_output_norm: RMSNorm
+        mlp_output_norm: RMSNorm
+
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Stack, dtype):
         self.norm_after = config.norm_position == "after"
         for path in projections.norms(config):
@@ -98,7 +108,13 @@ class DecoderLayer(nnx.Module):
         self.attention = Attention(config, rngs=rngs, stack=stack, dtype=dtype)
         self.mlp = SwiGLU(config, rngs=rngs, stack=stack, dtype=dtype)
 
-    def __call__(self, x, mix: Callable, adapter: Lora | None = None, dropout_key: jax.Array | None = None):
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        mix: Callable,
+        adapter: Lora | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
         """(next hidden state, what ``mix(h, q, k, v) -> (o, extra)`` returned beside its output)."""
         h = x if self.norm_after else self.input_norm(x)
         o, extra = mix(h, *self.attention.qkv(h, adapter, dropout_key))
@@ -133,9 +149,12 @@ def rematerialized(function: Callable, remat: str) -> Callable:
 
 
 class Stacked:
-    """The stacked parameters of a module, cut to some layers, and the way back from one layer's slice to the module."""
+    """The stacked parameters of a module, cut to some layers, and the way back from one layer's slice to the module.
 
-    def __init__(self, module: nnx.Module | None, start: int = 0, stop: int | None = None):
+    ``module``: an ``nnx.Module`` (a ``TokenMixer`` is one), or None.
+    """
+
+    def __init__(self, module: Any, start: int = 0, stop: int | None = None):
         if module is None:
             self.graphdef, self.params = None, None
             return

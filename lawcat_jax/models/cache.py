@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 
 if TYPE_CHECKING:
@@ -18,7 +17,9 @@ if TYPE_CHECKING:
 Cache = dict[str, Any]
 
 
-def empty_kv(layers: int, batch: int, length: int, kv_heads: int, width: int, dtype) -> dict[str, jax.Array]:
+def empty_kv(
+    layers: int, batch: int, length: int, kv_heads: int, width: int, dtype
+) -> dict[str, Float[Array, "N B S Hkv d"]]:
     """An empty key-value buffer for ``layers`` softmax layers and ``length`` positions."""
     shape = (layers, batch, length, kv_heads, width)
     return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}

@@ -58,9 +58,9 @@ class Decoder(nnx.Module):
         # Each is assigned once: nnx fixes at the first assignment whether an attribute holds parameters.
         head = (config.hidden_size, config.vocab_size)
         self.lm_head = None if config.tie_embeddings else Linear(*head, rngs=rngs, dtype=dtype)
-        student = attention is not None and num_linear(config, attention) > 0
-        self.mixers = build_mixers(config, attention, rngs=rngs) if student else None
-        self.lora = build_lora(config, attention, lora, rngs=rngs) if student and lora is not None else None
+        student = attention if attention is not None and num_linear(config, attention) > 0 else None
+        self.mixers = None if student is None else build_mixers(config, student, rngs=rngs)
+        self.lora = None if student is None or lora is None else build_lora(config, student, lora, rngs=rngs)
 
     # Forward passes
 

@@ -126,6 +126,11 @@ class RMSNorm(nnx.Module):
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
+    if TYPE_CHECKING:  # set by name
+        gate_proj: Linear
+        up_proj: Linear
+        down_proj: Linear
+
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, stack: Stack = (), dtype=jnp.float32):
         for row in projections.MLP:
             bias = row.has_bias(config)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 import kernels_pallas as kernels
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
 
 BATCH = ("data", "fsdp")
 HEADS = "tensor"
@@ -63,13 +66,13 @@ def split(batch: int, length: int, heads: tuple[int, ...] = (), least_tokens: in
     )
 
 
-def constrain(x: jax.Array) -> jax.Array:
+def constrain(x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
     """Hidden states [B, T, ...] split over sequences and tokens; the same array without a mesh."""
     found = split(x.shape[0], x.shape[1])
     return x if found is None else jax.lax.with_sharding_constraint(x, P(found.batch, found.tokens))
 
 
-def whole_rows(table: jax.Array) -> jax.Array:
+def whole_rows(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
     """An embedding table [V, D] with rows split over ``tensor`` at most: looking up rows that are cut over the axes of
     the batch would make XLA replicate the result first.
     """
@@ -84,7 +87,13 @@ def _per_device(function: Callable, arguments: tuple, in_specs: tuple, out_specs
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=check)(*arguments)
 
 
-def softmax(attend: Callable, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array | None) -> jax.Array:
+def softmax(
+    attend: Callable,
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B S Hkv d"],
+    v: Float[Array, "B S Hkv d"],
+    start: Int[Array, " B"] | None,
+) -> Float[Array, "B T H d"]:
     """``attend(q, k, v, start)`` on every device's share; q [B, T, H, d], k and v [B, S, Hkv, d], ``start`` [B] or None.
 
     With split tokens a device holds some queries and all keys (XLA gathers them), and its queries start further on.
@@ -106,8 +115,19 @@ def softmax(attend: Callable, q: jax.Array, k: jax.Array, v: jax.Array, start: j
 
 
 def lawcat_attention(
-    q, k, v, gate_logits, conv_q, conv_k, phi, *, initial_state=None, conv_state=None, lengths=None, **options: Any
-):
+    q: Float[Array, "B T H d"],
+    k: Float[Array, "B T Hkv d"],
+    v: Float[Array, "B T Hkv e"],
+    gate_logits: Float[Array, "B T Hkv K"],
+    conv_q: Float[Array, "H W d"],
+    conv_k: Float[Array, "H W d"],
+    phi: Float[Array, "H d f"],
+    *,
+    initial_state: tuple[Float[Array, "B H K e"], Float[Array, "B H K"]] | None = None,
+    conv_state: tuple[Float[Array, "B W-1 H d"], Float[Array, "B W-1 Hkv d"]] | None = None,
+    lengths: Int[Array, " B"] | None = None,
+    **options: Any,
+) -> tuple[Float[Array, "B T H e"], tuple[Array, Array], tuple[Array, Array]]:
     """``kernels_pallas.lawcat_attention`` on the mesh in context; same arguments and results."""
     found = split(*q.shape[:2], heads=(q.shape[2], k.shape[2]), least_tokens=conv_q.shape[1])
     operation = kernels.lawcat_attention
@@ -127,7 +147,15 @@ def lawcat_attention(
     return _per_device(local, arguments, in_specs, (rows, state, tail))
 
 
-def gated_linear_attention(q, k, v, log_g, *, initial_state=None, **options: Any):
+def gated_linear_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T Hv e"],
+    log_g: Float[Array, "B T Hg K"],
+    *,
+    initial_state: tuple[Float[Array, "B H K e"], Float[Array, "B H K"]] | None = None,
+    **options: Any,
+) -> tuple[Float[Array, "B T H e"], tuple[Float[Array, "B H K e"], Float[Array, "B H K"]]]:
     """``kernels_pallas.gated_linear_attention`` on the mesh in context; same arguments and results."""
     found = split(*q.shape[:2], heads=tuple(x.shape[2] for x in (q, v, log_g)))
     operation = kernels.gated_linear_attention

@@ -9,7 +9,7 @@ does in transformers' own forward pass.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +102,10 @@ def _of_length(length: Int[Array, " B"], config: ModelConfig) -> Float[Array, "B
     excess = jnp.maximum(length, config.max_position_embeddings) / config.max_position_embeddings
     growth = scaling.factor * excess - (scaling.factor - 1)
     exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size - 2)
-    return inverse_frequencies(config) / growth[:, None, None] ** exponents
+    frequencies: Any = inverse_frequencies(
+        config
+    )  # of numpy, which makes no numpy array of a quotient with a jax array
+    return frequencies / growth[:, None, None] ** exponents
 
 
 def rotate(

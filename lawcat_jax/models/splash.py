@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ BLOCK = 512
 """Most queries and keys of one tile."""
 
 
-def serves(q: jax.Array) -> bool:
+def serves(q: Float[Array, "B T H d"]) -> bool:
     """Whether the kernel takes these queries [B, T, H, d]: on a TPU, and long enough to fill its tiles."""
     return target_platform(q) == "tpu" and q.shape[1] >= LANES
 
@@ -39,7 +39,7 @@ def attention(
     return o.swapaxes(1, 2)[:, :length]
 
 
-def _kernel(heads: int, length: int, window: int | None):
+def _kernel(heads: int, length: int, window: int | None) -> Any:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -47,6 +47,7 @@ def _kernel(heads: int, length: int, window: int | None):
     one = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
     block = next(size for size in (BLOCK, BLOCK // 2, LANES) if length % size == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes = splash.BlockSizes(**dict.fromkeys((f"block_{name}" for name in names), block))
+    blocks: dict[str, Any] = dict.fromkeys((f"block_{name}" for name in names), block)
+    sizes = splash.BlockSizes(**blocks)
     make = functools.partial(splash.make_splash_mha, head_shards=1, q_seq_shards=1, block_sizes=sizes)
     return make(mask=masks.MultiHeadMask([one] * heads))

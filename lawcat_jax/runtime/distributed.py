@@ -63,7 +63,7 @@ def initialize(mode: str, *, heartbeat_seconds: int = 30) -> None:
         threading.Thread(target=_watch, name="lawcat_jax.runtime.distributed", daemon=True).start()
 
 
-def _client():
+def _client() -> Any:
     from jax._src import distributed  # the key-value store of the coordination service has no public name
 
     return distributed.global_state.client
@@ -130,7 +130,7 @@ def avoid_cached_collectives(devices: int) -> None:
     XLA's CPU programs with collectives, read back from that cache, run independent collectives in an order of each
     device's own, and the devices wait for each other until XLA aborts (seen with jaxlib 0.10.2).
     """
-    if jax.default_backend() == "cpu" and devices > 1 and jax.config.jax_compilation_cache_dir:
+    if jax.default_backend() == "cpu" and devices > 1 and getattr(jax.config, "jax_compilation_cache_dir", None):
         from jax.experimental.compilation_cache import compilation_cache
 
         jax.config.update("jax_enable_compilation_cache", False)

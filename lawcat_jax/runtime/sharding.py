@@ -66,7 +66,12 @@ def common_rows(config: Config) -> int:
     return math.gcd(*(stage.batch_size // stage.grad_accum for _, stage in config.stages()))
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None, *, rows: int = 0) -> Mesh:
+def make_mesh(
+    config: MeshConfig,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  # a variable to pyright
+    *,
+    rows: int = 0,
+) -> Mesh:
     """Mesh over ``devices`` (default: all) with axes :data:`AXES`, of Auto type; -1 takes the rest.
 
     With ``rows`` (sequences of a micro-batch) a ``data`` or ``fsdp`` of -1 takes no more than the sequences can be

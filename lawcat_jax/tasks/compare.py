@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lawcat_jax.checkpoints.delta import is_delta
 from lawcat_jax.config import ConfigError, EvalConfig, from_dict, type_problems
 from lawcat_jax.errors import UserError
 from lawcat_jax.inference.loading import FoundCheckpoint, find_checkpoint, load_for_inference
@@ -76,6 +77,7 @@ def evaluate_checkpoints(
     *,
     output: str | None = None,
     revision: str | None = None,
+    base: str | None = None,
     dtype: str = "auto",
     tokenizer: str | None = None,
     training_length: int | None = None,
@@ -89,6 +91,7 @@ def evaluate_checkpoints(
       given: fields of ``EvalConfig``; those that are missing or None are the first checkpoint's, else the defaults.
       output: folder of the reports. Default: ``eval/`` in the folder of a run, ``./eval_<name>/`` for anything else,
         so that nothing is written into a source. A report of other settings that lies there is kept.
+      base: the teacher of those checkpoints that are a student's small file.
       revision, dtype, tokenizer: see :func:`lawcat_jax.inference.loading.load_for_inference`.
       training_length: in tokens, marked in the figure; default: the first checkpoint's.
 
@@ -97,16 +100,20 @@ def evaluate_checkpoints(
     """
     named = named_checkpoints(checkpoints)
     chosen_settings({}, given)  # mistakes in the flags show before anything is looked up
-    found = {name: find_checkpoint(path, revision=revision, tokenizer=tokenizer) for name, path in named.items()}
+    if base is not None and not any(is_delta(path) for path in named.values()):
+        raise UserError("--base belongs to a student's small file (convert --to=delta); no --checkpoint is one")
+    options = {"revision": revision, "tokenizer": tokenizer}
+    found = {
+        name: find_checkpoint(path, base=base if is_delta(path) else None, **options) for name, path in named.items()
+    }
     first = next(iter(found.values()))
     settings = chosen_settings(first.extra.get("eval") or {}, given)
     for checkpoint in found.values():
         for task in settings.tasks:
             task_named(task).check(settings, checkpoint.tokenizer)
-    options = {"revision": revision, "dtype": dtype, "tokenizer": tokenizer}
     return run_evaluation(
         settings,
-        _models(named, settings, options),
+        _models(named, settings, base, {**options, "dtype": dtype}),
         output=output or default_output(found),
         training_length=training_length or first.extra.get("training_length"),
         replace=False,
@@ -122,11 +129,13 @@ def default_output(found: Mapping[str, FoundCheckpoint]) -> Path:
     return Path("eval_" + "_".join(re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-") for name in found)[:100])
 
 
-def _models(named: Mapping[str, str], settings: EvalConfig, options: Mapping[str, Any]) -> Iterator[Model]:
+def _models(
+    named: Mapping[str, str], settings: EvalConfig, base: str | None, options: Mapping[str, Any]
+) -> Iterator[Model]:
     from lawcat_jax.tasks.decoder_model import decoder_models
 
     for name, checkpoint in named.items():
-        loaded = load_for_inference(checkpoint, **options)
+        loaded = load_for_inference(checkpoint, base=base if is_delta(checkpoint) else None, **options)
         single = len(named) == 1
         models = decoder_models(
             loaded.graphdef,

@@ -246,4 +246,4 @@ class LikelihoodTask(Task):
         return {"perplexity": result.perplexity, "nats": result.nats, "n": result.n}
 
     def point(self, result: Likelihood) -> tuple[float, float, float]:
-        return (result.perplexity,) * 3
+        return result.perplexity, result.perplexity, result.perplexity

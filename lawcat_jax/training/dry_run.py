@@ -58,7 +58,7 @@ def _tokenizer(config: Config, model: ModelConfig) -> Tokenizer | None:
     local = _is_local(path)
     try:
         if local and config.teacher.tokenizer is None:
-            found = model_dir.open_checkpoint(path, config.teacher.revision).tokenizer_path
+            found = model_dir.open_checkpoint(path, config.teacher.revision, config.teacher.base).tokenizer_path
             if found is None:
                 raise UserError(f"{path} has no tokenizer; name one with config.teacher.tokenizer")
             path = found

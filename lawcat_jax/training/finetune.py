@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ from lawcat_jax.data.batch import Batch
 from lawcat_jax.training import state_passing
 from lawcat_jax.training.step import LossFn, StepInputs, Sums
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int
+
 TokenSums = dict[str, jax.Array]
 
 
@@ -25,8 +28,8 @@ class Teacher(NamedTuple):
     ``reverse`` asks for KL(student || teacher) instead of KL(teacher || student).
     """
 
-    values: jax.Array
-    weights: jax.Array
+    values: Float[Array, "*b N"]
+    weights: Float[Array, "*b"]
     temperature: float = 1.0
     reverse: bool = False
 
@@ -47,7 +50,9 @@ def _sums(weights: jax.Array, log_sum: jax.Array, picked: jax.Array) -> TokenSum
     }
 
 
-def token_sums(logits: jax.Array, targets: jax.Array, weights: jax.Array, teacher: Teacher | None) -> TokenSums:
+def token_sums(
+    logits: Float[Array, "*b V"], targets: Int[Array, "*b"], weights: Float[Array, "*b"], teacher: Teacher | None
+) -> TokenSums:
     """Sums over tokens of cross entropy, divergence from the teacher and hits (no token has a larger logit than the
     target's), each in f32, the first two weighted.
 
@@ -84,9 +89,9 @@ def _chunks(pieces: Any, length: int, chunk: int) -> Any:
 
 def chunked_token_sums(
     head: Callable[[jax.Array], jax.Array],
-    hidden: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
     teacher: Teacher | None,
     chunk: int,
 ) -> TokenSums:
@@ -115,7 +120,12 @@ def chunked_token_sums(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def frozen_head_sums(
-    axes: str, chunk: int, kernel: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+    axes: str,
+    chunk: int,
+    kernel: Float[Array, ...],
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
 ) -> TokenSums:
     """:func:`chunked_token_sums` for a head that does not train, without a teacher: its gradient reaches ``hidden`` only.
 
@@ -168,7 +178,7 @@ def _frozen_head_backward(axes, chunk, d_hidden, cotangents):
 frozen_head_sums.defvjp(_frozen_head_forward, _frozen_head_backward)
 
 
-def kl_weight(stage: StageConfig, progress: jax.Array | float) -> jax.Array | float:
+def kl_weight(stage: StageConfig, progress: Float[Array, ""] | float) -> Float[Array, ""] | float:
     """Weight of the divergence at a share ``progress`` of the stage: linear from ``kl_weight`` to ``kl_weight_end``."""
     if stage.kl_weight_end is None:
         return stage.kl_weight
@@ -200,6 +210,7 @@ def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
             values = jax.lax.stop_gradient(decoder(tokens, as_teacher=True, **options))
             held = batch.get("kl_weights", weights)
             teacher = Teacher(values, held, stage.kl_temperature, stage.kl_direction == "reverse")
+        sums: Any  # custom_vjp hides what frozen_head_sums returns
         kernel = decoder.head_kernel()
         if teacher is None and _head_is_frozen(decoder, stage):
             kernel = jax.lax.stop_gradient(kernel)

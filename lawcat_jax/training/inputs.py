@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import cast
 
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -52,7 +52,7 @@ def open_teacher(config: Config) -> OpenedCheckpoint:
         whose attention is not ``config.attention`` or whose trained adapters the run would drop.
     """
     teacher = config.teacher
-    opened = open_checkpoint(teacher.source, teacher.revision)
+    opened = open_checkpoint(teacher.source, teacher.revision, teacher.base)
     check_architecture(teacher.architecture, opened.model, teacher.source)
     if opened.attention is not None and opened.attention != config.attention:
         raise UserError(f"{teacher.source} is a student whose attention is not config.attention; name its teacher")
@@ -91,7 +91,7 @@ def architecture(config: Config) -> ModelConfig:
     if config.teacher.architecture is not None:
         return config.teacher.architecture
     try:
-        return open_checkpoint(config.teacher.source, config.teacher.revision).model
+        return open_checkpoint(config.teacher.source, config.teacher.revision, config.teacher.base).model
     except UserError as problem:
         raise UserError(f"{problem}; or declare config.teacher.architecture to do without it") from problem
 
@@ -115,7 +115,9 @@ def check_architecture(declared: ModelConfig | None, loaded: ModelConfig, source
 
 def frozen_dtype(config: Config) -> np.dtype:
     """The dtype of frozen pretrained weights: float32 when the run pretrains, else that of ``config.teacher.dtype``."""
-    return np.dtype("float32") if config.pretrain.enabled else model_dir.resolve_dtype(config.teacher.dtype)
+    dtype = np.dtype("float32") if config.pretrain.enabled else model_dir.resolve_dtype(config.teacher.dtype)
+    assert dtype is not None  # "keep" is no option of a teacher
+    return dtype
 
 
 def load_student(config: Config, mesh: Mesh, teacher: OpenedCheckpoint) -> Student:
@@ -229,7 +231,7 @@ def training_batches(stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh: 
     return iter(dataset)
 
 
-def validation_batches(stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh: Mesh) -> list[dict[str, Any]]:
+def validation_batches(stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh: Mesh) -> list[Batch]:
     """The validation split, already on the devices: it is small and used again and again."""
     if stage.data.validation_samples == 0:
         return []
@@ -245,4 +247,4 @@ def validation_batches(stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh
         process_count=parts,
         repeat=False,
     )
-    return [sharding.place_batch(batch, mesh) for batch in dataset]
+    return [cast(Batch, sharding.place_batch(batch, mesh)) for batch in dataset]

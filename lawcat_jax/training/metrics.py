@@ -76,7 +76,7 @@ class MetricsWriter:
             self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), flush_secs=30)
         if config.wandb:
             try:
-                import wandb
+                import wandb  # pyright: ignore[reportMissingImports]  # optional
             except ImportError as problem:
                 raise UserError("config.log.wandb: pip install wandb, or set it to False") from problem
             self._wandb = wandb.init(dir=str(workdir), name=workdir.name, config=run_config, resume="allow")

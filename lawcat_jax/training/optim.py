@@ -103,7 +103,7 @@ def make_optimizer(stage: StageConfig) -> optax.GradientTransformation:
     def decays(params: Params) -> Params:
         return unflatten({path: not _NO_DECAY.search(path) for path in flatten(params)})
 
-    def multiply(updates: Params, _: Any = None) -> Params:
+    def multiply(updates: Any, _: Any = None) -> Any:
         return unflatten({path: u * lr_multiplier(stage, path) for path, u in flatten(updates).items()})
 
     parts = [optax.scale_by_adam(b1=stage.b1, b2=stage.b2)]

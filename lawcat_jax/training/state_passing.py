@@ -19,6 +19,7 @@ cost of a second forward and backward pass without an output head.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -83,7 +84,7 @@ def by_row(function: Any, carry: Carry) -> Carry:
     return Carry(recurrent, previous)
 
 
-def enter(carry: Carry, batch: dict[str, jax.Array], key: jax.Array, stage: StageConfig) -> Entry:
+def enter(carry: Carry, batch: Mapping[str, Any], key: jax.Array, stage: StageConfig) -> Entry:
     """The rows of ``carry`` as the rows of ``batch`` begin with them."""
     rows = batch["tokens"].shape[0]
     order_key, reset_key = jax.random.split(key)

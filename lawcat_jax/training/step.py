@@ -7,7 +7,7 @@ divided once, so that accumulation equals the big batch however unevenly the tok
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +113,7 @@ def _accumulate(loss_fn: LossFn, trainable, frozen, batch: Batch, inputs: StepIn
         return sums.loss, (sums, leaving)
 
     def gradient(micro, entry, index):
+        assert inputs.key is not None  # only validation has none
         own = inputs._replace(key=jax.random.fold_in(inputs.key, index), entry=entry)
         gradients, (sums, leaving) = jax.grad(loss, has_aux=True)(trainable, micro, own)
         return (gradients, sums), leaving
@@ -122,7 +123,7 @@ def _accumulate(loss_fn: LossFn, trainable, frozen, batch: Batch, inputs: StepIn
         (gradients, sums), leaving = gradient(batch, entry, 0)
         return gradients, sums, leaving
 
-    micros = {name: _deal(x, grad_accum) for name, x in batch.items()}
+    micros = {name: _deal(x, grad_accum) for name, x in cast(dict[str, jax.Array], batch).items()}
     if entry is not None:
         carry = state_passing.by_row(lambda x, axis: _deal(x, grad_accum, axis), entry.carry)
         entry = state_passing.Entry(carry, _deal(entry.keep, grad_accum))

@@ -37,7 +37,10 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def utilization(
-    stage: str, config: Config, model: ModelConfig, devices: list[jax.Device] | None = None
+    stage: str,
+    config: Config,
+    model: ModelConfig,
+    devices: list[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  # a variable to pyright
 ) -> Callable[[float], float | None]:
     """A function from tokens per second (over all ``devices``) to the model FLOPs utilisation of a stage, in [0, 1], or
     to None where the devices' peak is unknown.

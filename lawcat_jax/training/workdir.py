@@ -83,6 +83,7 @@ class Workdir:
         self._last = time.monotonic()
 
     def _upload(self) -> None:
+        assert self._bucket is not None  # sync() has asked
         # The manifest comes last: when it says "finished", all that it speaks of is there.
         files = [path for path in self.local.rglob("*") if path.is_file() and not path.name.startswith(".")]
         for path in sorted(files, key=lambda path: (path.name == "manifest.json", path)):

@@ -151,7 +151,7 @@ def test_student_round_trip_merged_export_and_adapter(sources, student, tmp_path
             np.testing.assert_array_equal(after[path], np.asarray(before[path]))
 
     tokens = hf_models.tokens(3)
-    convert(str(tmp_path / "student"), str(tmp_path / "merged"), to="hf")
+    convert(str(tmp_path / "student"), str(tmp_path / "merged"), to="hf-base")
     convert(str(tmp_path / "student"), str(tmp_path / "adapter"), to="peft")
     assert (tmp_path / "merged" / "tokenizer.json").read_text() == "{}"
     base = sources["llama3_tied_sharded"]

@@ -223,7 +223,7 @@ def test_targets_are_protected(source, tmp_path):
 def test_a_failure_keeps_the_old_target(tmp_path):
     target = tmp_path / "t"
     target.mkdir()
-    (target / "old").write_text("old")
+    (target / "model.json").write_text("old")
 
     def fail():
         with new_directory(target, overwrite=True) as directory:
@@ -232,7 +232,7 @@ def test_a_failure_keeps_the_old_target(tmp_path):
 
     with pytest.raises(RuntimeError, match="stopped"):
         fail()
-    assert [p.name for p in tmp_path.rglob("*")] == ["t", "old"]
+    assert [p.name for p in tmp_path.rglob("*")] == ["t", "model.json"]
 
 
 def test_float16_overflow_is_refused(tmp_path):

@@ -28,6 +28,7 @@ MODEL = ModelConfig(
 )
 ATTENTION, LORA = AttentionConfig(gate_rank=2), LoraConfig(rank=2)
 ROWS, LENGTH = 8, 12
+FAST = {"xla_backend_optimization_level": 0}  # to compile
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +66,18 @@ def entry(graphdef, params, stage, keep=None, previous=None, recurrent=None) -> 
 
 def test_two_pieces_are_one_sequence(model):
     graphdef, params = model
-    decoder = models.bind(graphdef, params)
+    start = models.bind(graphdef, params).init_recurrent
+    run = jax.jit(lambda *args, **kwargs: models.bind(graphdef, params)(*args, **kwargs), compiler_options=FAST)
     tokens = batch(1, length=2 * LENGTH)["tokens"]
-    whole = decoder(tokens)
-    first, recurrent = decoder(tokens[:, :LENGTH], recurrent=decoder.init_recurrent(ROWS))
-    second, recurrent = decoder(tokens[:, LENGTH:], recurrent=recurrent)
+    whole = run(tokens)
+    first, recurrent = run(tokens[:, :LENGTH], recurrent=start(ROWS))
+    second, recurrent = run(tokens[:, LENGTH:], recurrent=recurrent)
     np.testing.assert_allclose(jnp.concatenate([first, second], axis=1), whole, rtol=1e-4, atol=1e-5)
     assert np.all(recurrent["position"] == 2 * LENGTH)
     # Right padding leaves no trace in the state.
     lengths = jnp.arange(ROWS) + 2
-    _, padded = decoder(tokens[:, :LENGTH], lengths=lengths, recurrent=decoder.init_recurrent(ROWS))
-    _, alone = decoder(tokens[:1, :2], recurrent=decoder.init_recurrent(1))
+    _, padded = run(tokens[:, :LENGTH], lengths=lengths, recurrent=start(ROWS))
+    _, alone = run(tokens[:1, :2], recurrent=start(1))
     for a, b in zip(jax.tree.leaves(padded["linear"]), jax.tree.leaves(alone["linear"]), strict=True):
         np.testing.assert_allclose(a[:, :1], b, rtol=1e-4, atol=1e-6)
 
@@ -110,7 +112,7 @@ def test_how_far_the_gradient_reaches(model, crossing):
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), two["targets"][..., None], axis=-1)[..., 0]
         return -jnp.sum(picked * two["loss_weights"])
 
-    got, want = (jax.jit(jax.value_and_grad(f))(params["lora"]) for f in (stepwise, plain))
+    got, want = (jax.jit(jax.value_and_grad(f), compiler_options=FAST)(params["lora"]) for f in (stepwise, plain))
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
     for a, b in zip(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
@@ -119,7 +121,7 @@ def test_how_far_the_gradient_reaches(model, crossing):
 def test_rows_that_are_not_kept_start_from_nothing(model):
     graphdef, params = model
     stage = stage_of()
-    loss = finetune.make_loss(graphdef, stage)
+    loss = jax.jit(finetune.make_loss(graphdef, stage), compiler_options=FAST)
     used = jax.tree.map(lambda x: x + 1, models.bind(graphdef, params).init_recurrent(ROWS))
     sums = [
         loss(params, batch(1), StepInputs(entry=entry(graphdef, params, stage, keep, recurrent=recurrent)))[0].loss
@@ -151,7 +153,7 @@ def run_steps(stage: StageConfig, model, count: int = 3):
     recurrent = models.bind(graphdef, params).init_recurrent(ROWS)
     carry = state_passing.empty(recurrent, jnp.zeros((ROWS, LENGTH)), stage)
     state = init_state(trainable, stage, carry)
-    step = jax.jit(make_train_step(finetune.make_loss(graphdef, stage), stage, stage.steps))
+    step = jax.jit(make_train_step(finetune.make_loss(graphdef, stage), stage, stage.steps), compiler_options=FAST)
     losses = []
     for number in range(count):
         state, metrics = step(state, frozen, batch(number), jax.random.key(0))
@@ -159,7 +161,7 @@ def run_steps(stage: StageConfig, model, count: int = 3):
     return losses, state
 
 
-@pytest.mark.parametrize("mode", ["shuffled", "pieces"])
+@pytest.mark.parametrize("mode", ["shuffled", pytest.param("pieces", marks=pytest.mark.slow)])
 def test_accumulation_passes_the_same_states(model, mode):
     at_once, dealt = (run_steps(stage_of(state_passing=mode, grad_accum=parts), model) for parts in (1, 4))
     np.testing.assert_allclose(dealt[0], at_once[0], rtol=1e-5)
@@ -190,7 +192,7 @@ def test_a_moving_average_is_kept(model):
     stage = dataclasses.replace(stage_of(), state_passing="off", ema_decay=0.5)
     trainable, frozen = optim.split(params, stage.trainable, "trainable")
     state = init_state(trainable, stage)
-    step = jax.jit(make_train_step(finetune.make_loss(graphdef, stage), stage, stage.steps))
+    step = jax.jit(make_train_step(finetune.make_loss(graphdef, stage), stage, stage.steps), compiler_options=FAST)
     expected = trainable
     for number in range(4):
         state, _ = step(state, frozen, batch(number), jax.random.key(0))

@@ -54,6 +54,7 @@ def measure(entry: Measurement, config: Config, mesh: Mesh, request: Request, re
       UserError: a stage that cannot be built for this mesh.
     """
     model, name = config.teacher.architecture, entry.stage
+    assert model is not None  # the request states it
     dtype = model_dir.resolve_dtype(config.teacher.dtype)
     devices = list(mesh.devices.flat)
     built = stages.build(name, config, model, mesh, dtype=dtype)
@@ -94,11 +95,13 @@ def measure(entry: Measurement, config: Config, mesh: Mesh, request: Request, re
         elapsed, metrics = run(request.steps)
         seconds.append(elapsed / request.steps)
         entry.timed(seconds)
+        assert entry.tokens_per_second is not None  # timed() sets it
         entry.mfu = share(entry.tokens_per_second)
         entry.peak_bytes = _peak_bytes(devices)
         entry.losses = [first, float(metrics["loss"])]
         entry.notes["skipped_steps"] = int(metrics["bad_total"])
         results.put(entry)
+    assert entry.ms is not None  # at least one repeat
     print(f"{name}: {entry.ms['median']:.2f} ms a step, {entry.tokens_per_second:,.0f} tokens/s", flush=True)
 
 
@@ -144,6 +147,7 @@ def _hashed(shapes: Any) -> Any:
 def _notes(config: Config, name: str, built: stages.Stage, dtype: Any) -> dict[str, Any]:
     """What else decides the speed, in words and numbers."""
     stage, model, attention = getattr(config, name), config.teacher.architecture, config.attention
+    assert model is not None  # the request states it
     notes: dict[str, Any] = {"dtype": str(np.dtype(dtype)), "grad_accum": stage.grad_accum, "remat": stage.remat}
     notes["loss_chunk"] = stage.loss_chunk
     if attention.kind != "lawcat" or name == "pretrain":
@@ -181,7 +185,7 @@ def _memory(compiled: Any) -> dict[str, int]:
     }
 
 
-def _peak_bytes(devices: list[jax.Device]) -> int | None:
+def _peak_bytes(devices: list[jax.Device]) -> int | None:  # pyright: ignore[reportInvalidTypeForm]  # a variable to pyright
     """Peak bytes of the fullest of this process's devices; None where the platform does not tell (CPUs)."""
     stats = [device.memory_stats() or {} for device in devices if device.process_index == jax.process_index()]
     return max((entry["peak_bytes_in_use"] for entry in stats if "peak_bytes_in_use" in entry), default=None)

@@ -21,6 +21,8 @@ def add_utilization(measurements: list[Measurement], config: Config) -> None:
     for entry in measurements:
         peak = peak_flops(entry.device)
         if entry.ms and entry.mfu is None and peak is not None:
+            assert config.teacher.architecture is not None  # the request states it
+            assert entry.tokens_per_second is not None  # comes with ms
             operations = model_flops(entry.stage, config, config.teacher.architecture, entry.length)
             entry.mfu = operations * entry.tokens_per_second / (peak * entry.devices)
 
@@ -52,6 +54,7 @@ def comparisons(measurements: list[Measurement]) -> dict[str, dict[str, Any]]:
 
 
 def _speed(entry: Measurement) -> float:
+    assert entry.tokens_per_second is not None  # comes with ms
     return entry.tokens_per_second / entry.devices
 
 

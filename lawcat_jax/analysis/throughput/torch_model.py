@@ -50,7 +50,7 @@ def fla_gla() -> Gla:
     Raises:
       ImportError: fla is not installed.
     """
-    from fla.ops.gla import chunk_gla
+    from fla.ops.gla import chunk_gla  # pyright: ignore[reportMissingImports]  # on GPU machines
 
     return lambda q, k, v, log_g: chunk_gla(q, k, v, log_g, scale=1.0)[0]
 
@@ -118,7 +118,7 @@ def fla_conv1d(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
     Raises:
       ImportError: fla is not installed.
     """
-    from fla.modules.causal_conv1d import causal_conv1d
+    from fla.modules.causal_conv1d import causal_conv1d  # pyright: ignore[reportMissingImports]  # on GPU machines
 
     return causal_conv1d(x.contiguous(), taps.to(x.dtype))[0]
 
@@ -195,6 +195,8 @@ class StudentAttention(nn.Module):
     holds the activations of one. ``loss`` then has the layer's loss.
     """
 
+    teacher: Any  # whatever attention module transformers has for the family
+
     def __init__(self, teacher: nn.Module, mixer: Mixer, adapters: nn.ModuleDict):
         super().__init__()
         self.teacher, self.mixer, self.adapters = teacher, mixer, adapters
@@ -246,6 +248,7 @@ def build(
     import transformers
 
     model, lora = config.teacher.architecture, config.lora if stage == "stage2" else None
+    assert model is not None  # the request states it
     values = model_config_to_hf(model, str(dtype).removeprefix("torch."))
     hf = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     with torch.device(device):
@@ -253,9 +256,10 @@ def build(
         decoder.requires_grad_(False)
         for layer in decoder.model.layers:
             mixer = Mixer(model, config.attention, gla, normaliser, conv)
-            names = lora.targets if lora is not None else ()
-            sizes = {name: getattr(layer.self_attn, name) for name in names}
-            adapters = {name: Adapter(x.in_features, x.out_features, lora) for name, x in sizes.items()}
+            adapters: dict[str, nn.Module] = {}
+            if lora is not None:
+                sizes = {name: getattr(layer.self_attn, name) for name in lora.targets}
+                adapters = {name: Adapter(x.in_features, x.out_features, lora) for name, x in sizes.items()}
             layer.self_attn = StudentAttention(layer.self_attn, mixer, nn.ModuleDict(adapters))
     _choose_trainable(decoder, getattr(config, stage), model)
     return decoder.train()

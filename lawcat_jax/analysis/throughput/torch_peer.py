@@ -15,7 +15,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -126,6 +126,7 @@ def prepare(config: Config, request: Request) -> Peer:
     if not error < TOLERANCE:
         raise ValueError(f"fla's chunk_gla differs from the recurrence by {error:.1e} (relative RMS)")
     model = config.teacher.architecture
+    assert model is not None  # the request states it
     rows = request.batch.get(request.stages[0]) or getattr(config, request.stages[0]).batch_size
     shape = (rows, getattr(config, request.stages[0]).seq_length, model.num_heads * model.head_dim)
     notes["convolution_ms"] = times = convolution_times(shape, config.attention.conv_size, device, dtype)
@@ -137,6 +138,7 @@ def prepare(config: Config, request: Request) -> Peer:
 def gla_error(gla: torch_model.Gla, config: Config, normaliser: str) -> float:
     """Relative RMS difference of the normalised output from the recurrence, on random bf16 features."""
     model = config.teacher.architecture
+    assert model is not None  # the request states it
     width, features = model.head_dim, 2 * (model.head_dim // 2)
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -198,7 +200,9 @@ def measure(
         with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # a new name from transformers 5.2x on
             decoder.gradient_checkpointing_enable({"use_reentrant": False})
     step = make_step(decoder, variant.stage, getattr(config, variant.stage), peer.device)
-    examples = records.example_batches(config.teacher.architecture.vocab_size, entry.batch, entry.length)
+    model = config.teacher.architecture
+    assert model is not None  # the request states it
+    examples = records.example_batches(model.vocab_size, entry.batch, entry.length)
     batches = itertools.cycle([host_batch(batch, pin=peer.device == "cuda") for batch in itertools.islice(examples, 4)])
     losses: list[torch.Tensor] = []
 
@@ -217,11 +221,12 @@ def measure(
         if peer.device == "cuda":
             entry.peak_bytes = torch.cuda.max_memory_allocated()
         results.put(entry)
+    assert entry.ms is not None  # at least one repeat
     speed = f"{entry.ms['median']:.2f} ms a step, {entry.tokens_per_second:,.0f} tokens/s"
     print(f"{variant.stage} in PyTorch ({entry.variant}): {speed}", flush=True)
 
 
-def host_batch(batch: dict[str, np.ndarray], pin: bool = False) -> Batch:
+def host_batch(batch: Mapping[str, Any], pin: bool = False) -> Batch:
     """A batch of ours for transformers, which shifts the labels itself: tokens and labels [B, T], int64."""
     labels = np.full(batch["tokens"].shape, -100, np.int64)
     labels[:, 1:] = np.where(batch["loss_weights"] > 0, batch["targets"], -100)[:, :-1]
@@ -232,7 +237,8 @@ def host_batch(batch: dict[str, np.ndarray], pin: bool = False) -> Batch:
 def loss_and_gradients(decoder: Any, name: str, stage: StageConfig, batch: Batch) -> torch.Tensor:
     """The loss of a stage on a batch, its gradients added to the parameters'."""
     parts = [dict(zip(batch, part, strict=True)) for part in _micro_batches(batch, stage.grad_accum)]
-    return sum(_LOSSES[name](decoder, stage, part, 1 / len(parts)) for part in parts)
+    total: Any = sum(_LOSSES[name](decoder, stage, part, 1 / len(parts)) for part in parts)
+    return total
 
 
 def _micro_batches(batch: Batch, count: int) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -245,7 +251,8 @@ def _transfer(decoder: Any, stage: StageConfig, batch: Batch, share: float) -> t
         layer.transfer = share * stage.mse_weight / len(layers)
     with torch.no_grad():
         decoder.model(input_ids=batch["tokens"], use_cache=False)
-    return torch.stack([layer.loss for layer in layers]).sum()
+    losses: list[Any] = [layer.loss for layer in layers]  # each has run
+    return torch.stack(losses).sum()
 
 
 def _finetune(decoder: Any, stage: StageConfig, batch: Batch, share: float) -> torch.Tensor:

@@ -198,7 +198,7 @@ class GgufTensor:
                 stream.seek(self._offset + start * row_bytes)
                 done = 0
                 while done < raw.size:
-                    count = stream.readinto(memoryview(raw)[done:])
+                    count = stream.readinto(raw.data[done:])
                     if not count:
                         raise UserError(f"{self.file}: ends within tensor {self.name} (truncated)")
                     done += count

@@ -175,7 +175,7 @@ def _config(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         missing.append("tensor token_embd.weight [vocabulary, width]")
-    if missing:
+    if missing or embedding is None:
         raise UserError(f"{file.path}: missing: {', '.join(missing)}")
     heads, width = values["num_attention_heads"], values["hidden_size"]
     varied = [f"{prefix}.{needed[name]}" for name, value in values.items() if isinstance(value, list)]

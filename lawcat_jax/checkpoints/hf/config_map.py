@@ -7,12 +7,12 @@ What all families share is here; what one family has of its own is in its file i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from lawcat_jax.checkpoints.hf import families
 from lawcat_jax.checkpoints.hf.fields import Fields
 from lawcat_jax.checkpoints.hf.rope_map import rope_from_hf, rope_to_hf
-from lawcat_jax.config import ModelConfig, model_problems, type_problems
+from lawcat_jax.config import Family, ModelConfig, model_problems, type_problems
 from lawcat_jax.errors import UserError
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -59,7 +59,7 @@ def model_config_from_hf(
         num_layers=values["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=heads if kv_heads is None else kv_heads,
-        head_dim=head_dim,
+        head_dim=cast(int, head_dim),  # None only beside sizes that are refused below
         mlp_size=values["intermediate_size"],
         rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
         rope_theta=theta,
@@ -144,7 +144,7 @@ def generation_ids(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return found
 
 
-def _family(values: dict[str, Any], where: str) -> str:
+def _family(values: dict[str, Any], where: str) -> Family:
     known = {family.architecture: name for name, family in families.table().items()}
     supported = ", ".join(known)
     architectures = values.get("architectures") or []
@@ -158,10 +158,10 @@ def _family(values: dict[str, Any], where: str) -> str:
                 f"{where}: architecture {architectures[0]!r} (model_type {name!r}) is not supported; "
                 f"supported: {supported}"
             )
-        return named
+        return cast(Family, named)
     if name not in known.values():
         raise UserError(f"{where}: model_type {name!r} is not supported; supported: {supported}")
-    return name
+    return cast(Family, name)
 
 
 def _unsupported(values: dict[str, Any], family: families.Family) -> list[str]:

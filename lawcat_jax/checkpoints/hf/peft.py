@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -18,13 +18,17 @@ from lawcat_jax.checkpoints.hf import families
 from lawcat_jax.checkpoints.hf.mapping import flatten, linearised_layers, unflatten
 from lawcat_jax.checkpoints.hf.tensors import open_tensors, write_tensors
 from lawcat_jax.checkpoints.hf.write import check_leaves
-from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig
+from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig, Projection
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import new_directory, read_json, write_json
 from lawcat_jax.projections import LORA_TARGETS, PROJECTIONS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "base_model.model.{module}.lora_{part}.weight"
+_README = """These LoRA adapters were trained for a student with linear attention. On the softmax attention of their base
+model they are another model, not the student: that needs its token mixers too (`lawcat_jax.convert --to=transformers`
+or `--to=delta`).
+"""
 _ROWS = {row.name: row for row in PROJECTIONS}
 _NEUTRAL = {"use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "bias": "none", "modules_to_save": None}
 
@@ -94,6 +98,8 @@ def write_adapter(
     }
     with new_directory(target, overwrite=overwrite) as directory:
         write_json(directory / CONFIG, values)
+        if attention is not None:
+            (directory / "README.md").write_text(_README, encoding="utf-8")
         write_tensors(directory / WEIGHTS, entries)
 
 
@@ -170,5 +176,5 @@ def _lora_config(values: dict[str, Any], source: Path) -> LoraConfig:
     rank, alpha = values.get("r"), values.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise UserError(f"{where}: r {rank!r} and lora_alpha {alpha!r} should be numbers, r at least 1")
-    ordered = tuple(name for name in LORA_TARGETS if name in (targets or ()))
+    ordered: tuple[Projection, ...] = tuple(cast(Projection, name) for name in LORA_TARGETS if name in (targets or ()))
     return LoraConfig(rank=rank, alpha=float(alpha), dropout=float(values.get("lora_dropout") or 0.0), targets=ordered)

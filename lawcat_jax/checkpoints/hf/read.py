@@ -12,7 +12,7 @@ import numpy as np
 
 from lawcat_jax.checkpoints.hf.config_map import generation_ids, model_config_from_hf
 from lawcat_jax.checkpoints.hf.mapping import Slot, base_shapes, hf_slots, ignored, unflatten
-from lawcat_jax.checkpoints.hf.tensors import DTYPES, Tensor, open_tensors
+from lawcat_jax.checkpoints.hf.tensors import DTYPES, StoredTensor, Tensor, open_tensors
 from lawcat_jax.config import ModelConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import read_json
@@ -99,7 +99,7 @@ class Checkpoint:
     """
 
     def __init__(
-        self, path: Path, *, values: dict[str, Any] | None = None, tensors: Mapping[str, Tensor] | None = None
+        self, path: Path, *, values: dict[str, Any] | None = None, tensors: Mapping[str, StoredTensor] | None = None
     ):
         """``values`` and ``tensors`` are given by other file formats, which then name ``path`` in messages."""
         self.path = path
@@ -111,7 +111,7 @@ class Checkpoint:
             str(path / "config.json" if own else path),
             stated_ids(path / GENERATION) if own else {},
         )
-        self.tensors: dict[str, Tensor] = _collect(path) if tensors is None else dict(tensors)
+        self.tensors: dict[str, StoredTensor] = dict(collect_tensors(path) if tensors is None else tensors)
         if self.config.tie_embeddings and _EMBEDDING not in self.tensors and _HEAD in self.tensors:
             self.tensors[_EMBEDDING] = self.tensors.pop(_HEAD)  # one matrix, stored under the name of its other use
         self.slots: dict[str, Slot] = hf_slots(self.config)
@@ -126,8 +126,10 @@ class Checkpoint:
         """The stored dtype of each of our parameters; layers that differ meet in float32, without loss."""
         found: dict[str, set[np.dtype]] = {}
         for name, slot in self.slots.items():
+            dtype = self.tensors[name].dtype
+            assert dtype is not None  # _check refuses others
             for path, _ in slot.parts:
-                found.setdefault(path, set()).add(self.tensors[name].dtype)
+                found.setdefault(path, set()).add(dtype)
         return {path: kinds.pop() if len(kinds) == 1 else np.dtype(np.float32) for path, kinds in found.items()}
 
     def _check(self) -> None:
@@ -173,7 +175,7 @@ class Checkpoint:
         Raises:
           UserError: the file ends early, or a value does not fit into float16.
         """
-        by_path: dict[str, list[tuple[Tensor, Slot]]] = {}
+        by_path: dict[str, list[tuple[StoredTensor, Slot]]] = {}
         for name, slot in self.slots.items():
             start = 0
             for path, rows in slot.parts:
@@ -203,7 +205,7 @@ def _read_sharded(pieces, shape, dtype, sharding, progress):
     return jax.make_array_from_callback(shape, sharding, callback)
 
 
-def _read(pieces: list[tuple[Tensor, Slot]], index: tuple[slice, ...], dtype: np.dtype, progress: Progress):
+def _read(pieces: list[tuple[StoredTensor, Slot]], index: tuple[slice, ...], dtype: np.dtype, progress: Progress):
     """The slice ``index`` (in our axes) of one parameter."""
     out = np.empty([part.stop - part.start for part in index], dtype)
     if pieces[0][1].layer is None:
@@ -214,7 +216,9 @@ def _read(pieces: list[tuple[Tensor, Slot]], index: tuple[slice, ...], dtype: np
     return out
 
 
-def _read_piece(tensor: Tensor, slot: Slot, index: tuple[slice, ...], out: np.ndarray, progress: Progress) -> None:
+def _read_piece(
+    tensor: StoredTensor, slot: Slot, index: tuple[slice, ...], out: np.ndarray, progress: Progress
+) -> None:
     rows, *columns = index[::-1] if slot.transpose else index
     whole_rows = all(part.stop - part.start == n for part, n in zip(columns, tensor.shape[1:], strict=True))
     if not slot.transpose and whole_rows and tensor.dtype == out.dtype:
@@ -242,7 +246,7 @@ def _fits(source: np.ndarray, cast: np.ndarray) -> bool:
     return bool((np.isfinite(cast) | ~np.isfinite(source.astype(np.float32))).all())
 
 
-def _same_values(head: Tensor, embedding: Tensor) -> bool:
+def _same_values(head: StoredTensor, embedding: StoredTensor) -> bool:
     """Equal, or equal up to the rounding of a head that is stored in a narrower dtype."""
     if head.shape != embedding.shape or head.dtype is None:
         return False
@@ -256,7 +260,12 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _collect(path: Path) -> dict[str, Tensor]:
+def collect_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of the safetensors files in a directory, by name; nothing is read beyond their headers.
+
+    Raises:
+      UserError: there are none, only pickle files, or damaged ones.
+    """
     single, index = path / "model.safetensors", path / INDEX
     if single.is_file():
         return open_tensors(single)

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from lawcat_jax.checkpoints.hf.fields import Fields
-from lawcat_jax.config import ModelConfig, RopeScaling
+from lawcat_jax.config import ModelConfig, RopeKind, RopeScaling
 
 _ORIGINAL = "original_max_position_embeddings"
 # The fields that each type has, and those of them without which it is refused. The others take transformers' defaults.
@@ -74,7 +74,7 @@ def rope_from_hf(fields: Fields, types: Mapping[str, str]) -> tuple[float, RopeS
             stated[name] = stated.get(name) or default
     if kind == "longrope":
         stated.setdefault("attention_factor", longrope_attention_factor(stated["factor"], stated[_ORIGINAL]))
-    return theta, RopeScaling(kind=kind, **stated)
+    return theta, RopeScaling(kind=cast(RopeKind, kind), **stated)
 
 
 def rope_to_hf(config: ModelConfig) -> dict[str, Any]:

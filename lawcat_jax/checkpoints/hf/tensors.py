@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 
 from lawcat_jax.errors import UserError
+from lawcat_jax.files import MARK
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -26,6 +27,37 @@ DTYPES: dict[str, np.dtype] = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors library
 BLOCK_BYTES = 32 << 20  # of one read: small beside any large tensor, large enough for full disk speed
+
+
+class StoredTensor(Protocol):
+    """A tensor in a file of any format, as :class:`Tensor` and the GGUF reader's give it."""
+
+    file: Path
+    name: str
+    code: str
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype | None:
+        """What reads give; None for a dtype that cannot be read."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what reads give."""
+        ...
+
+    def part(self, start: int, stop: int) -> StoredTensor:
+        """Rows [start, stop) of axis 0 as a tensor of their own."""
+        ...
+
+    def rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Rows [start, stop) of axis 0, read into ``out`` (C-contiguous, same dtype) when given."""
+        ...
+
+    def blocks(self, start: int, stop: int) -> Iterable[tuple[int, np.ndarray]]:
+        """(first row, rows) of [start, stop) in pieces of about :data:`BLOCK_BYTES`."""
+        ...
 
 
 class Tensor:
@@ -54,7 +86,7 @@ class Tensor:
         width = math.prod(self.shape[1:])
         if out is None:
             out = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        buffer = memoryview(out.reshape(-1).view(np.uint8))
+        buffer = out.reshape(-1).view(np.uint8).data
         try:
             with open(self.file, "rb", buffering=0) as stream:
                 stream.seek(self._offset + start * width * self.dtype.itemsize)
@@ -78,12 +110,8 @@ class Tensor:
             yield first, self.rows(first, min(first + step, stop), buffer[: min(step, stop - first)])
 
 
-def open_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file, from its header alone; nothing is read beyond it.
-
-    Raises:
-      UserError: missing, not a safetensors file, truncated, or with an inconsistent header.
-    """
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """(header, bytes before the data, size of the file)."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as stream:
@@ -96,13 +124,34 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
             header = json.loads(stream.read(length))
     except OSError as problem:
         raise UserError(f"cannot read {path}: {problem.strerror or problem}") from None
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         if isinstance(problem, UserError):
             raise
         raise UserError(f"{path}: not a safetensors file (bad header)") from None
-    tensors: dict[str, Tensor] = {}
     if not isinstance(header, dict):
         raise UserError(f"{path}: not a safetensors file (bad header)")
+    return header, 8 + length, size
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free text that a safetensors file carries beside its tensors; {} if there is none.
+
+    Raises:
+      UserError: missing, or not a safetensors file.
+    """
+    metadata = _read_header(path)[0].get("__metadata__")
+    texts = metadata.items() if isinstance(metadata, dict) else ()
+    return {name: text for name, text in texts if isinstance(text, str)}
+
+
+def open_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, from its header alone; nothing is read beyond it.
+
+    Raises:
+      UserError: missing, not a safetensors file, truncated, or with an inconsistent header.
+    """
+    header, start, size = _read_header(path)
+    tensors: dict[str, Tensor] = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -113,13 +162,13 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
             raise UserError(f"{path}: bad header entry for tensor {name!r}") from None
         if not sound:
             raise UserError(f"{path}: bad header entry for tensor {name!r}")
-        if 8 + length + end > size:
-            raise UserError(f"{path}: truncated, {size} of at least {8 + length + end} bytes; download it again")
+        if start + end > size:
+            raise UserError(f"{path}: truncated, {size} of at least {start + end} bytes; download it again")
         if code in DTYPES and end - begin != math.prod(shape) * DTYPES[code].itemsize:
             raise UserError(
                 f"{path}: tensor {name!r} of shape {list(shape)} {code} does not fill its {end - begin} bytes"
             )
-        tensors[name] = Tensor(path, name, code, shape, 8 + length + begin)
+        tensors[name] = Tensor(path, name, code, shape, start + begin)
     return tensors
 
 
@@ -127,6 +176,7 @@ def write_tensors(
     path: Path,
     entries: list[tuple[str, np.dtype, tuple[int, ...], Callable[[], Any]]],
     on_bytes: Callable[[int], object] = lambda count: None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write one safetensors file, holding one tensor in memory at a time.
 
@@ -134,8 +184,9 @@ def write_tensors(
       path: the file.
       entries: (name, dtype, shape, function that returns the array when it is its turn).
       on_bytes: called with the bytes of every tensor written (progress).
+      metadata: free text for the header; see :func:`read_metadata`.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", MARK: "1", **(metadata or {})}}
     offset = 0
     for name, dtype, shape, _ in entries:
         size = math.prod(shape) * dtype.itemsize
@@ -149,7 +200,7 @@ def write_tensors(
             array = np.ascontiguousarray(make())
             if array.shape != shape or array.dtype != dtype:
                 raise ValueError(f"{name} is {array.dtype}{array.shape}, announced as {dtype}{shape}")
-            stream.write(memoryview(array.reshape(-1).view(np.uint8)))
+            stream.write(array.reshape(-1).view(np.uint8).data)
             on_bytes(array.nbytes)
         stream.flush()
         os.fsync(stream.fileno())

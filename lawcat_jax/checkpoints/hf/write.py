@@ -65,7 +65,7 @@ def write_hf(
     unknown = [str(kind) for kind in kinds if kind not in CODES]
     if unknown:
         raise UserError(f"cannot write {target}: dtype {', '.join(unknown)} (supported: float32, float16, bfloat16)")
-    shards = _shards(entries, max_shard_bytes)
+    shards = split_into_shards(entries, max_shard_bytes)
     with new_directory(target, overwrite=overwrite) as directory:
         main = max(kinds, key=lambda kind: sum(np.prod(shape) for _, k, shape, _ in entries if k == kind))
         values = model_config_to_hf(model, main.name)
@@ -162,7 +162,8 @@ def _transposed(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array.T)
 
 
-def _shards(entries, limit: int) -> list[list]:
+def split_into_shards(entries: list[tuple], limit: int) -> list[list[tuple]]:
+    """The entries of ``write_tensors``, in order, in groups of at most ``limit`` bytes (or of one larger tensor)."""
     shards, size = [[]], 0
     for entry in entries:
         count = int(np.prod(entry[2])) * entry[1].itemsize

@@ -1,24 +1,28 @@
 """Token mixers: what stands in for softmax attention in a linearised layer.
 
-To add one, write a class of :class:`~lawcat_jax.models.mixers.mixer.TokenMixer` in a file of this folder, give it a
-name in :data:`MIXERS`, and add the name to the options of ``AttentionConfig.kind``.
+A new mixer is a file here, named like its option of ``AttentionConfig.kind``, with a class of
+:class:`~lawcat_jax.models.mixers.mixer.TokenMixer` called ``MIXER``, and that name in
+``lawcat_jax.config.choices.MixerKind``.
 """
 
 from __future__ import annotations
 
+import importlib
+from typing import get_args
+
 from jax.sharding import PartitionSpec
 
-from lawcat_jax.config import AttentionConfig
+from lawcat_jax.config import AttentionConfig, choices
 from lawcat_jax.models.mixers.ablations import LawcatAblation, is_paper_design
-from lawcat_jax.models.mixers.lawcat import LawcatMixer
-from lawcat_jax.models.mixers.lolcats import LolcatsMixer
 from lawcat_jax.models.mixers.mixer import TokenMixer
 from lawcat_jax.runtime import sharding
 
 __all__ = ["MIXERS", "TokenMixer", "mixer_class", "sharding_rules"]
 
-MIXERS: dict[str, type[TokenMixer]] = {"lawcat": LawcatMixer, "lolcats": LolcatsMixer}
-"""``AttentionConfig.kind`` -> class."""
+MIXERS: dict[str, type[TokenMixer]] = {
+    kind: importlib.import_module(f"{__name__}.{kind}").MIXER for kind in get_args(choices.MixerKind)
+}
+"""``AttentionConfig.kind`` -> class, the ``MIXER`` of the file of that name."""
 
 
 def mixer_class(attention: AttentionConfig) -> type[TokenMixer]:

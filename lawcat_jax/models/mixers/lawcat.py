@@ -183,6 +183,9 @@ class LawcatMixer(nnx.Module):
         return branch_statistics(parts, v, context, self.options(False)) | gate_statistics(parts.log_g, bound, context)
 
 
+MIXER = LawcatMixer
+
+
 def convolved(rows: Float[Array, "B R Hr d"], taps: Float[Array, "H W d"]) -> Float[Array, "B R H d"]:
     """Step 5 with 4: each query head's taps over the rows of its head (Hr = H for q, Hkv for k)."""
     groups = taps.shape[0] // rows.shape[2]

@@ -50,7 +50,7 @@ def recur(
     initial = None if state is None else (state["S"], state["z"])
     if parts.q.shape[1] == 1 and initial is not None:
         arrays = (array[:, 0] for array in (parts.q, parts.k, v, parts.log_g))
-        o, new = kernels.decode_step(*arrays, initial, **options)
+        o, new = kernels.decode_step(*arrays, state=initial, **options)
         return o[:, None], new
     return parallel.gated_linear_attention(parts.q, parts.k, v, parts.log_g, initial_state=initial, **options)
 

@@ -121,3 +121,6 @@ class LolcatsMixer(nnx.Module):
         phi_k = jnp.where(leaving[:, :, None, None], apply_map(self, "feature_map_k", self.attention, evicted), 0)
         phi_q = apply_map(self, "feature_map_q", self.attention, q)
         return Recurrence(phi_q, phi_k, jnp.zeros((*phi_q.shape[:2], 1, phi_q.shape[-1]), jnp.float32))
+
+
+MIXER = LolcatsMixer

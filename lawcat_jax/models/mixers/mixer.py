@@ -1,8 +1,8 @@
 """What every token mixer gives: the protocol that decoder, FLOP counts and sharding rely on.
 
 A token mixer stands in a linearised layer where softmax attention stood: it gets the projected q, k and v and returns
-the output of the heads, before Wo. A new one is a class of this protocol in a file of its own and a name in
-``lawcat_jax.models.mixers.MIXERS``.
+the output of the heads, before Wo. A new one is a class of this protocol, called ``MIXER`` in a file of its own, and the
+file's name in ``lawcat_jax.config.choices.MixerKind``.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from lawcat_jax import models
 from lawcat_jax.analysis.throughput import records
 from lawcat_jax.checkpoints.hf.mapping import hf_slots
 from lawcat_jax.training import optim, stages
+from lawcat_jax.training.step import StepInputs
 from tests.analysis.throughput.small import MODEL, get_config
 from tests.models.helpers import drawn, jit
 
@@ -45,7 +46,7 @@ def ours(stage: str):
     @jit
     def run(trainable):
         def loss(trainable):
-            sums = loss_fn(optim.merge(trainable, frozen), BATCH, None)
+            sums, _ = loss_fn(optim.merge(trainable, frozen), BATCH, StepInputs())
             return sums.loss / sums.weight
 
         return jax.value_and_grad(loss)(trainable)

@@ -1,0 +1,1 @@
+"""Files that an exported student carries with it: plain torch, which nothing here imports."""

@@ -1,0 +1,302 @@
+"""Exported students in transformers equal this project's: logits, text, padding, memory, and the way back."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from lawcat_jax import models
+from lawcat_jax.checkpoints.conversion import convert, student_logits
+from lawcat_jax.checkpoints.hf.mapping import unflatten
+from lawcat_jax.checkpoints.model_dir import load_model, open_checkpoint, save_model
+from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig, RopeScaling
+from lawcat_jax.errors import UserError
+from lawcat_jax.inference.generation import generate
+from tests.checkpoints import students
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+KINDS = list(students.KINDS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def module_cache(tmp_path_factory):
+    """The code of exported models is copied before it runs: not into the user's own cache."""
+    patch, threads = pytest.MonkeyPatch(), torch.get_num_threads()
+    torch.set_num_threads(1)  # for matrices as small as these
+    patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+    yield
+    patch.undo()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder, loaded = tmp_path_factory.mktemp("export"), {}
+
+    def of(kind):
+        if kind not in loaded:
+            source = students.write_student(folder / kind, kind, teacher=folder / "teacher")
+            convert(str(source), str(folder / f"{kind}-out"), to="transformers")
+            loaded[kind] = load_model(source, dtype="float32"), torch_model(folder / f"{kind}-out"), folder / kind
+        return loaded[kind]
+
+    return of
+
+
+def torch_model(directory, dtype="float32", **options):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        directory, trust_remote_code=True, dtype=getattr(torch, dtype), **options
+    ).eval()
+
+
+def tokens(*shape, seed=0):
+    return np.random.default_rng(seed).integers(3, students.MODEL.vocab_size, shape)
+
+
+@torch.no_grad()
+def logits(model, ids, **options):
+    return model(torch.as_tensor(ids), **options).logits.float().numpy()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_text(exported, kind):
+    bundle, model, _ = exported(kind)
+    prompts = torch.as_tensor(tokens(2, 126))
+    text = model.generate(prompts, max_new_tokens=24, do_sample=False, eos_token_id=None)
+    ours = student_logits(bundle, text.numpy().astype(np.int32))  # three chunks, the last one ragged
+    np.testing.assert_allclose(logits(model, text), ours, atol=1e-4)
+    np.testing.assert_array_equal(ours[:, 125:-1].argmax(-1), text[:, 126:])
+
+
+@pytest.mark.parametrize("bound", [-1e-4, -1.25, -5.0])
+def test_chunks_equal_the_recurrence(bound):
+    from lawcat_jax.checkpoints.torch import modeling_lawcat as code
+
+    draw = torch.Generator().manual_seed(0)
+    q, k = (torch.rand(2, 150, 3, 16, generator=draw) for _ in range(2))
+    v = torch.randn(2, 150, 3, 8, generator=draw)
+    log_g = bound * torch.rand(2, 150, 3, 16, generator=draw)
+    log_g[0, 20:100] = bound  # saturated over a whole chunk
+    numerator, denominator, state = code.linear_attention(q, k, v, log_g, None, bound, torch.float32)
+    S, outputs = torch.zeros(2, 3, 16, 9, dtype=torch.float64), []
+    widened = torch.cat([v, torch.ones(2, 150, 3, 1)], dim=-1).double()
+    for t in range(150):
+        S = log_g[:, t, ..., None].double().exp() * S + k[:, t, ..., None].double() * widened[:, t, :, None]
+        outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t].double(), S))
+    exact = torch.stack(outputs, dim=1)
+    torch.testing.assert_close(denominator.double(), exact[..., -1], rtol=2e-5, atol=0)
+    torch.testing.assert_close(numerator.double(), exact[..., :-1], rtol=0, atol=2e-5 * float(exact.abs().max()))
+    torch.testing.assert_close(state.double(), S, rtol=0, atol=2e-5 * float(S.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_text_equals_that_of_generate(exported, kind):
+    bundle, model, _ = exported(kind)
+    graphdef, _ = models.abstract(bundle.model, bundle.attention, bundle.lora)
+    prompts = [tokens(n, seed=n) for n in (70, 9)]
+    ours = generate(graphdef, bundle.params, [ids.tolist() for ids in prompts], max_new_tokens=24)
+    for ids, own in zip(prompts, ours, strict=True):
+        text = model.generate(torch.tensor(ids[None]), max_new_tokens=24, do_sample=False, eos_token_id=None)
+        assert text[0, len(ids) :].tolist() == own
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_anywhere_changes_nothing(exported, kind):
+    _, model, _ = exported(kind)
+    single = [tokens(n, seed=n) for n in (80, 5, 41)]
+    alone = [logits(model, ids[None])[0] for ids in single]
+    texts = [
+        model.generate(torch.tensor(ids[None]), max_new_tokens=5, do_sample=False, eos_token_id=None) for ids in single
+    ]
+    for side in ("left", "right", "middle"):
+        batch, mask = np.full((3, 90), 1), np.zeros((3, 90), int)
+        for row, ids in enumerate(single):
+            places = np.arange(len(ids))
+            places += {"left": 90 - len(ids), "right": 0}.get(side, 2 * (places >= 3))
+            batch[row, places], mask[row, places] = ids, 1
+        together = logits(model, batch, attention_mask=torch.as_tensor(mask))
+        for row in range(3):
+            np.testing.assert_allclose(together[row][mask[row] == 1], alone[row], atol=2e-5)
+        if side == "left":
+            text = model.generate(
+                torch.as_tensor(batch),
+                attention_mask=torch.as_tensor(mask),
+                max_new_tokens=5,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=1,
+            )
+            for row, ids in enumerate(single):
+                assert text[row, 90:].tolist() == texts[row][0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cache(exported, kind):
+    _, model, _ = exported(kind)
+    ids = torch.as_tensor(tokens(2, 140))
+    whole = logits(model, ids)
+    cache, parts, sizes = None, [], []
+    name = "cache" if "cache" in model(ids[:, :2]) else "past_key_values"
+    with torch.no_grad():
+        for start, stop in ((0, 1), (1, 3), (3, 100), (100, 101), (101, 140)):
+            out = model(ids[:, start:stop], use_cache=True, **{name: cache})
+            cache = getattr(out, name)
+            parts.append(out.logits.numpy())
+            sizes.append(cache.nbytes)
+            assert cache.get_seq_length() == stop
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, atol=2e-5)
+    assert (len(set(sizes)) == 1) == (kind != "hybrid")
+    state = {key for key, x in cache.layers[1].state.items() if x.shape[1:2] == (140,)}
+    assert state == ({"k", "v", "places"} if kind == "hybrid" else set())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_save_and_back(exported, kind, tmp_path):
+    bundle, model, source = exported(kind)
+    ids = tokens(2, 70)
+    half = torch_model(f"{source}-out", "bfloat16", device_map="cpu")
+    assert {p.dtype for name, p in half.named_parameters() if "mixer" in name or "lora" in name} == {torch.float32}
+    assert half.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    found = logits(half, ids)
+    assert np.isfinite(found).all()
+    assert np.abs(found - logits(model, ids)).max() < 0.25 * np.abs(found).max()
+    model.save_pretrained(tmp_path / "saved")
+    np.testing.assert_array_equal(logits(torch_model(tmp_path / "saved"), ids), logits(model, ids))
+    for directory in (f"{source}-out", tmp_path / "saved"):
+        again = load_model(directory, dtype="keep")
+        assert students.same_bits(again.params, bundle.params)
+        assert (again.model, again.attention, again.lora) == (bundle.model, bundle.attention, bundle.lora)
+        assert again.extra == bundle.extra
+
+
+@pytest.mark.slow
+def test_training_and_beams(exported):
+    _, model, _ = exported("hybrid")
+    ids = torch.as_tensor(tokens(2, 70))
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    model.zero_grad()
+    options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(ids[:1], **options), model.generate(ids[:1], use_cache=False, **options))
+
+
+def test_card_shards_and_refusals(exported, tmp_path):
+    teacher = students.write_teacher(tmp_path / "teacher")
+    run = tmp_path / "run"
+    students.write_student(run / "student", teacher=teacher)
+    recipe = {
+        "config": {"seed": 7, "stage1": {"steps": 11, "data": {"kind": "passkey"}}},
+        "results": {"passkey": {"student": {"256": {"accuracy": 0.5}}}},
+    }
+    (run / "manifest.json").write_text(json.dumps(recipe))
+    convert(str(run), str(tmp_path / "out"), to="transformers", max_shard_bytes=40_000)
+    card = (tmp_path / "out" / "README.md").read_text()
+    for text in (
+        str(teacher),
+        "data `passkey`, steps 11",
+        "seed: 7",
+        "| passkey | student | 256 | 0.5 |",
+        "128 tokens",
+    ):
+        assert text in card
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    again = load_model(tmp_path / "out", dtype="keep")
+    assert students.same_bits(again.params, load_model(run / "student", dtype="keep").params)
+    convert(str(run), str(tmp_path / "out"), to="transformers", overwrite=True)
+    convert(str(tmp_path / "out"), str(tmp_path / "back"), verify=True)
+
+    def refused(text, action):
+        with pytest.raises(UserError, match=text) as caught:
+            action()
+        assert "\n" not in str(caught.value)
+
+    refused("is no student", lambda: convert(str(teacher), str(tmp_path / "x"), to="transformers"))
+    for attention, model, text in (
+        (AttentionConfig(gate_rank=4, conv="stacked"), students.MODEL, "attention.conv 'stacked'"),
+        (AttentionConfig(gate_rank=4, gate_lower_bound=None), students.MODEL, "gate_lower_bound None"),
+        (
+            AttentionConfig(gate_rank=4, softmax_layers=(0,)),
+            dataclasses.replace(students.MODEL, rope_scaling=RopeScaling(kind="dynamic", factor=2.0)),
+            "rope scaling 'dynamic'",
+        ),
+    ):
+        source = write(tmp_path / text.replace(" ", "_").replace("'", ""), attention, None, model)
+        refused(
+            f"does not support .*{text}",
+            lambda source=source: convert(str(source), str(tmp_path / "x"), to="transformers"),
+        )
+    assert not (tmp_path / "x").exists()
+    config = tmp_path / "out" / "config.json"
+    values = json.loads(config.read_text())
+    values["lawcat"]["attention"]["gate_rank"] = 5
+    config.write_text(json.dumps(values))
+    refused("tensors do not fit config.json: .*gate_down.kernel is", lambda: open_checkpoint(tmp_path / "out"))
+
+
+def write(directory, attention, lora, model):
+    params = students.base_params(model) | students.student_params(attention, lora, model)
+    save_model(directory, model=model, attention=attention, lora=lora, params=unflatten(params))
+    return directory
+
+
+LAWCAT = {"gate_rank": 4}
+SWITCHES = {
+    "conv_off": {"conv": "off"},
+    "conv_shared_3": {"conv": "shared", "conv_size": 3},
+    "half_softmax_untied": {"feature_map": "half_softmax", "tie_qk": False, "feature_dim": 6},
+    "exp_dim": {"feature_map": "exp_dim"},
+    "relu": {"feature_map": "relu"},
+    "pos_elu": {"feature_map": "pos_elu"},
+    "unnormalized": {"normalize": False},
+    "rope_linear": {"rope_linear": True},
+    "window": {"window_size": 8},
+    "window_affine_sinks": {"window_size": 5, "affine_window": True, "sinks": 2},
+    "full_rank_per_head": {"gate_rank": 0, "gate_kind": "per_head"},
+    "no_gate": {"gate_kind": "none"},
+    "strong_gate": {"gate_lower_bound": -5.0, "gate_normalizer": 0.5},
+    "output_gate": {"output_gate": True},
+    "lolcats_sinks": {"kind": "lolcats", "window_size": 6, "sinks": 3, "affine_window": True},
+    "long_window": {"window_size": 100},
+}
+MODELS = {
+    "tied_llama3": {
+        "tie_embeddings": True,
+        "rope_scaling": RopeScaling(kind="llama3", factor=8.0, original_max_position_embeddings=16),
+    },
+    "qwen3": {"family": "qwen3", "qk_norm": "head"},
+    "qwen2_biases": {"family": "qwen2", "projection_biases": ("q_proj", "k_proj", "v_proj")},
+    "olmo2": {"family": "olmo2", "qk_norm": "projection", "norm_position": "after"},
+    "nope_windows": {"nope_layers": (1,), "sliding_window": 7, "full_attention_layers": (0,)},
+    "partial_yarn": {
+        "partial_rotary_factor": 0.5,
+        "rope_scaling": RopeScaling(kind="yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=1.2),
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*SWITCHES, *MODELS])
+def test_switches_and_families(name, tmp_path):
+    attention = AttentionConfig(**{**LAWCAT, **SWITCHES.get(name, {"softmax_layers": (0, 1), "window_size": 4})})
+    model: ModelConfig = dataclasses.replace(students.MODEL, **MODELS.get(name, {}))
+    source = write(tmp_path / "s", attention, LoraConfig(rank=2, targets=("k_proj", "o_proj")), model)
+    convert(str(source), str(tmp_path / "t"), to="transformers")
+    bundle, torch_student = load_model(source, dtype="float32"), torch_model(tmp_path / "t")
+    ids = tokens(2, 150)
+    ours = student_logits(bundle, ids.astype(np.int32))
+    np.testing.assert_allclose(logits(torch_student, ids), ours, atol=1e-4)
+    mask = torch.ones(2, 150, dtype=torch.long)
+    mask[1, :37] = 0
+    padded = logits(torch_student, ids, attention_mask=mask)
+    np.testing.assert_allclose(padded[1, 37:], student_logits(bundle, ids[1:, 37:].astype(np.int32))[0], atol=1e-4)
+    text = torch_student.generate(
+        torch.as_tensor(ids), attention_mask=mask, max_new_tokens=10, do_sample=False, eos_token_id=None
+    )
+    for row, start in ((0, 0), (1, 37)):
+        whole = logits(torch_student, text[row : row + 1, start:])[0]
+        assert whole[149 - start : -1].argmax(-1).tolist() == text[row, 150:].tolist()
+    assert students.same_bits(load_model(tmp_path / "t", dtype="keep").params, bundle.params)
