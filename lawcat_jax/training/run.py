@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
     if again:
         if problem := missing_result(folder, config):
             say(f"{folder.name}: this run is finished, but {problem}; exporting it again from the last checkpoint")
+            put_aside(folder.local / _result(config))
         else:
             say(f"{folder.name}: this run is finished; its report is in {folder.child('manifest.json')}")
             return 0
@@ -181,11 +183,25 @@ def check_outputs(config: Config, student: Student, folder: Workdir) -> None:
     Raises:
       UserError: a file stands where a folder will be written, or evaluation settings do not fit.
     """
-    for name in ("teacher" if config.pretrain.enabled else "student", *(["eval"] if config.eval.enabled else [])):
-        check_target(folder.local / name, overwrite=True)
+    check_target(folder.local / _result(config), overwrite=True)
+    if config.eval.enabled and (reports := folder.local / "eval").exists() and not reports.is_dir():
+        raise UserError(f"{reports} is a file; the reports of the evaluation belong there")
     if config.eval.enabled:
         for task in dict.fromkeys(config.eval.tasks):
             task_named(task).check(config.eval, student.tokenizer)
+
+
+def _result(config: Config) -> str:
+    """The folder of the model that a run makes."""
+    return "teacher" if config.pretrain.enabled else "student"
+
+
+def put_aside(directory: Path) -> None:
+    """Rename what is left of a damaged model to ``<name>.damaged``, or the next free number after it."""
+    if not distributed.is_primary() or not directory.is_dir():
+        return
+    names = (f"{directory.name}.damaged{number or ''}" for number in itertools.count())
+    directory.rename(next(target for name in names if not (target := directory.with_name(name)).exists()))
 
 
 def missing_result(folder: Workdir, config: Config) -> str | None:
