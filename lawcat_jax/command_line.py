@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import linecache
+import math
+import os
 import pathlib
 import re
+import signal
 import sys
+import sysconfig
+import threading
+import time
 import traceback
+import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
+from lawcat_jax.analysis import environment
 from lawcat_jax.config import Config, ConfigError
-from lawcat_jax.config.tree import field_names, nearest, unshare
+from lawcat_jax.config.tree import field_names, nearest, type_problems, unshare
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime.programs import keep_programs
 
 EXIT_USER_ERROR, EXIT_CRASH, EXIT_KEYBOARD = 2, 1, 130
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the command again
+GRACE_SECONDS = 3.0  # for threads that still work when a command has failed
+CONFIG_SECONDS = 120  # a config file that has not returned after this is taken to hang
 
 
 def run_main(main: Callable[[list[str]], int | None], *, cache_programs: bool = True) -> None:
@@ -31,12 +42,16 @@ def run_main(main: Callable[[list[str]], int | None], *, cache_programs: bool = 
     is for commands that look into programs, which one read back from a file does not allow.
 
     A :class:`UserError` or :class:`ConfigError`, also one about the flags, is printed as ``error: ...`` without a
-    traceback and ends with 2; Ctrl-C ends with 130; any other exception keeps its traceback and ends with 1. Where
-    ``jax.distributed`` runs, the other processes are told of a failure and end as well.
+    traceback and ends with 2; Ctrl-C ends with 130; any other exception is printed with its traceback and ends with 1. Where
+    ``jax.distributed`` runs, the other processes are told of a failure and end as well. A reader of standard output that
+    goes away ends the process with 141, without a word.
     """
 
     def parse(argv: list[str]) -> list[str]:
+        environment.lenient_output()
+        logging.set_verbosity(logging.ERROR)  # orbax and tfds write about every step; --verbosity=0 brings that back
         try:
+            environment.prepare()
             return parse_flags(argv)
         except UserError as problem:
             print(f"error: {problem}", file=sys.stderr, flush=True)
@@ -49,23 +64,67 @@ def run_main(main: Callable[[list[str]], int | None], *, cache_programs: bool = 
 
 def _exit_code(main: Callable[[list[str]], int | None], argv: list[str]) -> int | None:
     try:
-        return main(argv)
-    except (UserError, ConfigError) as problem:
-        print(f"error: {problem}", file=sys.stderr, flush=True)
-        status = EXIT_USER_ERROR
+        status = main(argv)
+        return environment.output_problem() or status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         status = EXIT_KEYBOARD
-    except Exception:
-        if not _distributed_is_running():
-            raise
-        traceback.print_exc()
-        status = EXIT_CRASH
+    except Exception as problem:
+        status = environment.output_problem(problem) if isinstance(problem, OSError) else None
+        told = str(problem) if isinstance(problem, UserError | ConfigError) else environment.foreign_error(problem)
+        if status is None and told is None:
+            traceback.print_exc()
+            status = EXIT_CRASH
+        elif status is None:
+            if not isinstance(problem, ConfigError):  # which lists its problems, one a line
+                told = " ".join(str(told).split())
+            print(f"error: {told}", file=sys.stderr, flush=True)
+            status = EXIT_USER_ERROR
     if _distributed_is_running():  # the others must not wait for this one
         from lawcat_jax.runtime import distributed
 
         distributed.leave(status)
+    _leave_threads_behind(status)
     return status
+
+
+def _leave_threads_behind(status: int) -> None:
+    """End the process although threads of libraries still wait: orbax' do so for minutes after a save that failed."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    for thread in threading.enumerate():
+        if thread is threading.current_thread() or thread.daemon:
+            continue
+        thread.join(max(deadline - time.monotonic(), 0.0))
+        if thread.is_alive():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+
+def end_when_terminated() -> None:
+    """From now on SIGTERM ends the process with one line and 75: for the time in which a command has nothing to save.
+
+    What is half done is removed on the way out, as after Ctrl-C.
+    """
+
+    def end(*_: Any) -> None:
+        print("interrupted; run the same command again to go on", file=sys.stderr, flush=True)
+        # Where the exception is swallowed, as in a callback of the garbage collector, the process must end all the same.
+        watchdog = threading.Timer(GRACE_SECONDS, os._exit, (EXIT_INTERRUPTED,))
+        watchdog.daemon = True
+        watchdog.start()
+        raise SystemExit(EXIT_INTERRUPTED)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, end)
+
+
+def readable(text: str, what: str) -> str:
+    """``text`` with U+FFFD for bytes that are no UTF-8 (Python keeps them as lone surrogates), which is said once."""
+    clean = re.sub("[\ud800-\udfff]", "\ufffd", text)
+    if count := sum(a != b for a, b in zip(text, clean, strict=True)):
+        print(f"{what}: {count} byte(s) that are no UTF-8 are read as U+FFFD", file=sys.stderr, flush=True)
+    return clean
 
 
 def _distributed_is_running() -> bool:
@@ -95,13 +154,58 @@ class _ConfigFile(flags.ArgumentParser):
         self._inner = inner
 
     def parse(self, argument: Any) -> Any:
-        config = self._inner.parse(argument)
-        if isinstance(config, Config):
-            unshare(config)
+        path = pathlib.Path(str(argument).partition(":")[0])
+        with _time_limit(path):
+            try:
+                config = self._inner.parse(argument)
+            except SystemExit as problem:
+                raise UserError(f"--config={path}: the file ends the program ({problem.code!r})") from problem
+        if type(config).__name__ == "_ErrorConfig":  # config_flags keeps a missing file until its first use
+            raise UserError(f"--config={path}: no such file, or it cannot be read")
+        if not isinstance(config, Config):
+            raise UserError(f"--config={path}: {_WRONG_RESULT}, not {type(config).__name__}")
+        if problems := [problem for problem in type_problems(config, "config") if _is_structural(problem, config)]:
+            raise UserError(f"--config={path}: {'; '.join(problems)}")
+        unshare(config)
         return config
 
     def flag_type(self) -> str:
         return self._inner.flag_type()
+
+
+_WRONG_RESULT = "get_config() must return a lawcat_jax.config.Config"
+
+
+def _is_structural(problem: str, config: Config) -> bool:
+    """Whether a problem of types stands where a part of the tree should be: no field below it can be set."""
+    hint, names = Config, problem.partition(":")[0].split(".")[1:]
+    for name in names:
+        hint = typing.get_type_hints(hint).get(name)
+        if not dataclasses.is_dataclass(hint):
+            return False
+    return bool(names)
+
+
+@contextlib.contextmanager
+def _time_limit(path: pathlib.Path) -> Iterator[None]:
+    """An error instead of waiting for ever for a config file that does not return."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_: int, frame: types.FrameType | None) -> None:
+        while frame is not None and not path.samefile(frame.f_code.co_filename):
+            frame = frame.f_back
+        where = f", line {frame.f_lineno}" if frame is not None else ""
+        raise UserError(f"{path}{where}: get_config() has not returned after {CONFIG_SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, CONFIG_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class _Tuple(tuple_parser.TupleParser):
@@ -143,21 +247,23 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
       UserError: unknown flag or field, a value of the wrong type, a config file that is missing or broken.
     """
     try:
-        return flag_values(list(argv))
-    except OSError as problem:  # from config_flags, at the first override of a file that is not there
-        raise UserError("--config: no such file, or it cannot be read") from problem
-    except KeyError as problem:  # config_flags: a field that the dataclass does not have
-        raise UserError(_unknown_field(problem)) from problem
-    except (
-        flags.Error,
-        ValueError,
-        TypeError,
-        IndexError,
-        SyntaxError,
-        ImportError,
-        AttributeError,
-    ) as problem:
-        raise UserError(_misspelt_in_file(problem) or _one_line(problem)) from problem
+        rest = flag_values(list(argv))
+    except UserError:
+        raise
+    except Exception as problem:  # absl, config_flags and the config file itself raise all kinds
+        told = _in_config_file(problem, flag_values)
+        if told is None and isinstance(problem, KeyError):  # config_flags: a field that the dataclass does not have
+            told = _unknown_field(problem)
+        elif told is None and isinstance(problem, OSError):  # at the first override of a file that is not there
+            told = "--config: no such file, or it cannot be read"
+        raise UserError(told or _one_line(problem)) from problem
+    for name in flag_values:
+        value = flag_values[name].value
+        if isinstance(value, int) and abs(value) >= 1 << 63:
+            raise UserError(f"--{name}={str(value)[:20]}...: this number is too large")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name}={value}: must be a finite number")
+    return rest
 
 
 def load_config(holder: flags.FlagHolder) -> Config:
@@ -170,10 +276,6 @@ def load_config(holder: flags.FlagHolder) -> Config:
     config = holder.value
     if config is None:
         raise UserError("--config: name an experiment file, for example --config=configs/tiny.py")
-    if type(config).__name__ == "_ErrorConfig":  # config_flags keeps a missing file until its first use
-        raise UserError("--config: no such file, or it cannot be read")
-    if not isinstance(config, Config):
-        raise UserError(f"--config: get_config() must return a lawcat_jax.config.Config, not {type(config).__name__}")
     config.validate()
     return config
 
@@ -215,21 +317,42 @@ def _hint(field: str) -> str | None:
     return None
 
 
-def _misspelt_in_file(problem: BaseException | None) -> str | None:
-    """If the config file set or passed a field that does not exist: the file, the line, the field and the nearest one."""
-    while problem is not None:
-        if isinstance(problem, ConfigError) and "Traceback" not in str(
-            problem
-        ):  # config_flags raises such a copy of it
-            where, trace = "", problem.__traceback__
-            while trace is not None:  # the innermost frame outside this package is the user's line
-                if not trace.tb_frame.f_globals.get("__name__", "").startswith("lawcat_jax"):
-                    file, number = trace.tb_frame.f_code.co_filename, trace.tb_lineno
-                    where = f"{file}, line {number} ({linecache.getline(file, number).strip()}): "
-                trace = trace.tb_next
-            return f"{where}{problem}"
-        problem = problem.__cause__ or problem.__context__
+def _in_config_file(problem: BaseException, flag_values: flags.FlagValues) -> str | None:
+    """If the config file raised the error: the file, the line and what was raised there; else None."""
+    name = getattr(flag_values["config"], "_config_filename", None) if "config" in flag_values else None
+    path = str(name or "").partition(":")[0]
+    found: BaseException | None = problem
+    while found is not None:
+        copied = "Traceback" in str(found)  # config_flags raises such a copy of an error
+        if isinstance(found, SyntaxError) and found.filename and not copied:
+            return f"{found.filename}, line {found.lineno}: {found.msg}"
+        frames = [frame for frame in traceback.extract_tb(found.__traceback__) if not _is_library(frame.filename)]
+        if frames and not copied:  # the innermost is the user's line
+            where = f"{frames[-1].filename}, line {frames[-1].lineno} ({(frames[-1].line or '').strip()})"
+            named = isinstance(found, UserError | ConfigError)
+            return f"{where}: {found if named else _described(found)}"
+        found = found.__cause__ or found.__context__
+    if isinstance(problem, AttributeError) and "get_config" in str(problem):
+        return f"--config={path}: the file has no get_config(), which must return a lawcat_jax.config.Config"
     return None
+
+
+def _is_library(file: str) -> bool:
+    return file.startswith(_LIBRARIES) or file.startswith("<")
+
+
+_LIBRARIES = tuple(
+    {
+        str(pathlib.Path(__file__).parent) + os.sep,
+        *(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+        str(pathlib.Path(flags.__file__).parents[2]) + os.sep,
+    }
+)
+
+
+def _described(problem: BaseException) -> str:
+    text = " ".join(str(problem).split())[:300]
+    return f"{type(problem).__name__}: {text}" if text else type(problem).__name__
 
 
 def _one_line(problem: Any) -> str:

@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from lawcat_jax.analysis.environment import lenient_output, output_problem
 from lawcat_jax.analysis.installation import examine, render
 
 
@@ -23,8 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     as_json = parser.parse_args(arguments).json
     report = examine()
-    print(json.dumps(report, indent=2) if as_json else render(report))
-    return 0 if report["ok"] else 1
+    lenient_output()
+    for line in (json.dumps(report, indent=2) if as_json else render(report)).splitlines():
+        try:
+            print(line, flush=True)
+        except OSError as problem:
+            return output_problem(problem) or 2
+    return output_problem() or (0 if report["ok"] else 1)
 
 
 if __name__ == "__main__":

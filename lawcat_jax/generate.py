@@ -9,7 +9,7 @@ import sys
 
 from absl import flags
 
-from lawcat_jax.command_line import no_arguments, run_main
+from lawcat_jax.command_line import no_arguments, readable, run_main
 from lawcat_jax.errors import UserError
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -33,7 +33,10 @@ def main(argv: list[str]) -> None:
     no_arguments(argv)
     if _PROMPT.value is None:
         raise UserError("--prompt is missing: the text to continue, or - to read it from standard input")
-    prompt = sys.stdin.read() if _PROMPT.value == "-" else _PROMPT.value
+    if _PROMPT.value == "-":
+        prompt = readable(sys.stdin.buffer.read().decode("utf-8", errors="surrogateescape"), "standard input")
+    else:
+        prompt = readable(_PROMPT.value, "--prompt")
     from lawcat_jax.inference.loading import load_for_inference
     from lawcat_jax.inference.text import continue_text
 

@@ -1,7 +1,8 @@
 """Train: ``python -m lawcat_jax.train --config=configs/tiny.py [--workdir=...] [--config.<field>=<value>]``.
 
 Running the same command again resumes; a finished run exits at once. Exit codes: 0 finished, 2 a mistake that the
-user can mend, 75 (EX_TEMPFAIL) interrupted by SIGTERM or SIGINT with everything saved: run the command again.
+user can mend, 75 (EX_TEMPFAIL) interrupted by SIGTERM, also while weights load, or in training by SIGINT, with everything saved: run the
+command again.
 
 docs/config.md lists every --config.<field> with type, unit, default and meaning.
 """
@@ -18,6 +19,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: con
 
 def main(argv: list[str]) -> int:
     """Check the configuration and run it."""
+    command_line.end_when_terminated()  # until the training loop takes over, and when it is done
     command_line.no_arguments(argv)
     config = command_line.load_config(_CONFIG)
     config.workdir = _WORKDIR.value or config.workdir or f"runs/{command_line.config_name()}"

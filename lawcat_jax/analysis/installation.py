@@ -90,6 +90,10 @@ def device_problems(
             remedy = "pip install -U -r requirements-cuda.txt, and look at nvidia-smi"
         elif machine.tpus:
             remedy = "pip install -U -r requirements-tpu.txt; end other processes on the TPU; use all hosts of a slice"
+        if "flag" in error.lower():  # an option that XLA or libtpu does not know
+            remedy = "mend or unset XLA_FLAGS and LIBTPU_INIT_ARGS"
+        elif "JAX_" in error or (platforms and "Unable to initialize backend" in error):
+            remedy = "mend or unset the variable; JAX_PLATFORMS is one of cpu, cuda, tpu"
         problems.append(Problem(error, remedy))
         return problems, notes
     if probe.get("platform") != "cpu":

@@ -16,7 +16,7 @@ from lawcat_jax.checkpoints.delta import is_trained
 from lawcat_jax.checkpoints.hf.mapping import flatten, unflatten
 from lawcat_jax.checkpoints.hf.read import Shardings
 from lawcat_jax.checkpoints.hf.write import check_leaves
-from lawcat_jax.checkpoints.orbax_errors import is_disk_full, unraisable_hook
+from lawcat_jax.checkpoints.orbax_errors import is_disk_full, only_one_report, unraisable_hook
 from lawcat_jax.errors import UserError
 
 _RESTORE_BYTES = 256 << 20
@@ -32,6 +32,7 @@ def _checkpointer(**options: Any) -> Iterator[Any]:
     # For good: the report comes from a thread, often after the error that it belongs to has been raised.
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = unraisable_hook
+    only_one_report()
     # Orbax copies host arrays before it writes, and compression buffers all of them at once: 2.9x the bytes.
     # Without both the peak is the arrays themselves; weights hardly compress anyway.
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 from typing import Any
@@ -16,6 +17,15 @@ def unraisable_hook(arguments: Any) -> None:
     """
     if not (isinstance(arguments.exc_value, RuntimeError) and str(arguments.exc_value) == "Event loop is closed"):
         sys.__unraisablehook__(arguments)
+
+
+def only_one_report() -> None:
+    """Leave out asyncio's traceback for each read of an array that failed after the first: the first one is reported."""
+    logging.getLogger("asyncio").addFilter(_is_no_echo)
+
+
+def _is_no_echo(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def is_disk_full(problem: BaseException) -> bool:

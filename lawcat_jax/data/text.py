@@ -26,6 +26,7 @@ import numpy as np
 from lawcat_jax.data.tokenize import Tokenizer, encode, encode_many, fingerprint
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import user_cache
+from lawcat_jax.runtime import network
 
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
 _PIECE = 1 << 16  # characters given to the tokenizer at once; its transient memory is about 100 bytes a token
@@ -98,7 +99,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as problem:
+            except (ValueError, RecursionError) as problem:
                 raise UserError(f"text source {str(file)!r}, line {number}: not JSON ({problem})") from problem
             yield f"{str(file)!r}, line {number}", row
 
@@ -131,7 +132,9 @@ def _tfds_documents(source: str, text_key: str) -> Iterator[str]:
             builder: Any = tfds.builder_from_directory(str(Path(name).expanduser()))  # its decorators hide signatures
             rows: Any = builder.as_data_source(split)
         else:
-            rows = tfds.data_source(name, split=split)
+            online = network.answers("https://storage.googleapis.com")
+            tfds.core.utils.gcs_utils._is_gcs_disabled = not online  # it would try for minutes
+            rows = tfds.data_source(name, split=split, download=online)
     except (Exception, SystemExit) as problem:  # tfds raises many types: unknown name, split, file format, no network
         raise UserError(f"text source {source!r} cannot be opened: {_first_line(problem)}") from problem
     for index in range(len(rows)):
@@ -151,6 +154,7 @@ def _hf_rows(source: str) -> Iterator[tuple[str, Any]]:
         raise UserError(f"text source {source!r}: expected hf:<name>[:config][:split]")
     config = options[0] if len(options) == 2 else None
     split = options[-1] if options else "train"
+    network.hub_or_offline()
     try:
         # streamed: only the shards that are needed get downloaded
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
@@ -223,6 +227,10 @@ def _text(value: object, key: str, where: str) -> str:
         value = value.decode("utf-8", errors="replace")
     if not isinstance(value, str):
         raise UserError(f"text source {where}: field {key!r} holds a {type(value).__name__}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # lone surrogates, which JSON can spell
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return value
 
 

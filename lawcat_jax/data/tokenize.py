@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lawcat_jax.errors import UserError
+from lawcat_jax.runtime import network
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase; transformers is imported only where a tokenizer is loaded
 
@@ -43,6 +44,8 @@ def load_tokenizer(source: str | os.PathLike, *, revision: str | None = None) ->
         raise UserError(f"tokenizer {name!r}: the directory has no tokenizer.json, tokenizer.model or vocab.json")
     if local and (Path(name) / "tokenizer.json").exists() and not (Path(name) / "tokenizer_config.json").exists():
         return _from_tokenizer_file(Path(name) / "tokenizer.json")
+    if not local:
+        network.hub_or_offline()
     try:
         # Code that comes with a model is not run for its tokenizer, and nobody is asked whether it should be.
         return transformers.AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)

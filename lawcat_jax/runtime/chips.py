@@ -109,7 +109,7 @@ def chip_of(topology: str) -> Chip:
         gpu_shape(topology)
         return chip
     sizes = shape.split("x")
-    if len(sizes) != chip.dimensions or not all(size.isdigit() and int(size) > 0 for size in sizes):
+    if len(sizes) != chip.dimensions or not all(re.fullmatch("[0-9]{1,6}", size) and int(size) > 0 for size in sizes):
         example = ":2x2" if chip.dimensions == 2 else ":2x2x1"
         raise UserError(
             f"--topology={topology}: {name} slices have {chip.dimensions} dimensions, as in {name}{example}"
@@ -125,7 +125,7 @@ def gpu_shape(topology: str) -> tuple[int, int]:
     """
     name, _, shape = topology.partition(":")
     sizes = shape.split("x")
-    if len(sizes) > 2 or not all(size.isdigit() and int(size) > 0 for size in sizes):
+    if len(sizes) > 2 or not all(re.fullmatch("[0-9]{1,6}", size) and int(size) > 0 for size in sizes):
         raise UserError(f"--topology={topology}: GPUs, or machines x GPUs of each, as in {name}:8 or {name}:2x8")
     machines, gpus = (int(size) for size in ["1", *sizes][-2:])
     if gpus > NODE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -46,7 +47,7 @@ def initialize(mode: str, *, heartbeat_seconds: int = 30) -> None:
         arguments["coordinator_address"] = address
         for name, variable in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID")):
             if value := os.environ.get(variable):
-                if not value.isdigit():
+                if not re.fullmatch("[0-9]{1,9}", value):
                     raise UserError(f"{variable}={value!r} is not a number")
                 arguments[name] = int(value)
     try:
@@ -114,8 +115,12 @@ def _exit(status: int, text: str | None = None) -> None:
 def _several_processes() -> bool:
     if any(os.environ.get(name) for name in _CLUSTER_HINTS):
         return True
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1 or int(os.environ.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
-        return True
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        value = os.environ.get(name) or "1"
+        if not re.fullmatch("[0-9]{1,9}", value):
+            raise UserError(f"{name}={value[:40]!r} is not a number")
+        if int(value) > 1:
+            return True
     return len([name for name in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]) > 1
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lawcat_jax.checkpoints.delta import is_delta
-from lawcat_jax.config import EvalConfig, from_dict
+from lawcat_jax.config import ConfigError, EvalConfig, from_dict, type_problems
 from lawcat_jax.errors import UserError
 from lawcat_jax.inference.loading import FoundCheckpoint, find_checkpoint, load_for_inference
 from lawcat_jax.tasks.runner import Results, check_settings, run_evaluation
@@ -47,7 +47,15 @@ def chosen_settings(stored: Mapping[str, Any], given: Mapping[str, Any]) -> Eval
       UserError: values that cannot run; names are those of the flags.
     """
     known = {field.name for field in dataclasses.fields(EvalConfig)}
-    settings = from_dict(EvalConfig, {name: value for name, value in stored.items() if name in known}, "eval")
+    stored_in = "the evaluation settings stored with the checkpoint (extra.eval of model.json)"
+    try:
+        settings = from_dict(EvalConfig, {name: value for name, value in stored.items() if name in known}, "eval")
+        wrong = type_problems(settings, "eval")
+    except (ConfigError, TypeError, ValueError) as problem:
+        wrong = [" ".join(str(problem).split())]
+    if wrong:
+        raise UserError(f"{stored_in}: {'; '.join(wrong)}")
+    wrong = settings.problems("eval")
     settings = dataclasses.replace(
         settings,
         teacher=False,
@@ -55,6 +63,8 @@ def chosen_settings(stored: Mapping[str, Any], given: Mapping[str, Any]) -> Eval
     )
     settings.teacher = bool(given.get("teacher"))
     problems = settings.problems("--")
+    if problems and wrong:
+        raise UserError(f"{stored_in}: {'; '.join(wrong)}; the flags of evaluate override them")
     if problems:
         raise UserError("; ".join(problem.replace("--.", "--") for problem in problems))
     return settings

@@ -96,18 +96,18 @@ def write_report(
         lengths = sorted({x for model in measured for x in model.results})
         span = "-".join(map(str, dict.fromkeys((lengths[0], lengths[-1]))))
         stem = f"{task.name}_{task.variant(settings)}_n{settings.samples}_{span}"
-    for name, document in zip(names, documents, strict=True):
-        write_document(output / f"{stem}{name}.json", document)
     by_label = {model.label: model.results for model in measured}
     title = task.title(settings)
     heading = title if several else f"{title}, {measured[0].name}"
+    echo(table(heading, by_label, task.cell))  # first: what was measured is not lost to a folder that cannot be written
+    for name, document in zip(names, documents, strict=True):
+        write_document(output / f"{stem}{name}.json", document)
     plot_lengths(output / f"{stem}.png", task, by_label, title=title, training_length=training_length)
     pictures = [f"{stem}.png"]
     if plot_depths(output / f"{stem}_depth.png", task, by_label, title=title):
         pictures.append(f"{stem}_depth.png")
     with atomic_file(output / f"{stem}.md") as out:
         out.write(_markdown(task, settings, heading, by_label, pictures, documents[0]))
-    echo(table(heading, by_label, task.cell))
     files = ", ".join(str(output / f"{stem}{name}.json") for name in names)
     echo(f"wrote {files}, {output / stem}.md and {' and '.join(str(output / picture) for picture in pictures)}")
     return stem.removeprefix(task.name)

@@ -10,9 +10,13 @@ does not notice damage afterwards, and does not fall back: both happen here.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
+import os
 import sys
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,14 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from lawcat_jax.checkpoints.orbax_errors import is_disk_full, unraisable_hook
+from lawcat_jax.checkpoints.orbax_errors import is_disk_full, only_one_report, unraisable_hook
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import distributed
 from lawcat_jax.runtime.sharding import path_name
 
 Tree = Any
 
-FORMAT = 1
+FORMAT = 2
+_UNSIGNED_FORMAT = 1  # of earlier versions: no digest of the metadata
 
 
 class Restored(NamedTuple):
@@ -40,6 +45,12 @@ class Restored(NamedTuple):
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
+
+
+def _digest(meta: dict[str, Any]) -> str:
+    """Hex digest of the metadata but for the digest itself, as JSON returns it."""
+    values = json.loads(json.dumps({name: value for name, value in meta.items() if name != "digest"}))
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 class DamagedError(Exception):
@@ -58,6 +69,11 @@ def _fingerprints(leaves: list[jax.Array]) -> jax.Array:
         return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
 
     return jnp.stack([one(leaf) for leaf in leaves]) if leaves else jnp.zeros(0, jnp.uint32)
+
+
+def tree_digest(tree: Tree) -> str:
+    """Hex digest of the paths, shapes, dtypes and bits of a tree of arrays, the same on any mesh."""
+    return hashlib.sha256(json.dumps(_describe(tree), sort_keys=True).encode()).hexdigest()
 
 
 @jax.jit
@@ -90,6 +106,7 @@ class Checkpointer:
 
         # Orbax logs a dozen lines for every save, and prints a traceback in each of its threads before it raises the error.
         logging.getLogger("absl").addFilter(_not_of_orbax)
+        only_one_report()
         self._unraisable, sys.unraisablehook = sys.unraisablehook, unraisable_hook
         self._ocp, self._primary = ocp, primary
         self._path = epath.Path(directory)
@@ -116,17 +133,30 @@ class Checkpointer:
         Raises:
           UserError: this save could not begin, or an earlier one failed (a full disk, a lost mount).
         """
+        self._check_writable()
         args = self._ocp.args
         described = {name: _describe(tree) for name, tree in trees.items()}
         if jax.default_backend() == "cpu":  # there, "host copies" are views of the buffers to be donated
             trees = copy(trees)
         items = {name: args.StandardSave(tree) for name, tree in trees.items()}
         meta = {"format": FORMAT, **meta, "step": step, "trees": described}
+        meta["digest"] = _digest(meta)
         try:
             self._manager.save(step, args=args.Composite(**items, meta=args.JsonSave(meta)), force=True)
         except Exception as problem:
             raise self._failed(problem) from problem
         self._saved = step
+
+    def _check_writable(self) -> None:
+        # After a save that could not even begin, orbax' threads wait for minutes for what it did not write.
+        if not self._primary or "://" in str(self._path):
+            return
+        try:
+            with tempfile.TemporaryFile(dir=os.fspath(self._path)):
+                pass
+        except OSError as problem:
+            if not is_disk_full(problem):
+                raise self._failed(problem) from problem
 
     def wait(self) -> None:
         """Wait until every begun save is on disk.
@@ -159,20 +189,26 @@ class Checkpointer:
             "checkpoints are kept)"
         )
 
-    def restore(self, targets: dict[str, Tree]) -> Restored | None:
+    def restore(
+        self, targets: dict[str, Tree], accept: Callable[[dict[str, Any]], None] = lambda meta: None
+    ) -> Restored | None:
         """The newest checkpoint that loads, or None when there is none at all.
 
-        ``targets`` gives per item the tree of ShapeDtypeStructs (with shardings) to load. Checkpoints newer than
-        the one returned are moved aside as ``<step>.damaged``.
+        ``targets`` gives per item the tree of ShapeDtypeStructs (with shardings) to load. ``accept`` gets what was saved
+        as ``meta`` and raises where it makes no sense. Checkpoints newer than the one returned are moved aside as
+        ``<step>.damaged``.
 
         Raises:
-          UserError: checkpoints exist and none loads.
+          UserError: checkpoints exist and none loads; or ``accept`` raised it.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         problems: dict[int, str] = {}
         for step in steps:
             try:
                 restored = self._load(step, targets)
+                accept(restored.meta)
+            except UserError:
+                raise
             except Exception as problem:  # whatever orbax, tensorstore or json raise for broken files
                 problems[step] = " ".join(str(problem).split())[:300] or type(problem).__name__
                 print(f"checkpoint {self._path / str(step)} is damaged: {problems[step]}", flush=True)
@@ -190,8 +226,12 @@ class Checkpointer:
     def _load(self, step: int, targets: dict[str, Tree]) -> Restored:
         args = self._ocp.args
         meta = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
-        if not isinstance(meta, dict) or meta.get("format") != FORMAT or meta.get("step") != step:
+        if not isinstance(meta, dict) or meta.get("step") != step:
             raise DamagedError("meta does not describe this step")
+        if meta.get("format") not in (FORMAT, _UNSIGNED_FORMAT):
+            raise DamagedError(f"format {str(meta.get('format'))[:20]!r}, which this program does not read")
+        if meta["format"] == FORMAT and meta.get("digest") != _digest(meta):
+            raise DamagedError("its metadata has changed since it was saved")
         names = list(meta["trees"])
         if "state" not in names or not set(names) <= set(targets):
             raise DamagedError(f"unexpected items {names}")
@@ -206,9 +246,14 @@ class Checkpointer:
         if self._primary:
             for step in steps:
                 target = self._path / f"{step}.damaged"
-                if target.exists():
-                    target.rmtree()
-                (self._path / str(step)).rename(target)
+                try:
+                    if target.exists():
+                        target.rmtree()
+                    (self._path / str(step)).rename(target)
+                except OSError as problem:
+                    raise UserError(
+                        f"{self._path / str(step)} is damaged and cannot be moved aside ({problem.strerror or problem})"
+                    ) from problem
         if steps:
             distributed.barrier("checkpoint_move_aside")
             self._manager.reload()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator
 from typing import cast
 
@@ -15,10 +17,11 @@ from lawcat_jax.checkpoints.model_dir import OpenedCheckpoint, open_checkpoint
 from lawcat_jax.config import Config, ModelConfig, StageConfig, to_dict
 from lawcat_jax.data.batch import Batch
 from lawcat_jax.data.pipeline import make_dataset
-from lawcat_jax.data.tokenize import Tokenizer, load_tokenizer
+from lawcat_jax.data.tokenize import Tokenizer, encode, load_tokenizer
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import sharding
 from lawcat_jax.training import optim, stages
+from lawcat_jax.training.checkpoint import tree_digest
 
 
 @dataclasses.dataclass
@@ -35,6 +38,10 @@ class Student:
     tokenizer: Tokenizer
     tokenizer_path: str
     dtype: np.dtype
+    origin: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What the run starts from, for :func:`lawcat_jax.training.identity.identity`."""
+    notes: tuple[str, ...] = ()
+    """What was decided about the teacher's own mixers and adapters, for the terminal and the manifest."""
 
 
 def open_teacher(config: Config) -> OpenedCheckpoint:
@@ -42,14 +49,37 @@ def open_teacher(config: Config) -> OpenedCheckpoint:
 
     Raises:
       UserError: the teacher cannot be opened, is not the declared ``config.teacher.architecture``, or is a student
-        whose attention is not ``config.attention``.
+        whose attention is not ``config.attention`` or whose trained adapters the run would drop.
     """
     teacher = config.teacher
     opened = open_checkpoint(teacher.source, teacher.revision, teacher.base)
     check_architecture(teacher.architecture, opened.model, teacher.source)
     if opened.attention is not None and opened.attention != config.attention:
         raise UserError(f"{teacher.source} is a student whose attention is not config.attention; name its teacher")
+    _refuse_to_drop_adapters(config, opened)
     return opened
+
+
+def _refuse_to_drop_adapters(config: Config, teacher: OpenedCheckpoint) -> None:
+    """A student's mixers were trained together with its adapters: without them they are another model."""
+    lora, source = teacher.lora, config.teacher.source
+    if lora is None:
+        return
+    if not config.stage2.enabled:
+        raise UserError(
+            f"{source} is a student with trained adapters, which only stage 2 has a place for: set "
+            "config.stage2.enabled=True, or name the teacher that the student was made of"
+        )
+    differing = [
+        f"config.lora.{name}: {getattr(lora, name)!r} there, {getattr(config.lora, name)!r} here"
+        for name in ("rank", "alpha", "targets")  # dropout leaves no trace in the weights
+        if getattr(lora, name) != getattr(config.lora, name)
+    ]
+    if differing:
+        raise UserError(
+            f"{source} is a student with trained adapters of another form ({'; '.join(differing)}), which would be lost: "
+            "give config.lora that form, or name the teacher that the student was made of"
+        )
 
 
 def architecture(config: Config) -> ModelConfig:
@@ -93,7 +123,7 @@ def frozen_dtype(config: Config) -> np.dtype:
 def load_student(config: Config, mesh: Mesh, teacher: OpenedCheckpoint) -> Student:
     """Read the teacher's weights onto the mesh and add freshly drawn mixers (and adapters for stage 2).
 
-    A ``teacher`` that is a student itself keeps its trained mixers, and its adapters if they have the configured form.
+    A ``teacher`` that is a student itself keeps its trained mixers and adapters.
 
     Raises:
       UserError: weights or a tokenizer that do not load, or do not fit the model.
@@ -109,11 +139,29 @@ def load_student(config: Config, mesh: Mesh, teacher: OpenedCheckpoint) -> Stude
     )
     lora = config.lora if config.stage2.enabled else None
     params = models.init_params(teacher.model, config.attention, lora, seed=config.seed, base=loaded)
+    notes = []
     if teacher.attention is not None:
         params |= {"mixers": loaded["mixers"]}
-        if teacher.lora is not None and teacher.lora == lora:
+        kept = "its trained mixers are"
+        if teacher.lora is not None:
             params |= {"lora": loaded["lora"]}
-    return Student(teacher.model, stages.place(params, mesh), tokenizer, path, frozen_dtype(config))
+            kept = "its trained mixers and adapters are"
+        notes = [f"{config.teacher.source} is a student: {kept} trained further"]
+    placed = stages.place(params, mesh)
+    given = set(optim.flatten(loaded))
+    weights = tree_digest({name: leaf for name, leaf in optim.flatten(placed).items() if name in given})
+    origin = _origin(teacher.model, frozen_dtype(config), tokenizer, weights)
+    return Student(teacher.model, placed, tokenizer, path, frozen_dtype(config), origin, tuple(notes))
+
+
+def _origin(model: ModelConfig, dtype: np.dtype, tokenizer: Tokenizer, weights: str | None) -> dict[str, Any]:
+    # The tokenizer by what it does: how its library writes it down changes from version to version.
+    facts = [sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    facts.append(
+        encode(tokenizer, "The key is 53781.  Remember it:\n\tnaïve Straße 東京 ☃ don't, e.g. x_1 = [0.5, 'ab'];")
+    )
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return {"model": to_dict(model), "dtype": str(dtype), "weights": weights, "tokenizer": digest}
 
 
 def draw_teacher(config: Config, mesh: Mesh) -> Student:
@@ -134,7 +182,8 @@ def draw_teacher(config: Config, mesh: Mesh) -> Student:
         pad_token_id=tokenizer.pad_token_id,
     )
     params = models.init_params(model, None, None, seed=config.seed)
-    return Student(model, stages.place(params, mesh), tokenizer, path, frozen_dtype(config))
+    dtype = frozen_dtype(config)
+    return Student(model, stages.place(params, mesh), tokenizer, path, dtype, _origin(model, dtype, tokenizer, None))
 
 
 def checked_tokenizer(path: str, model: ModelConfig) -> Tokenizer:
@@ -147,6 +196,24 @@ def checked_tokenizer(path: str, model: ModelConfig) -> Tokenizer:
     if len(tokenizer) > model.vocab_size:
         raise UserError(f"tokenizer {path} has {len(tokenizer)} tokens, the model only {model.vocab_size}")
     return tokenizer
+
+
+@dataclasses.dataclass
+class Prepared:
+    """What a stage reads: its endless stream, and its validation split on the devices (maybe empty)."""
+
+    batches: Iterator[Batch]
+    held_out: list[dict[str, Any]]
+
+
+def prepare(stage: stages.Stage, student: Student, seed: int) -> Prepared:
+    """Open the data of a stage, so that what is wrong with it shows.
+
+    Raises:
+      UserError: data that cannot be read, or tokens that the model does not know.
+    """
+    held_out = validation_batches(stage.config, student.tokenizer, seed, stage.mesh)
+    return Prepared(training_batches(stage.config, student.tokenizer, seed, stage.mesh), held_out)
 
 
 def training_batches(stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh: Mesh) -> Iterator[Batch]:

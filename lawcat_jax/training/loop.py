@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 
@@ -21,6 +22,7 @@ from lawcat_jax.config import CheckpointConfig, LogConfig, StageConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import distributed
 from lawcat_jax.training import checkpoint as checkpointing
+from lawcat_jax.training.identity import refuse_another
 from lawcat_jax.training.metrics import MetricsWriter, Progress
 from lawcat_jax.training.optim import Params, Plateau
 from lawcat_jax.training.state_passing import Carry
@@ -113,8 +115,30 @@ def _from_disk(values: dict[str, Any], like: TrainState) -> TrainState:
     return TrainState(**{name: values[name] for name in TrainState._fields})
 
 
+@jax.jit
+def _finite(params: Params) -> jax.Array:
+    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]).all()
+
+
+def _all_finite(params: Params) -> bool:
+    return bool(_finite(params))
+
+
+def _in_words(summary: dict[str, Any]) -> str:
+    text = f"finished {summary['steps']} steps, {summary['bad_steps']} of them bad"
+    loss = summary["validation_loss"]
+    if loss is not None:
+        text += f"; kept the parameters of step {summary['kept_step']}, validation loss {float(loss):.4f}"
+    return text
+
+
 class Loop:
-    """Runs one stage from wherever its checkpoints left it. Use :meth:`run` once."""
+    """Runs one stage from wherever its checkpoints left it. Use :meth:`run` once.
+
+    ``identity`` (see :mod:`lawcat_jax.training.identity`) is saved with every checkpoint; one of another run is refused.
+    With ``only_finished`` a stage that its checkpoints do not show as finished is an error instead of being trained.
+    ``begun()`` is called when a checkpoint has been restored or the first step is done.
+    """
 
     def __init__(
         self,
@@ -126,14 +150,19 @@ class Loop:
         log: LogConfig,
         workdir: Path,
         max_bad_steps: int,
+        identity: dict[str, Any] | None = None,
+        only_finished: bool = False,
+        begun: Callable[[], None] = lambda: None,
     ):
+        self._identity, self._only_finished, self._begun = identity, only_finished, begun
         self._stage, self._config = stage, stage.config
         self._checkpointer, self._checkpoint_config = checkpointer, checkpoint_config
         self._writer, self._log, self._workdir = writer, log, workdir
         self._max_bad = max_bad_steps
         self._state = stage.state
         self._best: Params | None = None
-        self._best_loss = math.inf
+        self._best_loss, self._best_step = math.inf, 0
+        self._last_loss: float | None = None  # of the newest validation
         self._plateau = Plateau.of(stage.config)
         self._step = 0
         self._finished = False
@@ -146,12 +175,18 @@ class Loop:
 
         Raises:
           InterruptedRunError: a signal came; everything is saved.
-          TrainingError: too many bad steps in a row, or the data ended.
-          UserError: checkpoints that do not load or cannot be written.
+          TrainingError: too many bad steps in a row, or the data ended, or the stage learned nothing: all of its steps
+            were bad, or its last validation loss or its parameters are not finite.
+          UserError: checkpoints that do not load, cannot be written or belong to another run.
         """
         self._restore()
         stage = self._stage
         primary = distributed.is_primary()
+        if self._only_finished and not self._finished:
+            raise UserError(
+                f"the run is marked as finished, but its result is missing and so is the last checkpoint of "
+                f"{stage.name}; restore either from a backup, or train anew in another --workdir"
+            )
         if self._finished:
             if primary:
                 print(f"{stage.name}: already finished at step {self._step}", flush=True)
@@ -176,16 +211,44 @@ class Loop:
                     self._checkpointer.wait()
                     raise InterruptedRunError(f"{stage.name}: interrupted, saved at step {self._step}")
             self._validate()
+            self._refuse_nothing_learned()
             if stage.diagnose is not None:
                 self._writer.write(stage.name, self._step, stage.diagnose(self._result()))
             self._finished = True
             self._save()
             self._checkpointer.wait()
+            if primary:
+                print(f"{stage.name}: {_in_words(self.summary)}", flush=True)
             if stop.received is not None and jax.process_count() == 1:
                 raise InterruptedRunError(f"{stage.name}: interrupted, finished at step {self._step}")
         finally:
             progress.close()
         return self._result()
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What became of the stage, as JSON values: ``steps``, ``bad_steps``, ``kept_step`` (whose parameters are the
+        result) and ``validation_loss`` of these, None without a validation.
+        """
+        kept = (self._step, self._last_loss) if self._best is None else (self._best_step or None, self._best_loss)
+        loss = kept[1] if kept[1] is None or math.isfinite(kept[1]) else repr(kept[1])
+        bad = int(self._state.bad_total)
+        return {"steps": self._step, "bad_steps": bad, "kept_step": kept[0], "validation_loss": loss}
+
+    def _refuse_nothing_learned(self) -> None:
+        stage, bad = self._stage, int(self._state.bad_total)
+        what = None
+        if self._step and bad >= self._step:
+            what = f"all {bad} steps were bad (loss or gradient not finite, or a spike), so nothing was learned"
+        elif self._last_loss is not None and not math.isfinite(self._last_loss):
+            what = f"the last validation loss is {self._last_loss}"
+        elif not _all_finite(self._result()):
+            what = "trained parameters are not finite"
+        if what is not None:
+            raise TrainingError(
+                f"{stage.name}: {what} ({bad} of {self._step} steps bad); look at config.{stage.name}.learning_rate, the "
+                "loss weights and the data, and use another --workdir"
+            )
 
     def _one_step(self) -> None:
         stage = self._stage
@@ -202,6 +265,7 @@ class Loop:
         if self._window is None:  # the first step compiles: not part of tokens/s
             jax.block_until_ready(metrics)
             self._writer.write(stage.name, self._step, {"first_step_seconds": time.monotonic() - started})
+            self._begun()
             self._window = (time.monotonic(), 0)
         else:
             self._window = (self._window[0], self._window[1] + stage.tokens(batch))
@@ -266,11 +330,11 @@ class Loop:
         values = self._stage.evaluate(self._state.evaluated)
         if not values:
             return
-        loss = float(values["loss"])
+        loss = self._last_loss = float(values["loss"])
         self._writer.write(self._stage.name, self._step, {f"validation/{name}": v for name, v in values.items()})
         self._progress.say(f"{self._stage.name} {self._step}: validation loss {loss:.4f}")
         if loss < self._best_loss:
-            self._best_loss = loss
+            self._best_loss, self._best_step = loss, self._step
             if self._config.keep_best:
                 self._best = checkpointing.copy(self._state.evaluated)
         if self._config.schedule == "plateau":
@@ -295,27 +359,45 @@ class Loop:
             "finished": self._finished,
             "iterator": self._stage.batches.get_state(),
             "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
+            "best_step": self._best_step,
+            "last_loss": None if self._last_loss is None else repr(self._last_loss),
             "plateau": {"best": repr(self._plateau.best), "waited": self._plateau.waited, "scale": self._plateau.scale},
         }
+        if self._identity is not None:
+            meta["run"] = self._identity
         self._checkpointer.save(self._step, trees, meta)
         self._last_save = time.monotonic()
 
     def _restore(self) -> None:
         state = checkpointing.abstract(_on_disk(self._state))
-        restored = self._checkpointer.restore({"state": state, "best": state["params"]})
+        restored = self._checkpointer.restore({"state": state, "best": state["params"]}, self._accept)
         if restored is None:
             return
-        meta = restored.meta
         self._state = _from_disk(restored.trees["state"], self._state)
         self._best = restored.trees.get("best")
-        self._best_loss = math.inf if meta["best_loss"] is None else meta["best_loss"]
-        self._plateau.best = float(meta["plateau"]["best"])
-        self._plateau.waited, self._plateau.scale = meta["plateau"]["waited"], meta["plateau"]["scale"]
-        self._step, self._finished = restored.step, meta["finished"]
-        if not self._finished:
+        self._step = restored.step
+        self._begun()
+        if not self._finished and distributed.is_primary():
+            print(f"{self._stage.name}: resumed at step {self._step} of {self._stage.steps}", flush=True)
+
+    def _accept(self, meta: dict[str, Any]) -> None:
+        """Take over what a checkpoint says beside its arrays; raises whatever its nonsense leads to.
+
+        Raises:
+          UserError: the checkpoint belongs to another run.
+        """
+        if meta["stage"] != self._stage.name:
+            raise ValueError(f"it is one of {meta['stage']!r}")
+        if self._identity is not None:
+            refuse_another(meta.get("run"), self._identity, f"the checkpoint of {meta['stage']} at step {meta['step']}")
+        finished, best, last = bool(meta["finished"]), meta["best_loss"], meta.get("last_loss")
+        best_loss, plateau = math.inf if best is None else float(best), meta["plateau"]
+        restored = float(plateau["best"]), int(plateau["waited"]), float(plateau["scale"])
+        if not finished:
             self._stage.batches.set_state(meta["iterator"])
-            if distributed.is_primary():
-                print(f"{self._stage.name}: resumed at step {self._step} of {self._stage.steps}", flush=True)
+        self._finished, self._best_loss, self._best_step = finished, best_loss, int(meta.get("best_step", 0))
+        self._last_loss = None if last is None else float(last)
+        self._plateau.best, self._plateau.waited, self._plateau.scale = restored
 
     def _result(self) -> Params:
         return self._state.evaluated if self._best is None else self._best

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from lawcat_jax.config import Config, LogConfig, ModelConfig, to_dict
+from lawcat_jax.config import Config, LogConfig, to_dict
 from lawcat_jax.errors import UserError
+from lawcat_jax.training.identity import refuse_other_config
 
 
 def _plain(value: Any) -> Any:
@@ -28,6 +29,17 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in array.tolist()]
     item = array.item()
     return repr(item) if isinstance(item, float) and not math.isfinite(item) else item
+
+
+def _place(line: str) -> tuple[str, float] | None:
+    """(stage, step) of a line of metrics; None for what is none, such as the last line of a killed process."""
+    try:
+        record = json.loads(line)
+        stage, step = record["stage"], record["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    sound = isinstance(stage, str) and isinstance(step, int | float) and not isinstance(step, bool)
+    return (stage, step) if sound else None
 
 
 class MetricsWriter:
@@ -99,14 +111,10 @@ class MetricsWriter:
             return
         self._file.close()
         kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # the last line of a killed process
-                continue
-            if record.get("stage") == stage and record.get("step", 0) > step:
-                continue
-            kept.append(line + "\n")
+        for line in self._path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            place = _place(line)
+            if place is not None and not (place[0] == stage and place[1] > step):
+                kept.append(line + "\n")
         temporary = self._path.with_name(f".{self._path.name}.tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self._path)
@@ -167,15 +175,18 @@ class Progress:
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers", "libtpu")
 
-# Fields that change neither parameters nor data: a run may be resumed with other values.
-HARMLESS = ("workdir", "dry_run", "max_bad_steps", "mesh", "checkpoint", "log", "eval")
-
 
 class Manifest:
-    """``<workdir>/manifest.json``: what a run is (config, git revision, versions, devices) and how far it has come."""
+    """``<workdir>/manifest.json``: what a run is (config, teacher, git revision, versions, devices), how far it has come
+    and what became of each stage.
+
+    The file is written by :meth:`begin`, once a run has done something that is worth keeping: a start that fails leaves
+    the folder free for the mended command.
+    """
 
     def __init__(self, path: Path, values: dict[str, Any], *, primary: bool = True):
         self._path, self.values, self._primary = path, values, primary
+        self._begun = False
 
     @classmethod
     def open(cls, workdir: Path, config: Config, *, primary: bool = True) -> Manifest:
@@ -199,69 +210,44 @@ class Manifest:
             "argv": sys.argv,
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        if path.exists():
+        if os.path.lexists(path):  # a link that leads nowhere would be replaced
             try:
                 old = json.loads(path.read_text(encoding="utf-8"))
                 old_config = old["config"]
-            except (OSError, ValueError, KeyError, TypeError) as problem:
-                raise UserError(f"{path} is damaged ({problem}); move it away, or use another workdir") from problem
-            differing = _differences(old_config, new["config"], _defaults(), "config")
-            if differing:
-                listed = "; ".join(differing[:8]) + ("; ..." if len(differing) > 8 else "")
-                raise UserError(f"{workdir} holds a run with another configuration ({listed}); use another --workdir")
+                if not isinstance(old_config, dict):
+                    raise TypeError("its config is no object")
+                resumed = [*old.get("resumed", [])]
+                old["stages"] = dict(old.get("stages", {}))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+                reason = " ".join(str(problem).split())[:200] or type(problem).__name__
+                raise UserError(f"{path} is damaged ({reason}); move it away, or use another workdir") from problem
+            refuse_other_config(old_config, new["config"], str(workdir))
             new["started"] = old.get("started", new["started"])
-            new["resumed"] = [
-                *old.get("resumed", []),
-                datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            ]
+            new["resumed"] = [*resumed, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")]
+            new |= {name: old[name] for name in ("teacher", "notes", "stages", "results") if name in old}
             if old.get("status") == "finished":
                 return cls(path, old, primary=primary)
-        manifest = cls(path, new, primary=primary)
-        manifest.update()
-        return manifest
+        return cls(path, new, primary=primary)
 
     @property
     def finished(self) -> bool:
         """Whether the run has been completed."""
         return self.values.get("status") == "finished"
 
+    def begin(self) -> None:
+        """Write the file, if this has not been done since :meth:`open`."""
+        if not self._begun:
+            self.update()
+
     def update(self, **values: Any) -> None:
         """Set fields and write the file (whole or not at all)."""
         self.values |= values
+        self._begun = True
         if self._primary:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._path.with_name(".manifest.json.tmp")
             temporary.write_text(json.dumps(self.values, indent=1), encoding="utf-8")
             os.replace(temporary, self._path)
-
-
-def _defaults() -> dict[str, Any]:
-    """The configuration of a file that sets nothing, as it stands in a manifest."""
-    defaults = json.loads(json.dumps(to_dict(Config())))
-    defaults["teacher"]["architecture"] = json.loads(json.dumps(to_dict(ModelConfig())))
-    return defaults
-
-
-def _differences(old: Any, new: Any, defaults: Any, path: str) -> list[str]:
-    """What differs, one line each. A field that a later version of the program brought may be missing in ``old``: that
-    run did what its default says.
-    """
-    if isinstance(old, dict) and isinstance(new, dict):
-        defaults = defaults if isinstance(defaults, dict) else {}
-        found = []
-        for name in sorted(old.keys() | new.keys()):
-            if path == "config" and name in HARMLESS:
-                continue
-            missing = object()
-            a, b = old.get(name, missing), new.get(name, missing)
-            if a is missing and (not b or b == defaults.get(name, missing)):
-                continue
-            if a is missing or b is missing:  # a field that one version of the program does not have
-                found.append(f"{path}.{name}: only in the {'new' if a is missing else 'old'} configuration")
-            else:
-                found += _differences(a, b, defaults.get(name), f"{path}.{name}")
-        return found
-    return [] if old == new else [f"{path}: {old!r} there, {new!r} here"]
 
 
 def _versions() -> dict[str, str]:

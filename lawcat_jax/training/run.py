@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from lawcat_jax import models
@@ -17,18 +19,21 @@ from lawcat_jax.checkpoints.orbax_errors import is_disk_full
 from lawcat_jax.config import Config, to_dict
 from lawcat_jax.data.train_tokenizer import save_tokenizer
 from lawcat_jax.errors import UserError
+from lawcat_jax.files import check_target
 from lawcat_jax.runtime import distributed, sharding
 from lawcat_jax.tasks import report
-from lawcat_jax.tasks.runner import check_settings, evaluate_model
+from lawcat_jax.tasks.runner import evaluate_model
 from lawcat_jax.training import inputs, optim, stages
 from lawcat_jax.training.checkpoint import Checkpointer
 from lawcat_jax.training.dry_run import dry_run
+from lawcat_jax.training.identity import identity as identify
+from lawcat_jax.training.identity import refuse_another
 from lawcat_jax.training.inputs import Student
 from lawcat_jax.training.loop import EXIT_INTERRUPTED, InterruptedRunError, Loop, StageRun, StopSignal
 from lawcat_jax.training.metrics import Manifest, MetricsWriter
 from lawcat_jax.training.step import validation
 from lawcat_jax.training.utilization import utilization
-from lawcat_jax.training.workdir import Workdir
+from lawcat_jax.training.workdir import Workdir, lock, unlock
 
 
 def run(config: Config) -> int:
@@ -46,16 +51,22 @@ def run(config: Config) -> int:
             return dry_run(config, mesh)
         if not config.workdir:
             raise UserError("config.workdir: name a folder for the run (--workdir=...)")
-        with Workdir(config.workdir, primary=distributed.is_primary()) as folder:
+        primary = distributed.is_primary()
+        with Workdir(config.workdir, primary=primary) as folder, _checkpoints_to_itself(config, primary):
             return run_in(folder, config, mesh)
 
 
 def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
     """:func:`run` in an opened folder, on a mesh."""
     manifest = Manifest.open(folder.local, config, primary=distributed.is_primary())
-    if manifest.finished:
-        say(f"{folder.name}: this run is finished; its report is in {folder.child('manifest.json')}")
-        return 0
+    again = manifest.finished  # and yet here: the result is made once more
+    if again:
+        if problem := missing_result(folder, config):
+            say(f"{folder.name}: this run is finished, but {problem}; exporting it again from the last checkpoint")
+            put_aside(folder.local / _result(config))
+        else:
+            say(f"{folder.name}: this run is finished; its report is in {folder.child('manifest.json')}")
+            return 0
 
     # Load. The stages are built first: what does not fit shows before any weight is read.
     teacher = None if config.pretrain.enabled else inputs.open_teacher(config)
@@ -66,8 +77,15 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
     else:
         say(f"loading {config.teacher.source}")
         student = inputs.load_student(config, mesh, teacher)
-    if config.eval.enabled:
-        check_settings(config.eval, student.tokenizer)
+        for note in student.notes:
+            say(note)
+    identity = identify(config, student.origin)
+    refuse_another({"teacher": manifest.values.get("teacher")}, identity, folder.name)
+    manifest.values |= {"teacher": identity["teacher"], "notes": list(student.notes)}
+
+    # Whatever a later stage, the export or the evaluation would stumble over shows before the first stage has begun.
+    prepared = [inputs.prepare(stage, student, config.seed) for stage in built]
+    check_outputs(config, student, folder)
 
     # Train.
     writer = MetricsWriter(
@@ -79,9 +97,11 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
     )
     try:
         with StopSignal() as stop:
-            for stage in built:
-                student.params = run_stage(stage, config, student, folder, writer, stop)
-                manifest.update(stage=stage.name)
+            for stage, read in zip(built, prepared, strict=True):
+                options = {"identity": identity, "only_finished": again, "begun": manifest.begin}
+                student.params, summary = run_stage(stage, read, config, student, folder, writer, stop, **options)
+                done = manifest.values.get("stages", {}) | {stage.name: summary}
+                manifest.update(stage=stage.name, stages=done)
                 folder.sync(now=True)
     except InterruptedRunError as interruption:
         manifest.update(status="interrupted")
@@ -92,7 +112,9 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
 
     # Export, evaluate, report.
     target = folder.child(export(config, student, folder.local).name)
-    results = evaluate(config, student, folder) if config.eval.enabled else {}
+    results = manifest.values.get("results", {}) if again else None
+    if results is None:
+        results = evaluate(config, student, folder) if config.eval.enabled else {}
     manifest.update(status="finished", model=target, results=results)
     folder.sync(now=True)
     distributed.barrier("finished")  # jax's own farewell gives the slowest process little time
@@ -101,14 +123,23 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
 
 
 def run_stage(
-    stage: stages.Stage, config: Config, student: Student, folder: Workdir, writer: MetricsWriter, stop: StopSignal
-) -> optim.Params:
-    """Run or resume one stage; returns all parameters of the student with the stage's result in them."""
-    mesh, seed = stage.mesh, config.seed
+    stage: stages.Stage,
+    read: inputs.Prepared,
+    config: Config,
+    student: Student,
+    folder: Workdir,
+    writer: MetricsWriter,
+    stop: StopSignal,
+    **options: Any,
+) -> tuple[optim.Params, dict[str, Any]]:
+    """Run or resume one stage; returns all parameters of the student with the stage's result in them, and the
+    :attr:`Loop.summary`. ``options`` are those of :class:`Loop`.
+    """
+    mesh = stage.mesh
     _, parts = sharding.data_shard(mesh)
     state, frozen = stage.split(student.params)
-    key = stage.key(seed)
-    held_out = inputs.validation_batches(stage.config, student.tokenizer, seed, mesh)
+    key = stage.key(config.seed)
+    held_out = read.held_out
 
     def train_step(state, batch):
         return stage.train_step(state, frozen, sharding.place_batch(batch, mesh), key)
@@ -126,7 +157,7 @@ def run_stage(
                 state=state,
                 train_step=train_step,
                 evaluate=validation(stage.eval_step, frozen, held_out) if held_out else None,
-                batches=inputs.training_batches(stage.config, student.tokenizer, seed, mesh),
+                batches=read.batches,
                 tokens=lambda batch: int(batch["lengths"].sum()) * parts,
                 diagnose=stage.diagnostics(frozen, held_out[0]) if config.log.diagnostics and held_out else None,
                 utilization=utilization(stage.name, config, student.model),
@@ -137,11 +168,55 @@ def run_stage(
             log=config.log,
             workdir=folder.local,
             max_bad_steps=config.max_bad_steps,
+            **options,
         )
         trainable = loop.run(stop)
     finally:
         checkpointer.close()
-    return stage.merged(trainable, student.params)
+    return stage.merged(trainable, student.params), loop.summary
+
+
+def check_outputs(config: Config, student: Student, folder: Workdir) -> None:
+    """Find mistakes of the export and the evaluation before anything is trained.
+
+    Raises:
+      UserError: a file stands where a folder will be written, or evaluation settings do not fit.
+    """
+    check_target(folder.local / _result(config), overwrite=True)
+    if config.eval.enabled and (reports := folder.local / "eval").exists() and not reports.is_dir():
+        raise UserError(f"{reports} is a file; the reports of the evaluation belong there")
+    if config.eval.enabled:
+        for task in dict.fromkeys(config.eval.tasks):
+            task_named(task).check(config.eval, student.tokenizer)
+
+
+def _result(config: Config) -> str:
+    """The folder of the model that a run makes."""
+    return "teacher" if config.pretrain.enabled else "student"
+
+
+def put_aside(directory: Path) -> None:
+    """Rename what is left of a damaged model to ``<name>.damaged``, or the next free number after it."""
+    if not distributed.is_primary() or not directory.is_dir():
+        return
+    names = (f"{directory.name}.damaged{number or ''}" for number in itertools.count())
+    directory.rename(next(target for name in names if not (target := directory.with_name(name)).exists()))
+
+
+def missing_result(folder: Workdir, config: Config) -> str | None:
+    """What is missing of the model that the finished run in ``folder`` exported, or None."""
+    name, wanted = ("teacher", "config.json") if config.pretrain.enabled else ("student", model_dir.MODEL_JSON)
+    target = epath.Path(folder.child(name))
+    try:
+        weights = target if config.pretrain.enabled else target / model_dir.PARAMS
+        files = {path.name for path in weights.iterdir()} if weights.is_dir() else set()
+        if not (target / wanted).exists():
+            return f"{target}/{wanted} is missing"
+    except OSError as problem:
+        raise UserError(f"{target}: cannot be read ({problem.strerror or problem})") from problem
+    if not files or (config.pretrain.enabled and not any(file.endswith(".safetensors") for file in files)):
+        return f"there are no weights in {target}"
+    return None
 
 
 def export(config: Config, student: Student, workdir: Path) -> Path:
@@ -203,6 +278,22 @@ def say(text: str) -> None:
     """Print one line, from process 0 only."""
     if distributed.is_primary():
         print(text, flush=True)
+
+
+@contextlib.contextmanager
+def _checkpoints_to_itself(config: Config, primary: bool) -> Iterator[None]:
+    """A checkpoint folder outside the workdir is kept to one run, as the workdir is."""
+    directory, held = config.checkpoint.directory, None
+    if directory and "://" not in directory and primary:
+        try:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise UserError(f"config.checkpoint.directory={directory}: {problem.strerror or problem}") from problem
+        held = lock(Path(directory), f"config.checkpoint.directory={directory}")
+    try:
+        yield
+    finally:
+        unlock(held)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,11 @@ what has changed.
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -25,21 +29,32 @@ class Workdir:
     """The folder of a run as a context manager. Write below ``local``; ``name`` is what the user called the folder, which
     differs from ``local`` for a bucket only. On leaving, the rest is uploaded and the local copy of a bucket removed.
 
+    While it is open no other run can open it, on this machine or where it is shared with locks (NFS version 4, Lustre with
+    ``flock``). A bucket has no locks: there it is the user who keeps two runs apart.
+
     Raises:
-      UserError: it cannot be made, read, or (when left without another error) written.
+      UserError: it cannot be made, read, or (when left without another error) written; or another run has it open.
     """
 
     def __init__(self, name: str, *, primary: bool = True, every_seconds: float = 120.0):
         self.name, self._primary, self._every = name.rstrip("/") or name, primary, every_seconds
-        self._bucket = epath.Path(self.name) if "://" in name else None
+        if "://" in name and not name.split("://", 1)[1].strip("/"):
+            raise UserError(f"--workdir={name}: names no bucket")
+        try:
+            self._bucket = epath.Path(self.name) if "://" in name else None
+        except Exception as problem:  # a scheme that neither etils nor fsspec knows
+            raise UserError(f"--workdir={name}: cannot be opened ({_brief(problem)})") from problem
         self._sent: dict[Path, tuple[int, int]] = {}
         self._last = time.monotonic()
+        self._lock: int | None = None
         if self._bucket is None:
             self.local = Path(name)
             try:
                 self.local.mkdir(parents=True, exist_ok=True)
             except OSError as problem:
                 raise UserError(f"--workdir={name}: cannot be created ({problem.strerror})") from problem
+            if primary:
+                self._lock = lock(self.local, f"--workdir={name}")
             return
         self.local = Path(tempfile.mkdtemp(prefix="lawcat_jax-"))
         try:
@@ -87,6 +102,8 @@ class Workdir:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         if self._bucket is None:
+            unlock(self._lock)
+            self._lock = None
             return
         try:
             if self._primary:
@@ -98,6 +115,45 @@ class Workdir:
             print(text, file=sys.stderr, flush=True)
             return
         shutil.rmtree(self.local, ignore_errors=True)
+
+
+def lock(folder: Path, what: str) -> int | None:
+    """Keep other runs out of ``folder`` until :func:`unlock`, or until this process ends in whatever way.
+
+    Returns what :func:`unlock` takes; None where the file system has no locks.
+
+    Raises:
+      UserError: another process has it; the message begins with ``what`` and names the process.
+    """
+    path = folder / ".lock"
+    try:
+        # Never removed: a process that has it open would hold a lock on a file that others no longer find.
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError:  # a folder that cannot be written: whoever writes to it says so
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as problem:
+        owner = os.read(handle, 200).decode(errors="replace").strip()
+        os.close(handle)
+        if problem.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            return None
+        raise UserError(
+            f"{what}: another run is at work in it ({owner or 'unknown process'}); wait for it, end it, or use another "
+            "--workdir"
+        ) from None
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    except OSError:  # a full disk: the lock holds all the same
+        pass
+    return handle
+
+
+def unlock(handle: int | None) -> None:
+    """Let go of what :func:`lock` returned."""
+    if handle is not None:
+        os.close(handle)
 
 
 def _brief(problem: Exception) -> str:

@@ -180,3 +180,69 @@ def test_exit_code_and_stderr():
     assert done.stderr.strip().splitlines() == [
         "error: unknown configuration field config.stage1.foo (docs/config.md lists all fields)"
     ]
+
+
+def test_a_config_file_that_hangs(parse, tmp_path, monkeypatch):
+    file = tmp_path / "c.py"
+    file.write_text("def get_config():\n    while True:\n        pass\n")
+    monkeypatch.setattr(command_line, "CONFIG_SECONDS", 0.3)
+    with pytest.raises(UserError, match=r"c.py, line \d.*get_config\(\) has not returned after 0.3 s"):
+        parse(f"--config={file}")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("return {}['a']", "KeyError: 'a'"), ("import nothing_there", "ModuleNotFoundError: No module named")],
+)
+def test_errors_of_a_config_file_name_it_and_its_line(parse, tmp_path, line, message):
+    file = tmp_path / "c.py"
+    file.write_text(f"def get_config():\n    {line}\n")
+    with pytest.raises(UserError) as caught:
+        parse(f"--config={file}")
+    assert str(caught.value).startswith(f"{file}, line 2 ({line}): {message}")
+
+
+def test_full_disk_behind_standard_output():
+    command = f"{sys.executable} -m lawcat_jax.doctor --json > /dev/full"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: standard output cannot be written (No space left on device)"
+
+
+def test_sigterm_before_there_is_anything_to_save(tmp_path):
+    """The signal comes while the command imports, opens and reads."""
+    code = (
+        "import os, signal, threading\n"
+        "from lawcat_jax import command_line\n"
+        "command_line.end_when_terminated()\n"
+        "threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "try:\n"
+        "    while True:\n"
+        "        try:\n            import time; time.sleep(9)\n        except Exception:\n            pass\n"
+        "finally:\n    print('cleaned', flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (75, "cleaned\n")
+    assert done.stderr.strip() == "interrupted; run the same command again to go on"
+
+
+def test_a_host_that_does_not_answer_is_asked_once(monkeypatch):
+    from lawcat_jax.runtime import network
+
+    asked = []
+    monkeypatch.setattr(network.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(network.socket, "create_connection", lambda *a, **k: asked.append(a) or 1 / 0)
+    monkeypatch.setattr(network, "SECONDS", 0.2)
+    monkeypatch.setattr(network.threading, "excepthook", lambda *_: None)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")
+    assert not network.hub_or_offline()
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert not network.hub_or_offline()
+    assert asked == [(("hub.invalid", 443),)]
+    constants = sys.modules.get("huggingface_hub.constants")
+    if constants is not None:
+        constants.HF_HUB_OFFLINE = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -29,7 +30,7 @@ from lawcat_jax.config import (
 from lawcat_jax.data.train_tokenizer import passkey_sentences, save_tokenizer, train_tokenizer
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import sharding
-from lawcat_jax.training import loop, metrics, optim, run
+from lawcat_jax.training import identity, inputs, loop, optim, run
 
 LENGTH = 128
 
@@ -180,16 +181,90 @@ def test_other_config_in_the_workdir_is_refused(straight, teacher):
         run.run(config)
 
 
-def test_a_field_that_came_later_counts_as_its_default():
+@pytest.fixture
+def finished(straight, tmp_path) -> Path:
+    """A copy of the finished run."""
+    shutil.copytree(straight, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_finished_without_a_result_exports_it_again(finished, straight, teacher, capsys):
+    shutil.rmtree(finished / "student" / "params")
+    before = (finished / "metrics.jsonl").read_bytes()
+    assert run.run(make_config(teacher, finished)) == 0
+    assert "there are no weights in" in capsys.readouterr().out
+    a, b = (optim.flatten(model_dir.load_model(folder / "student").params) for folder in (finished, straight))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert (finished / "metrics.jsonl").read_bytes() == before
+    results = [json.loads((folder / "manifest.json").read_text())["results"] for folder in (finished, straight)]
+    assert results[0] == results[1] != {}
+
+
+def test_finished_without_result_and_checkpoints_is_an_error(finished, teacher):
+    shutil.rmtree(finished / "student")
+    shutil.rmtree(finished / "checkpoints" / "stage1")
+    with pytest.raises(UserError, match="marked as finished, but its result is missing and so is the last checkpoint"):
+        run.run(make_config(teacher, finished))
+
+
+def test_checkpoints_without_manifest_belong_to_their_run(finished, teacher):
+    (finished / "manifest.json").unlink()
+    config = make_config(teacher, finished)
+    config.stage2.learning_rate = 5e-3
+    with pytest.raises(
+        UserError, match=r"checkpoint of stage1 at step 4 holds .*stage2.learning_rate: 0.01 there, 0.005"
+    ):
+        run.run(config)
+    assert not (finished / "manifest.json").exists()  # the folder is free for the right command
+    assert run.run(make_config(teacher, finished)) == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "message"), [("weights", "its weights have changed"), ("tokenizer", "the tokenizer has changed")]
+)
+def test_another_teacher_on_resume_is_refused(finished, teacher, field, message):
+    path = finished / "manifest.json"
+    values = json.loads(path.read_text())
+    values["status"] = "interrupted"
+    values["teacher"][field] = "another"
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=f"belongs to a run with another teacher \\({message}\\)"):
+        run.run(make_config(teacher, finished))
+
+
+def test_a_student_that_is_trained_on_keeps_its_adapters_or_is_refused(straight, tmp_path):
+    config = make_config(straight / "student", tmp_path)
+    assert inputs.open_teacher(config).lora == config.lora
+    config.lora.dropout = 0.0
+    inputs.open_teacher(config)
+    config.lora.rank = 3
+    with pytest.raises(UserError, match=r"adapters of another form \(config.lora.rank: 2 there, 3 here\)"):
+        inputs.open_teacher(config)
+    config = make_config(straight / "student", tmp_path)
+    config.stage2.enabled = False
+    with pytest.raises(UserError, match="is a student with trained adapters, which only stage 2 has a place for"):
+        inputs.open_teacher(config)
+
+
+def test_manifest_says_what_became_of_the_stages(straight):
+    stages = json.loads((straight / "manifest.json").read_text())["stages"]
+    assert stages.keys() == {"stage1", "stage2"}
+    for name, summary in stages.items():
+        losses = {
+            line["step"]: line["validation/loss"]
+            for line in numbers(straight)
+            if line["stage"] == name and "validation/loss" in line
+        }
+        assert (summary["steps"], summary["bad_steps"]) == (4, 0)
+        assert summary["validation_loss"] == pytest.approx(min(losses.values()))
+        assert losses[summary["kept_step"]] == min(losses.values())
+
+
+def test_a_switch_that_came_later_counts_as_off():
     old, new = {"stage2": {"batch_size": 8}}, {"stage2": {"batch_size": 8, "unroll_layers": False}}
-    defaults = {"stage2": {"unroll_layers": False, "kl_temperature": 1.0}}
-    new["stage2"]["kl_temperature"] = 1.0
-    assert metrics._differences(old, new, defaults, "config") == []
-    new["stage2"] |= {"unroll_layers": True, "kl_temperature": 2.0}
-    assert metrics._differences(old, new, defaults, "config") == [
-        "config.stage2.kl_temperature: only in the new configuration",
-        "config.stage2.unroll_layers: only in the new configuration",
-    ]
+    assert identity.differences(old, new, "config") == []
+    new["stage2"]["unroll_layers"] = True
+    assert identity.differences(old, new, "config") == ["config.stage2.unroll_layers: only in the new configuration"]
 
 
 def test_declared_architecture_must_match(teacher, tmp_path):

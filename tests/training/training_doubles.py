@@ -97,6 +97,7 @@ class Run:
     name: str = "stage1"
     losses: list[float] | None = None  # validation losses to report instead of real ones
     progress: str = "off"
+    options: dict = dataclasses.field(default_factory=dict)  # of Loop
 
     def __post_init__(self) -> None:
         trainable, self.frozen = optim.split(params(), self.config.trainable, "trainable")
@@ -145,6 +146,7 @@ class Run:
                 log=log,
                 workdir=self.workdir,
                 max_bad_steps=self.max_bad_steps,
+                **self.options,
             )
             return jax.device_get(self.loop.run(self.stop))
         finally:

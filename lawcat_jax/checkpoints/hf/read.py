@@ -16,6 +16,7 @@ from lawcat_jax.checkpoints.hf.tensors import DTYPES, StoredTensor, Tensor, open
 from lawcat_jax.config import ModelConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import read_json
+from lawcat_jax.runtime import network
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -56,6 +57,7 @@ def resolve_source(source: str, revision: str | None = None) -> Path:
         from huggingface_hub.utils import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
     except ImportError:
         raise UserError(f"no such directory: {source} (and huggingface_hub is not installed)") from None
+    network.hub_or_offline()
     # Only what is read here: repositories also carry .bin, .pth and "consolidated" copies of the weights.
     patterns = ["config.json", GENERATION, "model*.safetensors", INDEX, *TOKENIZER_FILES]
     try:
@@ -70,6 +72,8 @@ def resolve_source(source: str, revision: str | None = None) -> Path:
         raise UserError(f"{source}: neither a directory here nor a public repository on the Hugging Face hub") from None
     except Exception as problem:  # network libraries differ: requests, httpx, OSError, LocalEntryNotFoundError
         first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        if not network.hub_or_offline():
+            first = "no connection, or HF_HUB_OFFLINE is set, and it is not in the cache"
         raise UserError(
             f"{source}: no directory of that name here, and the Hugging Face hub cannot be reached ({first})"
         ) from None

@@ -1,0 +1,88 @@
+"""What makes a run this run and no other: its configuration, its teacher and its tokenizer.
+
+The manifest and every checkpoint hold it, so that a run goes on with nothing else than what it began with, also where
+one of the two is lost.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lawcat_jax.config import Config, to_dict
+from lawcat_jax.errors import UserError
+
+# Fields that change neither parameters nor data: a run may be resumed with other values.
+HARMLESS = ("workdir", "dry_run", "max_bad_steps", "mesh", "checkpoint", "log", "eval")
+
+
+def identity(config: Config, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain JSON values ``{"config": ..., "teacher": ...}`` of a run.
+
+    ``origin`` describes what the run starts from: ``model`` (the architecture's fields), ``dtype`` of the frozen
+    weights, ``weights`` and ``tokenizer`` (digests; ``weights`` None where they are drawn at random).
+    """
+    values = {name: value for name, value in to_dict(config).items() if name not in HARMLESS}
+    return json.loads(json.dumps({"config": values, "teacher": dict(origin)}))
+
+
+def refuse_another(found: Any, own: Mapping[str, Any], where: str) -> None:
+    """Compare the identity ``found`` in a manifest or checkpoint at ``where`` with that of this run.
+
+    Parts that ``found`` lacks (it was written by an earlier version) are not compared. Weights are compared when both
+    sides hold them in one number format.
+
+    Raises:
+      UserError: naming what differs.
+    """
+    if not isinstance(found, dict):
+        return
+    if isinstance(found.get("config"), dict):
+        refuse_other_config(found["config"], own["config"], where)
+    old, new = found.get("teacher"), own["teacher"]
+    if not isinstance(old, dict):
+        return
+    changed = differences(old.get("model", new["model"]), new["model"], "its config")
+    if old.get("dtype") == new["dtype"] and old.get("weights") != new["weights"]:
+        changed.append("its weights have changed")
+    if old.get("tokenizer") != new["tokenizer"]:
+        changed.append("the tokenizer has changed")
+    if changed:
+        raise UserError(
+            f"{where} belongs to a run with another teacher ({_listed(changed)}); restore that teacher, or use another "
+            "--workdir"
+        )
+
+
+def refuse_other_config(old: dict, new: dict, where: str) -> None:
+    """Compare two configurations as plain values, without their harmless fields.
+
+    Raises:
+      UserError: naming the fields that differ.
+    """
+    if differing := differences(old, new, "config"):
+        raise UserError(f"{where} holds a run with another configuration ({_listed(differing)}); use another --workdir")
+
+
+def differences(old: Any, new: Any, path: str) -> list[str]:
+    """One line for each leaf of two trees of plain values that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for name in sorted(old.keys() | new.keys()):
+            if path == "config" and name in HARMLESS:
+                continue
+            missing = object()
+            a, b = old.get(name, missing), new.get(name, missing)
+            if a is missing and not b:  # a switch of a later version, off: the run did without
+                continue
+            if a is missing or b is missing:  # a field that one version of the program does not have
+                found.append(f"{path}.{name}: only in the {'new' if a is missing else 'old'} configuration")
+            else:
+                found += differences(a, b, f"{path}.{name}")
+        return found
+    return [] if old == new else [f"{path}: {old!r} there, {new!r} here"]
+
+
+def _listed(differing: list[str]) -> str:
+    return "; ".join(differing[:8]) + ("; ..." if len(differing) > 8 else "")

@@ -1,0 +1,162 @@
+"""A run goes on with nothing else than what it began with, is alone in its folder, and does not end well with nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training_doubles import STEPS, Run
+
+from lawcat_jax.config import StageConfig
+from lawcat_jax.errors import UserError
+from lawcat_jax.training.loop import InterruptedRunError, TrainingError
+from lawcat_jax.training.workdir import Workdir
+
+ROOT = Path(__file__).parents[2]
+TEACHER = {"model": {"rope_theta": 1e4}, "dtype": "float32", "weights": "a", "tokenizer": "b"}
+OWN = {"config": {"seed": 0, "stage1": {"learning_rate": 0.1}}, "teacher": TEACHER}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("begun")
+    with pytest.raises(InterruptedRunError):
+        Run(folder, stop_after=2, options={"identity": OWN}).go()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": {**OWN["config"], "seed": 1}}, "another configuration (config.seed: 0 there, 1 here)"),
+        ({"teacher": {**TEACHER, "weights": "x"}}, "another teacher (its weights have changed)"),
+        ({"teacher": {**TEACHER, "tokenizer": "x"}}, "another teacher (the tokenizer has changed)"),
+        ({"teacher": {**TEACHER, "model": {"rope_theta": 5e5}}}, "rope_theta: 10000.0 there, 500000.0 here"),
+    ],
+)
+def test_checkpoint_of_another_run_is_refused(begun, changes, message):
+    before = sorted(path.name for path in begun.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        Run(begun, options={"identity": OWN | changes}).go()
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in begun.rglob("*")) == before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_compared_in_one_number_format(begun, dtype):
+    teacher = {**TEACHER, "dtype": dtype, "weights": "a" if dtype == "float32" else "c"}
+    run = Run(begun, options={"identity": {**OWN, "teacher": teacher}})
+    run.stage.train_step = lambda state, batch: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        run.go()
+
+
+def test_only_one_run_in_a_workdir(tmp_path):
+    with Workdir(str(tmp_path)):
+        with pytest.raises(UserError, match=r"another run is at work in it \(process \d+ on "):
+            Workdir(str(tmp_path))
+        Workdir(str(tmp_path), primary=False)
+    with Workdir(str(tmp_path)):
+        pass
+
+
+def test_a_killed_run_lets_go_of_its_workdir(tmp_path):
+    code = "import sys, time; from lawcat_jax.training.workdir import Workdir\n"
+    code += "w = Workdir(sys.argv[1]); print(1, flush=True); time.sleep(99)"
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT)
+    assert child.stdout.readline() == b"1\n"
+    with pytest.raises(UserError, match=f"process {child.pid} on"):
+        Workdir(str(tmp_path))
+    child.send_signal(signal.SIGKILL)
+    child.wait(timeout=30)
+    child.stdout.close()
+    with Workdir(str(tmp_path)):
+        pass
+
+
+def test_a_stage_whose_steps_were_all_bad_fails(tmp_path):
+    run = Run(tmp_path, poison=tuple(range(STEPS)), max_bad_steps=99)
+    with pytest.raises(TrainingError, match=f"all {STEPS} steps were bad"):
+        run.go()
+    with pytest.raises(TrainingError, match=f"all {STEPS} steps were bad"):  # and is not finished afterwards either
+        Run(tmp_path, poison=tuple(range(STEPS)), max_bad_steps=99).go()
+
+
+@pytest.mark.parametrize("last", [math.nan, math.inf])
+def test_a_stage_whose_last_validation_is_not_finite_fails(tmp_path, last):
+    config = StageConfig(trainable=("^mixers/",), eval_every=6)
+    with pytest.raises(TrainingError, match=f"the last validation loss is {last}"):
+        Run(tmp_path, config=config, losses=[1.0, last]).go()
+
+
+def test_parameters_that_overflow_in_the_last_step_fail(tmp_path):
+    config = StageConfig(trainable=("^mixers/",), learning_rate=1e38, warmup_fraction=0.0, lr_multipliers=("conv=99",))
+    run = Run(tmp_path, config=config, steps=1)
+    run.stage.evaluate = None
+    with pytest.raises(TrainingError, match="trained parameters are not finite"):
+        run.go()
+
+
+def test_bad_steps_and_the_kept_checkpoint_are_told(tmp_path, capsys):
+    config = StageConfig(trainable=("^mixers/",), eval_every=4)
+    run = Run(tmp_path, config=config, poison=(3, 7), losses=[3.0, 1.0, 2.0])
+    run.go()
+    expected = {"steps": STEPS, "bad_steps": 2, "kept_step": 8, "validation_loss": 1.0}
+    assert run.loop.summary == expected
+    assert (
+        "finished 12 steps, 2 of them bad; kept the parameters of step 8, validation loss 1.0000"
+        in capsys.readouterr().out
+    )
+    again = Run(tmp_path, config=config)
+    again.go()
+    assert again.loop.summary == expected
+
+
+def edits(meta: dict) -> dict[str, str]:
+    """Metadata as a file may hold it after an accident or an editor."""
+    text = json.dumps(meta)
+    contents = {f"cut at {part}/7": text[: len(text) * part // 7] for part in range(7)}
+    contents |= {f"all {value}": value for value in ("null", "[]", "3", '"x"', "[" * 100_000)}
+    for name, value in meta.items():
+        contents[f"without {name}"] = json.dumps({key: item for key, item in meta.items() if key != name})
+        for other in (None, "x", -1, [], {"a": 1}):
+            if other != value:
+                contents[f"{name} {other!r}"] = json.dumps({**meta, name: other})
+    contents["another place in the data"] = json.dumps({**meta, "iterator": {"index": 3}})
+    return contents
+
+
+@pytest.fixture(scope="module")
+def two_saves(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    with pytest.raises(InterruptedRunError):
+        Run(folder, stop_after=8).go()
+    return folder
+
+
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 12))])
+def test_metadata_of_any_content_is_damage(two_saves, tmp_path, part, capfd):
+    """A twelfth of the edits each. Only a checkpoint that is exactly what was saved is used."""
+    run = Run(two_saves)
+    path = run.directory / "8" / "meta" / "metadata"
+    before = path.read_text()
+    try:
+        for name, text in list(edits(json.loads(before)).items())[part::12]:
+            path.write_text(text)
+            found = Run(two_saves, options={"identity": OWN})
+            used = []
+            found.stage.train_step = lambda state, batch, used=used: used.append(int(state.step)) or 1 / 0
+            with pytest.raises(ZeroDivisionError):
+                found.go()
+            assert used == [5], name
+            said = capfd.readouterr()
+            assert len((said.out + said.err).strip().splitlines()) <= 2, said
+            (run.directory / "8.damaged").rename(run.directory / "8")
+    finally:
+        path.write_text(before)
