@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lawcat_jax.config import Config, to_dict
+from lawcat_jax.config import Config, ModelConfig, to_dict
 from lawcat_jax.errors import UserError
 
 # Fields that change neither parameters nor data: a run may be resumed with other values.
@@ -43,7 +43,7 @@ def refuse_another(found: Any, own: Mapping[str, Any], where: str) -> None:
     old, new = found.get("teacher"), own["teacher"]
     if not isinstance(old, dict):
         return
-    changed = differences(old.get("model", new["model"]), new["model"], "its config")
+    changed = differences(old.get("model", new["model"]), new["model"], _plain(ModelConfig()), "its config")
     if old.get("dtype") == new["dtype"] and old.get("weights") != new["weights"]:
         changed.append("its weights have changed")
     if old.get("tokenizer") != new["tokenizer"]:
@@ -61,25 +61,34 @@ def refuse_other_config(old: dict, new: dict, where: str) -> None:
     Raises:
       UserError: naming the fields that differ.
     """
-    if differing := differences(old, new, "config"):
+    defaults = _plain(Config())
+    defaults["teacher"]["architecture"] = _plain(ModelConfig())
+    if differing := differences(old, new, defaults, "config"):
         raise UserError(f"{where} holds a run with another configuration ({_listed(differing)}); use another --workdir")
 
 
-def differences(old: Any, new: Any, path: str) -> list[str]:
-    """One line for each leaf of two trees of plain values that differs."""
+def _plain(config: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(to_dict(config)))
+
+
+def differences(old: Any, new: Any, defaults: Any, path: str) -> list[str]:
+    """One line for each leaf of two trees of plain values that differs. A field that a later version of the program
+    brought may be missing in ``old``: that run did what its default says.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
+        defaults = defaults if isinstance(defaults, dict) else {}
         found = []
         for name in sorted(old.keys() | new.keys()):
             if path == "config" and name in HARMLESS:
                 continue
             missing = object()
             a, b = old.get(name, missing), new.get(name, missing)
-            if a is missing and not b:  # a switch of a later version, off: the run did without
+            if a is missing and (not b or b == defaults.get(name, missing)):
                 continue
             if a is missing or b is missing:  # a field that one version of the program does not have
                 found.append(f"{path}.{name}: only in the {'new' if a is missing else 'old'} configuration")
             else:
-                found += differences(a, b, f"{path}.{name}")
+                found += differences(a, b, defaults.get(name), f"{path}.{name}")
         return found
     return [] if old == new else [f"{path}: {old!r} there, {new!r} here"]
 

@@ -186,8 +186,7 @@ def check_outputs(config: Config, student: Student, folder: Workdir) -> None:
     if config.eval.enabled and (reports := folder.local / "eval").exists() and not reports.is_dir():
         raise UserError(f"{reports} is a file; the reports of the evaluation belong there")
     if config.eval.enabled:
-        for task in dict.fromkeys(config.eval.tasks):
-            task_named(task).check(config.eval, student.tokenizer)
+        check_settings(config.eval, student.tokenizer)
 
 
 def _result(config: Config) -> str:

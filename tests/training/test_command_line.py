@@ -82,7 +82,7 @@ def test_overrides_of_every_kind(parse):
         ("--config.stage1.schedule=linear", "'linear' is not one of 'cosine', 'constant', 'plateau'"),
         ("--config.stage1.schedule=None", "config.stage1.schedule: None is not one of 'cosine', 'constant', 'plateau'"),
         ("--config.attention.implementation=triton", "'triton' is not one of 'reference', 'scan', 'pallas_mosaic_gpu'"),
-        ("--config.eval.tasks=passkey,poetry", "config.eval.tasks: 'poetry' is not one of 'passkey', 'perplexity'"),
+        ("--config.eval.tasks=passkey,poetry", "config.eval.tasks: 'poetry' is not one of 'passkey', 'niah_single_1'"),
         ("--config.lora.targets=q_proj,gate_proj", "config.lora.targets: 'gate_proj' is not one of 'q_proj', 'k_proj'"),
         ("--config.stage1.batch_size=-1", "config.stage1.batch_size: -1 must be at least 1"),
         ("--bogus=1", "bogus"),

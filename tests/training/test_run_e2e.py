@@ -260,11 +260,16 @@ def test_manifest_says_what_became_of_the_stages(straight):
         assert losses[summary["kept_step"]] == min(losses.values())
 
 
-def test_a_switch_that_came_later_counts_as_off():
+def test_a_field_that_came_later_counts_as_its_default():
     old, new = {"stage2": {"batch_size": 8}}, {"stage2": {"batch_size": 8, "unroll_layers": False}}
-    assert identity.differences(old, new, "config") == []
-    new["stage2"]["unroll_layers"] = True
-    assert identity.differences(old, new, "config") == ["config.stage2.unroll_layers: only in the new configuration"]
+    defaults = {"stage2": {"unroll_layers": False, "kl_temperature": 1.0}}
+    new["stage2"]["kl_temperature"] = 1.0
+    assert identity.differences(old, new, defaults, "config") == []
+    new["stage2"] |= {"unroll_layers": True, "kl_temperature": 2.0}
+    assert identity.differences(old, new, defaults, "config") == [
+        "config.stage2.kl_temperature: only in the new configuration",
+        "config.stage2.unroll_layers: only in the new configuration",
+    ]
 
 
 def test_declared_architecture_must_match(teacher, tmp_path):
