@@ -96,3 +96,6 @@ TaskName = Literal["passkey", "perplexity"]
 PasskeyForm = Literal["train", "landmark"]
 """Wording of passkey prompts: that of the training samples, or the evaluation prompt of the paper (from Landmark
 attention and LongLoRA)."""
+
+TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+"""What local text files may be called; instruction data is in files of the last two."""

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lawcat_jax.data.tokenize import Tokenizer, load_tokenizer
+from lawcat_jax.data.tokenize import Tokenizer, fit_embedding, load_tokenizer
 from lawcat_jax.errors import UserError
 
 _MODEL_FILES = ("model.json", "config.json")  # of a model directory, of a Hugging Face directory
@@ -99,12 +99,7 @@ def load_for_inference(
 
     bundle = load_model(found.source, revision=revision, dtype=dtype)
     graphdef, _ = abstract(bundle.model, bundle.attention, bundle.lora)
-    size, end = bundle.model.vocab_size, found.tokenizer.eos_token_id
-    # Added tokens do not count: some checkpoints have them beyond the vocabulary and never use them.
-    if found.tokenizer.vocab_size > size:
-        raise UserError(
-            f"{checkpoint}: the tokenizer has {found.tokenizer.vocab_size} tokens, the model's vocabulary only {size}"
-        )
+    end = fit_embedding(found.tokenizer, bundle.model.vocab_size, checkpoint).eos_token_id
     return LoadedModel(
         graphdef,
         jax.device_put(bundle.params),
