@@ -98,12 +98,14 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """One JSON object from a file.
 
     Raises:
-      UserError: the file is missing, unreadable, not JSON, or not an object.
+      UserError: the file is missing, unreadable, not JSON, nested too deeply, or not an object.
     """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as problem:
         raise UserError(f"cannot read {path}: {problem.strerror or problem}") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply to be read as JSON") from None
     except ValueError as problem:  # JSONDecodeError and UnicodeDecodeError
         raise UserError(f"{path} is not valid JSON: {problem}") from None
     if not isinstance(value, dict):

@@ -17,37 +17,20 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from lawcat_jax.checkpoints import fingerprints, model_json
+from lawcat_jax.checkpoints.fingerprints import fingerprint
 from lawcat_jax.checkpoints.gguf.read import PACKAGE, GgufCheckpoint, find_gguf, is_gguf
-from lawcat_jax.checkpoints.hf.config_map import token_ids
 from lawcat_jax.checkpoints.hf.mapping import base_shapes, flatten, unflatten
-from lawcat_jax.checkpoints.hf.read import (
-    GENERATION,
-    TOKENIZER_FILES,
-    Checkpoint,
-    Progress,
-    Shardings,
-    resolve_source,
-    stated_ids,
-)
+from lawcat_jax.checkpoints.hf.read import TOKENIZER_FILES, Checkpoint, Progress, Shardings, resolve_source
 from lawcat_jax.checkpoints.hf.write import check_leaves, copy_tokenizer
+from lawcat_jax.checkpoints.model_json import MODEL_JSON, TOKENIZER
 from lawcat_jax.checkpoints.orbax_errors import is_disk_full, unraisable_hook
-from lawcat_jax.config import (
-    AttentionConfig,
-    ConfigError,
-    LoraConfig,
-    ModelConfig,
-    attention_problems,
-    from_dict,
-    model_problems,
-    to_dict,
-    type_problems,
-)
+from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig
 from lawcat_jax.errors import UserError
-from lawcat_jax.files import new_directory, read_json, write_json
+from lawcat_jax.files import new_directory, write_json
 
-FORMAT_VERSION = 1
 _RESTORE_BYTES = 256 << 20
-MODEL_JSON, PARAMS, TOKENIZER = "model.json", "params", "tokenizer"
+PARAMS = "params"
 ASSETS = Path(__file__).parents[1] / "assets"
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -133,21 +116,16 @@ def save_model(
 
     leaves = dict(flatten(params))
     check_leaves(leaves, expected_shapes(model, attention, lora), f"cannot write {target}")
-    values = {
-        "format_version": FORMAT_VERSION,
-        "model": to_dict(model),
-        "attention": None if attention is None else to_dict(attention),
-        "lora": None if lora is None else to_dict(lora),
-        "extra": dict(extra or {}),
-        # So that a load can check every array without opening it, and so that a reader sees what is inside.
-        "params": {path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in leaves.items()},
-    }
     leaves = {path: distributed.on_host(leaf) for path, leaf in leaves.items()}
     if distributed.is_primary():
         with new_directory(target, overwrite=overwrite) as directory:
             _save_params(directory / PARAMS, leaves)
             copy_tokenizer(tokenizer_source, directory / TOKENIZER)
-            write_json(directory / MODEL_JSON, values)
+            stored = {
+                path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sum": fingerprint(np.asarray(leaf))}
+                for path, leaf in leaves.items()
+            }
+            write_json(directory / MODEL_JSON, model_json.as_json(model, attention, lora, extra or {}, stored))
     distributed.barrier("save_model")
 
 
@@ -166,6 +144,7 @@ class OpenedCheckpoint:
     tokenizer_path: str | None
     extra: dict[str, Any]
     reader: Checkpoint | None = dataclasses.field(default=None, repr=False)  # of another format than model directories
+    stated: model_json.ModelJson | None = dataclasses.field(default=None, repr=False)  # of a model directory
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -187,7 +166,8 @@ class OpenedCheckpoint:
         cast = resolve_dtype(dtype)
         if self.reader is not None:
             return self.reader.params(dtype=cast, shardings=shardings, progress=progress)
-        return unflatten(_restore_params(self.directory, self.shapes, cast, shardings))
+        assert self.stated is not None
+        return unflatten(_restore_params(self.directory, self.shapes, cast, shardings, self.stated))
 
 
 def open_checkpoint(source: str | os.PathLike, revision: str | None = None) -> OpenedCheckpoint:
@@ -203,8 +183,9 @@ def open_checkpoint(source: str | os.PathLike, revision: str | None = None) -> O
     """
     directory = locate(source, revision)
     if (directory / MODEL_JSON).is_file():
-        model, attention, lora, extra = read_model_json(directory)
-        return OpenedCheckpoint(directory, model, attention, lora, _tokenizer_path(directory / TOKENIZER), extra)
+        stated = model_json.read(directory)
+        tokenizer = _tokenizer_path(directory / TOKENIZER)
+        return OpenedCheckpoint(directory, *stated[:3], tokenizer, stated.extra, stated=stated)
     reader = GgufCheckpoint(directory) if directory.is_file() else Checkpoint(directory)
     tokenizer, extra = reader.tokenizer_directory(), {"source": str(source)}
     return OpenedCheckpoint(directory, reader.config, None, None, tokenizer, extra, reader)
@@ -267,42 +248,10 @@ def locate(source: str | os.PathLike, revision: str | None = None) -> Path:
 def read_model_json(
     directory: str | os.PathLike,
 ) -> tuple[ModelConfig, AttentionConfig | None, LoraConfig | None, dict[str, Any]]:
-    """The configurations and ``extra`` of a model directory, without its parameters.
-
-    Token ids in the generation_config.json beside the tokenizer win over those in model.json.
-
-    Raises:
-      UserError: unreadable, of another format version, or with unknown or invalid fields.
+    """The configurations and ``extra`` of a model directory, without its parameters; see
+    :func:`lawcat_jax.checkpoints.model_json.read`.
     """
-    path = Path(directory) / MODEL_JSON
-    values = read_json(path)
-    if values.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path}: format version {values.get('format_version')!r}, but this program reads {FORMAT_VERSION}; "
-            "convert again"
-        )
-    kinds = {"model": ModelConfig, "attention": AttentionConfig, "lora": LoraConfig}
-    parsed: dict[str, Any] = {}
-    for name, kind in kinds.items():
-        value = values.get(name)
-        if value is None and name != "model":
-            parsed[name] = None
-            continue
-        if not isinstance(value, dict):
-            raise UserError(f"{path}: {name} should be an object")
-        try:
-            parsed[name] = from_dict(kind, value, name)
-        except (ConfigError, TypeError) as problem:
-            raise UserError(f"{path}: {problem}") from None
-        problems = type_problems(parsed[name], name)
-        if not problems:
-            checks = {"model": model_problems, "attention": attention_problems}
-            problems = checks[name](parsed[name], name) if name in checks else []
-        if problems:
-            raise UserError(f"{path}: {'; '.join(problems)}")
-    ids = token_ids(stated_ids(path.parent / TOKENIZER / GENERATION))
-    model = dataclasses.replace(parsed["model"], **ids)
-    return model, parsed["attention"], parsed["lora"], values.get("extra") or {}
+    return model_json.read(directory)[:4]
 
 
 def _tokenizer_path(directory: Path) -> str | None:
@@ -357,18 +306,34 @@ def _save_params(path: Path, leaves: Mapping[str, np.ndarray]) -> None:
 
 
 def _restore_params(
-    directory: Path, expected: Mapping[str, tuple[int, ...]], cast: np.dtype | None, shardings: Shardings | None
+    directory: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    cast: np.dtype | None,
+    shardings: Shardings | None,
+    stated: model_json.ModelJson,
 ) -> dict[str, Any]:
+    """Every array by path, cast to ``cast`` and checked against what model.json says of it.
+
+    What has a fingerprint is read as it is stored, compared, and cast afterwards, a group of arrays at a time.
+    """
     import jax
     import orbax.checkpoint as ocp
 
     path = (directory / PARAMS).absolute()
-    if not path.is_dir():
-        raise UserError(f"{directory}: incomplete, {PARAMS}/ is missing; convert or save it again")
+    _check_readable(directory, path)
+    verify, written = fingerprints.wanted(), stated.params
+
+    def final_dtype(name: str, stored: Any) -> np.dtype:
+        base = not name.startswith(("mixers/", "lora/"))  # the trainable part stays in its own precision
+        return cast if base and cast is not None else np.dtype(stored.dtype)
+
+    def checked(name: str) -> bool:
+        return verify and "sum" in written.get(name, ())
 
     def restore_args(name: str, stored: Any) -> Any:
-        base = not name.startswith(("mixers/", "lora/"))  # the trainable part stays in its own precision
-        dtype = cast if base and cast is not None else np.dtype(stored.dtype)
+        dtype = final_dtype(name, stored)
+        if checked(name) or dtype == np.float16:  # whose overflow has to be seen
+            dtype = np.dtype(stored.dtype)
         sharding = shardings(name) if shardings is not None else None
         if sharding is None:
             return ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
@@ -382,14 +347,45 @@ def _restore_params(
             raise UserError(f"{path}: damaged or incomplete (its list of arrays cannot be read); convert or save again")
         stored = dict(flatten(metadata.tree))
         check_leaves(stored, expected, str(path))
+        if stated.changed:
+            raise UserError(stated.changed)
         leaves: dict[str, Any] = {}
         for names in _groups(stored):
             arguments = unflatten({name: restore_args(name, stored[name]) for name in names})
             item = unflatten({name: stored[name] for name in names})
             request = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
-            leaves |= flatten(checkpointer.restore(path, args=request))
+            for name, leaf in flatten(checkpointer.restore(path, args=request)):
+                if checked(name) and fingerprint(leaf) != written[name]["sum"]:
+                    raise UserError(
+                        f"{path}: the contents of {name} have changed since they were written; restore a copy or convert "
+                        f"again ({fingerprints.SWITCH}=off in the environment reads them unchecked)"
+                    )
+                leaves[name] = _cast(leaf, final_dtype(name, stored[name]), f"{path}: {name}")
     check_leaves(leaves, expected, str(path))
     return leaves
+
+
+def _cast(leaf: Any, dtype: np.dtype, where: str) -> Any:
+    if leaf.dtype == dtype:
+        return leaf
+    with np.errstate(over="ignore"):
+        cast = leaf.astype(dtype)
+    if dtype == np.float16 and not bool((np.isfinite(cast) | ~np.isfinite(leaf.astype(np.float32))).all()):
+        raise UserError(f"{where} has values beyond float16; choose bfloat16 or float32")
+    return cast
+
+
+def _check_readable(directory: Path, path: Path) -> None:
+    """Tell a ``params/`` that is not there, or may not be read, from a damaged one."""
+    try:
+        if not path.is_dir():
+            raise UserError(f"{directory}: incomplete, {PARAMS}/ is missing; convert or save it again")
+        for file in path.rglob("*"):
+            if not os.access(file, os.R_OK | (os.X_OK if file.is_dir() else 0)):
+                raise UserError(f"cannot read {file}: {os.strerror(errno.EACCES)}")
+        os.listdir(path)
+    except OSError as problem:
+        raise UserError(f"cannot read {problem.filename or path}: {problem.strerror or problem}") from None
 
 
 def _groups(stored: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -410,9 +406,7 @@ def _groups(stored: Mapping[str, Any]) -> Iterator[list[str]]:
 def _damage_reported(path: Path) -> Iterator[None]:
     try:
         yield
-    except UserError:
-        raise
-    except MemoryError:
+    except (UserError, MemoryError):
         raise
     except Exception as problem:  # orbax and tensorstore raise many kinds for damaged files
         first = (str(problem).strip() or type(problem).__name__).splitlines()[0][:300]

@@ -114,6 +114,15 @@ def model_problems(m: ModelConfig, path: str = "model") -> list[str]:
             f"{path}.{name}: layer {layer} does not exist, the model has layers 0 to {m.num_layers - 1}"
             for layer in odd
         ]
+    if m.rms_norm_eps <= 0:
+        problems.append(f"{path}.rms_norm_eps: {m.rms_norm_eps} must be positive")
+    if m.max_position_embeddings < 1:
+        problems.append(f"{path}.max_position_embeddings: {m.max_position_embeddings} must be at least 1")
+    for name in ("bos_token_id", "eos_token_ids", "pad_token_id"):
+        value = getattr(m, name)
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if number is not None and number < 0:
+                problems.append(f"{path}.{name}: {number} must not be negative")
     if m.sliding_window is not None and m.sliding_window < 1:
         problems.append(f"{path}.sliding_window: {m.sliding_window} must be at least 1, or None")
     return problems

@@ -6,6 +6,7 @@ reads instead of a memory map, because mapped pages count as resident memory of 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -82,7 +83,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, from its header alone; nothing is read beyond it.
 
     Raises:
-      UserError: missing, not a safetensors file, truncated, or with an inconsistent header.
+      UserError: missing, not a safetensors file, truncated, or with an inconsistent header (overlapping tensors, say).
     """
     try:
         size = path.stat().st_size
@@ -96,11 +97,12 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
             header = json.loads(stream.read(length))
     except OSError as problem:
         raise UserError(f"cannot read {path}: {problem.strerror or problem}") from None
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         if isinstance(problem, UserError):
             raise
         raise UserError(f"{path}: not a safetensors file (bad header)") from None
     tensors: dict[str, Tensor] = {}
+    ranges: list[tuple[int, int, str]] = []
     if not isinstance(header, dict):
         raise UserError(f"{path}: not a safetensors file (bad header)")
     for name, entry in header.items():
@@ -108,7 +110,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
             continue
         try:
             code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            sound = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)) and begin <= end
+            sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end
         except (TypeError, KeyError, ValueError):
             raise UserError(f"{path}: bad header entry for tensor {name!r}") from None
         if not sound:
@@ -120,6 +122,11 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
                 f"{path}: tensor {name!r} of shape {list(shape)} {code} does not fill its {end - begin} bytes"
             )
         tensors[name] = Tensor(path, name, code, shape, 8 + length + begin)
+        ranges.append((begin, end, name))
+    ranges.sort()
+    for (_, end, name), (begin, _, other) in itertools.pairwise(ranges):
+        if begin < end:
+            raise UserError(f"{path}: tensors {name!r} and {other!r} overlap in the file; it is damaged")
     return tensors
 
 

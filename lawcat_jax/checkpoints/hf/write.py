@@ -146,8 +146,11 @@ def _maker(leaves, slot: Slot, merge, dtype: np.dtype) -> Callable[[], np.ndarra
     def part(path: str) -> np.ndarray:
         leaf = leaves[path]
         array = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
-        array = merge(path, slot.layer, array if array.dtype == dtype else array.astype(dtype))
-        return _transposed(array) if slot.transpose else array
+        with np.errstate(over="ignore"):
+            cast = merge(path, slot.layer, array if array.dtype == dtype else array.astype(dtype))
+        if dtype == np.float16 and not (np.isfinite(cast) | ~np.isfinite(array.astype(np.float32))).all():
+            raise UserError(f"{path} has values beyond float16; choose bfloat16 or float32")
+        return _transposed(cast) if slot.transpose else cast
 
     def make() -> np.ndarray:
         parts = [part(path) for path, _ in slot.parts]
