@@ -14,7 +14,7 @@ import typing
 
 from absl import flags
 
-from lawcat_jax.command_line import no_arguments, run_main
+from lawcat_jax.command_line import no_arguments, not_empty, run_main
 from lawcat_jax.config import PasskeyForm, TaskName
 from lawcat_jax.errors import UserError
 
@@ -56,6 +56,8 @@ def _length(item: str) -> int:
 
 def main(argv: list[str]) -> None:
     no_arguments(argv)
+    not_empty("--tasks", _TASKS.value)
+    not_empty("--lengths", _LENGTHS.value)
     settings = {
         "tasks": None if _TASKS.value is None else tuple(item.strip() for item in _TASKS.value if item.strip()),
         "lengths": None if _LENGTHS.value is None else tuple(_length(item) for item in _LENGTHS.value),
