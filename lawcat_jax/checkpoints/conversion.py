@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from lawcat_jax.checkpoints.hf.mapping import flatten
+from lawcat_jax.checkpoints.hf.merge import base_of, is_adapter, merge_adapter
 from lawcat_jax.checkpoints.hf.peft import write_adapter
 from lawcat_jax.checkpoints.hf.read import progress_bar
 from lawcat_jax.checkpoints.hf.write import MAX_SHARD_BYTES, write_hf
@@ -30,6 +31,8 @@ def convert(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     verify: bool = False,
     overwrite: bool = False,
+    base: str | None = None,
+    adapter: str | None = None,
 ) -> None:
     """Read ``source``, write ``target``, print what was done.
 
@@ -42,6 +45,8 @@ def convert(
       max_shard_bytes: size of one safetensors file with ``to='hf'``.
       verify: load the result once more and compare its logits with transformers, both in float32.
       overwrite: replace an existing target.
+      base: where ``source`` is the directory of a PEFT adapter: the model to merge it into; None is the one that it names.
+      adapter: directory of a PEFT adapter to merge into ``source``.
 
     Raises:
       UserError: anything wrong with source or target; no target is left behind.
@@ -54,11 +59,19 @@ def convert(
     if max_shard_bytes < 1:
         raise UserError("--max_shard_gb must be positive")
     start = time.monotonic()
+    source, adapter = _adapter_and_base(source, adapter, base)
+    if adapter is not None and (verify or to == "peft"):
+        raise UserError(f"{'--verify' if verify else '--to=peft'} does not go with an adapter that is merged")
     directory = locate(source, revision)
     if Path(target).exists() and directory.resolve() == Path(target).resolve():
         raise UserError(f"source and target are the same directory: {target}")
     with progress_bar(_weight_bytes(directory), f"reading {source}") as progress:
         bundle = load_model(str(directory), dtype=dtype, progress=progress)
+    if adapter is not None:
+        if bundle.attention is not None:
+            raise UserError(f"{source} is a student; an adapter is merged into the model that it was trained on")
+        bundle.params = merge_adapter(Path(adapter).expanduser(), bundle.model, bundle.params)
+        bundle.extra = {**bundle.extra, "source": source, "adapter": str(adapter)}
     total = sum(leaf.nbytes for _, leaf in flatten(bundle.params))
     own = (directory / MODEL_JSON).is_file()
     origin = bundle.extra.get("source") if own else source
@@ -70,7 +83,7 @@ def convert(
             lora=bundle.lora,
             params=bundle.params,
             tokenizer_source=bundle.tokenizer_path,
-            extra=bundle.extra if own else {"source": source},
+            extra=bundle.extra if own or adapter else {"source": source},
             overwrite=overwrite,
         )
     elif to == "hf":
@@ -105,6 +118,22 @@ def convert(
     if verify:
         del bundle
         _verify(directory, Path(target), to=to, exact=dtype == "keep")
+
+
+def _adapter_and_base(source: str, adapter: str | None, base: str | None) -> tuple[str, str | None]:
+    """(the model to read, the adapter to merge into it or None)."""
+    if is_adapter(Path(source).expanduser()):
+        if adapter is not None:
+            raise UserError(f"--source={source} is an adapter itself; name a model, or leave --adapter out")
+        base = base or base_of(Path(source).expanduser())
+        if base is None:
+            raise UserError(f"{source} is an adapter that names no base model; name it with --base=")
+        return base, source
+    if base is not None:
+        raise UserError(f"--base goes with an adapter, and --source={source} is none")
+    if adapter is not None and not is_adapter(Path(adapter).expanduser()):
+        raise UserError(f"--adapter={adapter}: no directory of a PEFT adapter (adapter_config.json)")
+    return source, adapter
 
 
 def _summary(bundle: ModelBundle) -> str:
