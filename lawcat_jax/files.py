@@ -13,44 +13,79 @@ from typing import IO, Any
 
 from lawcat_jax.errors import UserError
 
+_LOST = "lost+found"  # which a fresh file system has at its root
+
 
 @contextlib.contextmanager
 def new_directory(target: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
     """Fill a temporary directory beside ``target``; on success it becomes ``target``, else it is removed.
 
     An empty ``target`` counts as absent. With ``overwrite`` an existing directory is replaced only after
-    the new one is complete.
+    the new one is complete. A link stays and what it leads to is written. A mount point cannot be renamed: the temporary
+    directory lies in it, and its entries move up at the end.
 
     Raises:
       UserError: ``target`` exists with content and ``overwrite`` is off, is a file, or cannot be written.
     """
-    target = Path(os.path.abspath(target))
     check_target(target, overwrite=overwrite)
+    shown, target = target, Path(os.path.realpath(target))
+    mounted = os.path.ismount(target)
+    parent = target if mounted else target.parent
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=parent))
     except OSError as problem:
-        raise UserError(f"cannot write beside {target}: {problem.strerror or problem}") from None
+        where = f"{'into' if mounted else 'beside'} {shown}"
+        raise UserError(f"cannot write {where}: {problem.strerror or problem}") from None
     try:
         try:
             yield temporary
         except OSError as problem:
             if problem.errno is None:
                 raise
-            raise UserError(f"cannot write {target}: {problem.strerror or problem}") from problem
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes 0700: others could not read the result
-        if target.exists():
-            check_target(target, overwrite=overwrite)  # it may have been filled in the meantime
-            if any(target.iterdir()):
-                old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-                os.rename(target, old / "d")
-                os.rename(temporary, target)
-                shutil.rmtree(old, ignore_errors=True)
-                return
-            target.rmdir()
-        os.rename(temporary, target)
+            raise UserError(f"cannot write {shown}: {problem.strerror or problem}") from problem
+        try:
+            _put_in_place(temporary, target, overwrite=overwrite, mounted=mounted)
+        except OSError as problem:
+            raise UserError(f"cannot write {shown}: {problem.strerror or problem}") from problem
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put_in_place(temporary: Path, target: Path, *, overwrite: bool, mounted: bool) -> None:
+    """Make a finished directory the target; what was there before goes last, and comes back when a step fails."""
+    temporary.chmod(0o777 & ~_umask())  # mkdtemp makes 0700: others could not read the result
+    if not target.exists():
+        os.rename(temporary, target)
+        return
+    check_target(target, overwrite=overwrite, ignore=temporary.name)  # it may have been filled in the meantime
+    if not mounted and not any(target.iterdir()):
+        target.rmdir()
+        os.rename(temporary, target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=temporary.parent))
+    done: list[tuple[Path, Path]] = []
+
+    def move(source: Path, to: Path) -> None:
+        os.rename(source, to)
+        done.append((source, to))
+
+    try:
+        if mounted:
+            for entry in sorted(target.iterdir()):
+                if entry not in (temporary, old) and entry.name != _LOST:
+                    move(entry, old / entry.name)
+            for entry in sorted(temporary.iterdir()):
+                move(entry, target / entry.name)
+        else:
+            move(target, old / "d")
+            move(temporary, target)
+    except OSError:
+        for source, to in reversed(done):
+            os.rename(to, source)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -75,16 +110,23 @@ def atomic_file(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
         Path(partial).unlink(missing_ok=True)
 
 
-def check_target(target: str | os.PathLike, *, overwrite: bool) -> None:
+def check_target(target: str | os.PathLike, *, overwrite: bool, ignore: str = "") -> None:
     """Refuse a target that would be destroyed, before any work is done.
 
     Raises:
-      UserError: ``target`` is a file, or a directory with content while ``overwrite`` is off.
+      UserError: ``target`` is a file, or a directory with content (other than ``ignore``) while ``overwrite`` is off, or
+        it cannot be looked into.
     """
     target = Path(target)
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file; name a directory to write to")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
+    if "\0" in str(target):
+        raise UserError(f"{str(target)!r} is no name for a directory")
+    try:
+        if target.exists() and not target.is_dir():
+            raise UserError(f"{target} is a file; name a directory to write to")
+        content = [entry.name for entry in target.iterdir()] if target.is_dir() else []
+    except OSError as problem:
+        raise UserError(f"cannot write {target}: {problem.strerror or problem}") from None
+    if {*content} - {ignore, _LOST} and not overwrite:
         raise UserError(f"{target} exists and is not empty; pass --overwrite to replace it")
 
 
