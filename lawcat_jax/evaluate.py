@@ -15,7 +15,7 @@ import typing
 from absl import flags
 
 from lawcat_jax.command_line import no_arguments, not_empty, run_main
-from lawcat_jax.config import PasskeyForm, TaskName
+from lawcat_jax.config import Bos, PasskeyForm, TaskName
 from lawcat_jax.errors import UserError
 
 _CHECKPOINT = flags.DEFINE_multi_string(
@@ -41,6 +41,12 @@ _OUTPUT = flags.DEFINE_string("output", None, "Folder of the reports. Default: e
 _REVISION = flags.DEFINE_string("revision", None, "Revision of a hub repository.")
 _DTYPE = flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Of the frozen weights.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer directory or hub id, instead of the checkpoint's.")
+_ADD_BOS = flags.DEFINE_enum(
+    "add_bos",
+    None,
+    list(typing.get_args(Bos)),
+    "Beginning-of-sequence token in front. Default: as in training, else auto.",
+)
 _TRAINING_LENGTH = flags.DEFINE_integer("training_length", None, "In tokens, marked in the plot.")
 
 
@@ -78,6 +84,7 @@ def main(argv: list[str]) -> None:
         revision=_REVISION.value,
         dtype=_DTYPE.value,
         tokenizer=_TOKENIZER.value,
+        add_bos=_ADD_BOS.value,
         training_length=_TRAINING_LENGTH.value,
     )
 

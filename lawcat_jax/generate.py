@@ -6,10 +6,12 @@ python -m lawcat_jax.generate --checkpoint=<dir> --prompt='The sky is' [--max_ne
 from __future__ import annotations
 
 import sys
+import typing
 
 from absl import flags
 
 from lawcat_jax.command_line import no_arguments, run_main
+from lawcat_jax.config import Bos
 from lawcat_jax.errors import UserError
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -24,6 +26,12 @@ _ECHO = flags.DEFINE_bool("echo", True, "Print the prompt first.")
 _REVISION = flags.DEFINE_string("revision", None, "Revision of a hub repository.")
 _DTYPE = flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Of the frozen weights.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer directory or hub id, instead of the checkpoint's.")
+_ADD_BOS = flags.DEFINE_enum(
+    "add_bos",
+    None,
+    list(typing.get_args(Bos)),
+    "Beginning-of-sequence token in front. Default: as in training, else auto.",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -35,7 +43,11 @@ def main(argv: list[str]) -> None:
     from lawcat_jax.inference.text import continue_text
 
     model = load_for_inference(
-        _CHECKPOINT.value, revision=_REVISION.value, dtype=_DTYPE.value, tokenizer=_TOKENIZER.value
+        _CHECKPOINT.value,
+        revision=_REVISION.value,
+        dtype=_DTYPE.value,
+        tokenizer=_TOKENIZER.value,
+        add_bos=_ADD_BOS.value,
     )
     pieces = continue_text(
         model,

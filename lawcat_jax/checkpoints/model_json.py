@@ -5,7 +5,7 @@
     format_version   1
     model            every field of ModelConfig
     attention, lora  every field of AttentionConfig and LoraConfig, or null
-    extra            what the writer added (source, stage, training_length, eval)
+    extra            what the writer added (source, stage, training_length, eval, add_bos)
     params           {path: {"shape", "dtype", "sum"}}, see lawcat_jax.checkpoints.fingerprints
     digest           of model, attention, lora and params
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from lawcat_jax.checkpoints.hf.config_map import token_ids
 from lawcat_jax.checkpoints.hf.read import GENERATION, stated_ids
 from lawcat_jax.config import (
     AttentionConfig,
+    Bos,
     ConfigError,
     EvalConfig,
     LoraConfig,
@@ -166,6 +168,8 @@ def _extra(extra: Any, path: Path) -> dict[str, Any]:
         for name in ("source", "revision", "stage")
         if not isinstance(extra.get(name), str | None)
     ]
+    if extra.get("add_bos") not in (None, *typing.get_args(Bos)):
+        problems.append(f"extra.add_bos: {extra['add_bos']!r} is not one of {', '.join(typing.get_args(Bos))}")
     length, stored = extra.get("training_length"), extra.get("eval")
     if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
         problems.append(f"extra.training_length: {length!r} is not a number of tokens")

@@ -19,6 +19,7 @@ annotations`` in the files with dataclasses: config_flags needs the types of fie
 from lawcat_jax.config.attention import AttentionConfig, LoraConfig, attention_problems, lora_problems
 from lawcat_jax.config.choices import (
     BabiTask,
+    Bos,
     Conv,
     DataKind,
     Distributed,
@@ -55,6 +56,7 @@ from lawcat_jax.config.tree import ConfigError, Node, choice_problems, from_dict
 __all__ = [
     "AttentionConfig",
     "BabiTask",
+    "Bos",
     "CheckpointConfig",
     "Config",
     "ConfigError",

@@ -8,6 +8,7 @@ from pathlib import Path
 from lawcat_jax.config.choices import (
     TEXT_SUFFIXES,
     BabiTask,
+    Bos,
     DataKind,
     Divergence,
     Hay,
@@ -122,8 +123,9 @@ class DataConfig(Node):
     """Text for validation, written as ``source``."""
     num_workers: int = 0
     """[threads] Prepare batches ahead; 0 prepares them in the training loop."""
-    add_bos: bool = True
-    """Begin sequences with the beginning-of-sequence token, if the tokenizer has one."""
+    add_bos: Bos = "auto"
+    """Beginning-of-sequence token at the beginning of sequences. Generation and evaluation of the student follow the last
+    stage."""
 
 
 @dataclasses.dataclass

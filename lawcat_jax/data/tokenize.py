@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lawcat_jax.config.choices import Bos
 from lawcat_jax.errors import UserError
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase; transformers is imported only where a tokenizer is loaded
@@ -159,10 +160,46 @@ def encode_offsets(tokenizer: Tokenizer, text: str) -> Any:
     return encoding
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, *, add_bos: bool = True) -> list[int]:
-    """Token ids of a prompt: bos (when the tokenizer has one and ``add_bos``), then the text."""
-    bos = [tokenizer.bos_token_id] if add_bos and tokenizer.bos_token_id is not None else []
-    return bos + encode(tokenizer, text)
+def encode_prompt(tokenizer: Tokenizer, text: str, *, add_bos: bool | Bos = True) -> list[int]:
+    """Token ids of a prompt: bos as :func:`opening` says, then the text."""
+    ids = encode(tokenizer, text)
+    return opening(tokenizer, add_bos, ids) + ids
+
+
+def opening(tokenizer: Tokenizer, add_bos: bool | Bos, ids: Sequence[int] = ()) -> list[int]:
+    """What stands in front of the ``ids`` of a text: the bos token, or nothing.
+
+    Args:
+      tokenizer: a tokenizer without a bos token gives nothing.
+      add_bos: ``auto`` asks the tokenizer whether it puts bos in front of texts; True and ``always``, False and ``never``
+        do not.
+      ids: of the text; where they begin with bos (as chat templates do) there is no second one.
+    """
+    bos = tokenizer.bos_token_id
+    if bos is None or add_bos in (False, "never") or (len(ids) and ids[0] == bos):
+        return []
+    return [bos] if add_bos in (True, "always") or adds_bos(tokenizer) else []
+
+
+def adds_bos(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer, called on a text as transformers does it, puts its bos token in front."""
+    known = getattr(tokenizer, "_adds_bos", None)
+    if known is None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        ids = backend.encode("a").ids if backend is not None else tokenizer.encode("a")
+        known = tokenizer._adds_bos = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+    return known
+
+
+def set_bos_rule(tokenizer: Tokenizer, rule: Bos) -> Tokenizer:
+    """The tokenizer, with what ``add_bos`` is for the model that it belongs to (see :func:`bos_rule`)."""
+    tokenizer._bos_rule = rule
+    return tokenizer
+
+
+def bos_rule(tokenizer: Tokenizer) -> Bos:
+    """``add_bos`` for prompts and texts of evaluation and generation: ``auto`` unless :func:`set_bos_rule` said otherwise."""
+    return getattr(tokenizer, "_bos_rule", "auto")
 
 
 def encode_many(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:

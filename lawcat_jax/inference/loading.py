@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lawcat_jax.data.tokenize import Tokenizer, fit_embedding, load_tokenizer
+from lawcat_jax.config.choices import Bos
+from lawcat_jax.data.tokenize import Tokenizer, fit_embedding, load_tokenizer, set_bos_rule
 from lawcat_jax.errors import UserError
 
 _MODEL_FILES = ("model.json", "config.json")  # of a model directory, of a Hugging Face directory
@@ -53,7 +54,9 @@ class LoadedModel:
     directory: Path | None
 
 
-def find_checkpoint(checkpoint: str, *, revision: str | None = None, tokenizer: str | None = None) -> FoundCheckpoint:
+def find_checkpoint(
+    checkpoint: str, *, revision: str | None = None, tokenizer: str | None = None, add_bos: Bos | None = None
+) -> FoundCheckpoint:
     """Look a checkpoint up without reading its weights; arguments and errors as in :func:`load_for_inference`."""
     if not checkpoint:
         raise UserError(
@@ -72,11 +75,18 @@ def find_checkpoint(checkpoint: str, *, revision: str | None = None, tokenizer: 
         raise UserError(
             f"{checkpoint}: no tokenizer in the checkpoint; name one with --tokenizer=<directory or hub id>"
         )
-    return FoundCheckpoint(source, run, load_tokenizer(tokenizer or files), extra)
+    if add_bos is None:  # as the model was trained; students of earlier versions saw bos wherever there was one
+        add_bos = extra.get("add_bos") or ("always" if own and extra.get("stage") else "auto")
+    return FoundCheckpoint(source, run, set_bos_rule(load_tokenizer(tokenizer or files), add_bos), extra)
 
 
 def load_for_inference(
-    checkpoint: str, *, revision: str | None = None, dtype: str = "auto", tokenizer: str | None = None
+    checkpoint: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    tokenizer: str | None = None,
+    add_bos: Bos | None = None,
 ) -> LoadedModel:
     """Load a checkpoint onto the default device.
 
@@ -86,11 +96,12 @@ def load_for_inference(
       revision: of a hub repository.
       dtype: of the pretrained weights: ``auto`` (bfloat16 on accelerators, float32 on CPU), ``float32``, ``bfloat16``.
       tokenizer: directory or hub id of a tokenizer to use instead of the checkpoint's.
+      add_bos: whether prompts and texts begin with the bos token; None is as the model was trained, else ``auto``.
 
     Raises:
       UserError: nothing loadable under that name, no tokenizer beside it, or one that does not fit the vocabulary.
     """
-    found = find_checkpoint(checkpoint, revision=revision, tokenizer=tokenizer)
+    found = find_checkpoint(checkpoint, revision=revision, tokenizer=tokenizer, add_bos=add_bos)
 
     import jax
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lawcat_jax.data.tokenize import encode_prompt, stream_text
+from lawcat_jax.data.tokenize import bos_rule, encode_prompt, stream_text
 from lawcat_jax.errors import UserError
 from lawcat_jax.inference.generation import stream
 from lawcat_jax.inference.loading import LoadedModel
@@ -23,7 +23,7 @@ def continue_text(
 
     Args:
       model: see :func:`lawcat_jax.inference.loading.load_for_inference`.
-      prompt: text; the tokenizer's bos token is put before it.
+      prompt: text; the tokenizer's bos token is put before it as :func:`lawcat_jax.data.tokenize.bos_rule` says.
       max_new_tokens: most tokens to make.
       temperature: 0 for the most likely token, else the softmax temperature of the draws.
       seed: of the draws.
@@ -32,7 +32,7 @@ def continue_text(
     Raises:
       UserError: at once, for a prompt of no tokens; else as :func:`lawcat_jax.inference.generation.stream`.
     """
-    ids = encode_prompt(model.tokenizer, prompt)
+    ids = encode_prompt(model.tokenizer, prompt, add_bos=bos_rule(model.tokenizer))
     if not ids:
         raise UserError("the prompt is empty, and this tokenizer has no bos token to start from")
     tokens = stream(

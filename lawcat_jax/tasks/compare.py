@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lawcat_jax.config import EvalConfig, from_dict
+from lawcat_jax.config import Bos, EvalConfig, from_dict
 from lawcat_jax.errors import UserError
 from lawcat_jax.inference.loading import FoundCheckpoint, find_checkpoint, load_for_inference
 from lawcat_jax.tasks.registry import task_named
@@ -48,6 +48,8 @@ def chosen_settings(stored: Mapping[str, Any], given: Mapping[str, Any]) -> Eval
     """
     known = {field.name for field in dataclasses.fields(EvalConfig)}
     settings = from_dict(EvalConfig, {name: value for name, value in stored.items() if name in known}, "eval")
+    if problems := [problem for problem in settings.problems("extra.eval") if stored]:
+        raise UserError(f"model.json of the checkpoint: {'; '.join(problems)}; correct or remove these")
     settings = dataclasses.replace(
         settings,
         teacher=False,
@@ -68,6 +70,7 @@ def evaluate_checkpoints(
     revision: str | None = None,
     dtype: str = "auto",
     tokenizer: str | None = None,
+    add_bos: Bos | None = None,
     training_length: int | None = None,
 ) -> Results:
     """Evaluate checkpoints one after the other and report on them in one table and one figure.
@@ -79,7 +82,7 @@ def evaluate_checkpoints(
       given: fields of ``EvalConfig``; those that are missing or None are the first checkpoint's, else the defaults.
       output: folder of the reports. Default: ``eval/`` in the folder of a run, ``./eval_<name>/`` for anything else,
         so that nothing is written into a source. A report of other settings that lies there is kept.
-      revision, dtype, tokenizer: see :func:`lawcat_jax.inference.loading.load_for_inference`.
+      revision, dtype, tokenizer, add_bos: see :func:`lawcat_jax.inference.loading.load_for_inference`.
       training_length: in tokens, marked in the figure; default: the first checkpoint's.
 
     Raises:
@@ -87,16 +90,16 @@ def evaluate_checkpoints(
     """
     named = named_checkpoints(checkpoints)
     chosen_settings({}, given)  # mistakes in the flags show before anything is looked up
-    found = {name: find_checkpoint(path, revision=revision, tokenizer=tokenizer) for name, path in named.items()}
+    options = {"revision": revision, "tokenizer": tokenizer, "add_bos": add_bos}
+    found = {name: find_checkpoint(path, **options) for name, path in named.items()}
     first = next(iter(found.values()))
     settings = chosen_settings(first.extra.get("eval") or {}, given)
     for checkpoint in found.values():
         for task in settings.tasks:
             task_named(task).check(settings, checkpoint.tokenizer)
-    options = {"revision": revision, "dtype": dtype, "tokenizer": tokenizer}
     return run_evaluation(
         settings,
-        _models(named, settings, options),
+        _models(named, settings, options | {"dtype": dtype}),
         output=output or default_output(found),
         training_length=training_length or first.extra.get("training_length"),
         replace=False,

@@ -136,7 +136,9 @@ def _fingerprint(graphdef: Any, params: Any, tokenizer: Tokenizer) -> str:
     with mesh_of(params):
         sums = _checksums(params)
     facts = [(jax.tree_util.keystr(path), int(value)) for path, value in jax.tree_util.tree_leaves_with_path(sums)]
-    text = repr([facts, model.config, model.attention_config, tokenize.fingerprint(tokenizer)])
+    text = repr(
+        [facts, model.config, model.attention_config, tokenize.fingerprint(tokenizer), tokenize.bos_rule(tokenizer)]
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -10,12 +10,16 @@ from lawcat_jax.data import train_tokenizer as trainer
 from lawcat_jax.data.passkey import HAY, QUESTION
 from lawcat_jax.data.tokenize import (
     StreamDecoder,
+    adds_bos,
+    bos_rule,
     decode,
     encode,
     encode_many,
     encode_offsets,
     encode_prompt,
     load_tokenizer,
+    opening,
+    set_bos_rule,
     stream_text,
 )
 from lawcat_jax.errors import UserError
@@ -142,3 +146,22 @@ def test_special_tokens_that_only_the_map_names(tmp_path):
         for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
             assert getattr(loaded, role) == getattr(reference, role)
         assert loaded.bos_token == "<|bos|>"
+
+
+def test_bos_follows_the_tokenizer_and_is_never_double():
+    """auto gives what transformers gives for a prompt."""
+    for make, adds in ((small.byte_level, True), (small.metaspace, False), (small.byte_level_merged_digits, False)):
+        tokenizer = make()
+        assert adds_bos(tokenizer) is adds
+        assert encode_prompt(tokenizer, "The sky is", add_bos="auto") == tokenizer("The sky is").input_ids
+        bos, plain = tokenizer.bos_token_id, encode(tokenizer, "The sky is")
+        assert encode_prompt(tokenizer, "The sky is", add_bos="always") == [bos, *plain]
+        assert encode_prompt(tokenizer, "The sky is", add_bos="never") == plain
+        for rule in ("auto", "always", True):
+            twice = encode_prompt(tokenizer, tokenizer.bos_token + "The sky is", add_bos=rule)
+            assert twice.count(bos) == 1
+    assert opening(small.byte_level(), False) == []
+    tokenizer = load_tokenizer("asset:tiny_llama")
+    assert adds_bos(tokenizer)  # so the default gives the tiny demo the tokens that it has always had
+    assert bos_rule(tokenizer) == "auto"
+    assert bos_rule(set_bos_rule(tokenizer, "never")) == "never"
