@@ -93,7 +93,7 @@ def atomic_file(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     """Write a file that appears under ``path`` only when it is complete; text is UTF-8.
 
     Raises:
-      UserError: when the directory cannot be written.
+      UserError: when the file or its directory cannot be written.
     """
     path = Path(path)
     try:
@@ -103,9 +103,14 @@ def atomic_file(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
         raise UserError(f"cannot write {path}: {problem.strerror or problem}") from problem
     try:
         os.chmod(partial, 0o666 & ~_umask())  # mkstemp makes 0600: others could not read the result
-        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as out:
-            yield out
-        os.replace(partial, path)
+        try:
+            with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as out:
+                yield out
+            os.replace(partial, path)
+        except OSError as problem:
+            if problem.errno is None:
+                raise
+            raise UserError(f"cannot write {path}: {problem.strerror or problem}") from problem
     finally:
         Path(partial).unlink(missing_ok=True)
 
@@ -128,6 +133,23 @@ def check_target(target: str | os.PathLike, *, overwrite: bool, ignore: str = ""
         raise UserError(f"cannot write {target}: {problem.strerror or problem}") from None
     if {*content} - {ignore, _LOST} and not overwrite:
         raise UserError(f"{target} exists and is not empty; pass --overwrite to replace it")
+
+
+@contextlib.contextmanager
+def read_in_one_line(what: str) -> Iterator[None]:
+    """Errors of the operating system in the block (no permission, a name that is too long) as ``cannot read <what>: why``.
+
+    Raises:
+      UserError: for an OSError, or a ValueError about a NUL character.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError) as problem:
+        if isinstance(problem, ValueError) and "null" not in str(problem):
+            raise
+        raise UserError(f"cannot read {what!r}: {getattr(problem, 'strerror', None) or problem}") from None
 
 
 def _umask() -> int:

@@ -113,8 +113,7 @@ def convert(
         )
     else:
         raise UserError(f"unknown target kind {to!r}; one of model, hf, peft")
-    summary = _summary(bundle)
-    print(f"wrote {target}: {summary}, {total / 1e9:.3g} GB in {time.monotonic() - start:.1f} s", flush=True)
+    print(f"wrote {target}: {_summary(bundle, target, to)} in {time.monotonic() - start:.1f} s", flush=True)
     if verify:
         del bundle
         _verify(directory, Path(target), to=to, exact=dtype == "keep")
@@ -136,11 +135,16 @@ def _adapter_and_base(source: str, adapter: str | None, base: str | None) -> tup
     return source, adapter
 
 
-def _summary(bundle: ModelBundle) -> str:
-    leaves = [leaf for _, leaf in flatten(bundle.params)]
-    count = sum(leaf.size for leaf in leaves)
-    kinds = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
-    return f"{bundle.model.family}, {bundle.model.num_layers} layers, {count / 1e6:,.1f} M parameters, {kinds}"
+def _summary(bundle: ModelBundle, target: str, to: str) -> str:
+    """What was written: parameters by kind, and the bytes of the files."""
+    left_out = {"model": (), "hf": ("mixers/", "lora/")}.get(
+        to, ("embed/", "layers/", "final_norm/", "lm_head/", "mixers/")
+    )
+    leaves = [leaf for path, leaf in flatten(bundle.params) if not path.startswith(left_out)]
+    count, kinds = sum(leaf.size for leaf in leaves), ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
+    size = sum(file.stat().st_size for file in Path(target).rglob("*") if file.is_file())
+    name = f"{bundle.model.family}, {bundle.model.num_layers} layers"
+    return f"{name}, {count / 1e6:,.1f} M parameters, {kinds}, {size / 1e9:.3g} GB"
 
 
 def _weight_bytes(directory: Path) -> int | None:
@@ -172,9 +176,20 @@ def _verify(source: Path, target: Path, *, to: str, exact: bool) -> None:
         f"(largest logit {result['scale']:.3g}), KL(transformers || here) {result['kl']:.3g} nats a token",
         flush=True,
     )
+    if not np.isfinite(result["kl"]):
+        raise UserError(f"{target}: {_not_finite(target)}")
     # Rounding to another dtype moves logits by itself; the same weights must agree to float32 rounding.
-    if not np.isfinite(result["kl"]) or (exact and result["kl"] > 1e-4):
+    if exact and result["kl"] > 1e-4:
         raise UserError(f"{target}: logits differ from transformers beyond rounding; do not use it, and report this")
+
+
+def _not_finite(target: Path) -> str:
+    """Which weights make the logits of a model NaN or infinite."""
+    leaves = flatten(load_model(target, dtype="keep").params)
+    bad = [path for path, leaf in leaves if not np.isfinite(leaf.astype(np.float32)).all()]
+    if bad:
+        return f"NaN or infinity in {', '.join(bad[:5])}, as in the source; the logits cannot be compared"
+    return "all weights are finite, but the logits are not, here or in transformers: values overflow; do not use it"
 
 
 def compare_with_transformers(ours: Path, reference: Path, *, seed: int = 0) -> dict[str, float]:

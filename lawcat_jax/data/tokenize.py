@@ -17,6 +17,7 @@ from typing import Any
 
 from lawcat_jax.config.choices import Bos
 from lawcat_jax.errors import UserError
+from lawcat_jax.files import read_in_one_line
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase; transformers is imported only where a tokenizer is loaded
 
@@ -33,10 +34,14 @@ def load_tokenizer(source: str | os.PathLike, *, revision: str | None = None) ->
     Raises:
       UserError: when nothing usable is found; the message names the source.
     """
+    with read_in_one_line(os.fspath(source)):
+        return _load(os.fspath(source), revision)
+
+
+def _load(name: str, revision: str | None) -> Tokenizer:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": it is not needed here
     import transformers
 
-    name = os.fspath(source)
     if name.startswith("asset:"):
         path = _ASSETS / name.removeprefix("asset:")
         if not path.is_dir():
@@ -47,9 +52,9 @@ def load_tokenizer(source: str | os.PathLike, *, revision: str | None = None) ->
     local = Path(name).is_dir()
     if not local and (name.startswith((".", "/", "~")) or Path(name).exists()):
         raise UserError(f"tokenizer {name!r}: not a directory")
-    if local and not any((Path(name) / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if local and not any((Path(name) / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"tokenizer {name!r}: the directory has no tokenizer.json, tokenizer.model or vocab.json")
-    if local and (Path(name) / "tokenizer.json").exists() and not any((Path(name) / file).exists() for file in _ROLES):
+    if local and (Path(name) / "tokenizer.json").is_file() and not any((Path(name) / file).exists() for file in _ROLES):
         return _plain(_from_tokenizer_file(Path(name) / "tokenizer.json"))
     try:
         return _plain(transformers.AutoTokenizer.from_pretrained(name, revision=revision))

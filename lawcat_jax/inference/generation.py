@@ -21,6 +21,8 @@ from lawcat_jax.models.finite import not_finite_error
 from lawcat_jax.runtime.sharding import mesh_of
 
 SMALLEST_BUCKET = 16
+LONGEST = 2**26
+"""[tokens] Prompt and answer at most; far above what any machine runs."""
 NOT_FINITE = -2
 """Stands for the next token where its logits are NaN or infinite."""
 
@@ -95,6 +97,9 @@ def _decode_loop(params, cache, logits, done, limit, eos, keys, temperature, *, 
 def _check(params, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, seed: int) -> None:
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens: {max_new_tokens} must be at least 1")
+    longest = max_new_tokens + max(map(len, prompts), default=0)
+    if longest > LONGEST:
+        raise UserError(f"a prompt and max_new_tokens take {longest} tokens together, more than can be run ({LONGEST})")
     if not (math.isfinite(temperature) and temperature >= 0):
         raise UserError(f"temperature: {temperature} must be a number of at least 0")
     if not -(2**63) <= seed < 2**63:

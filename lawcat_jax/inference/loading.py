@@ -9,9 +9,7 @@ from typing import Any
 from lawcat_jax.config.choices import Bos
 from lawcat_jax.data.tokenize import Tokenizer, fit_embedding, load_tokenizer, set_bos_rule
 from lawcat_jax.errors import UserError
-
-_MODEL_FILES = ("model.json", "config.json")  # of a model directory, of a Hugging Face directory
-_IN_RUN = ("student", "teacher")
+from lawcat_jax.files import read_in_one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +60,8 @@ def find_checkpoint(
         raise UserError(
             "--checkpoint is missing: a model directory, a Hugging Face directory or hub id, or asset:<name>"
         )
-    source, run = _resolve(checkpoint)
+    with read_in_one_line(checkpoint):
+        source, run = _resolve(checkpoint)
 
     from lawcat_jax.checkpoints.hf.read import TOKENIZER_FILES
     from lawcat_jax.checkpoints.model_dir import MODEL_JSON, TOKENIZER, locate, read_model_json
@@ -131,10 +130,10 @@ def _resolve(checkpoint: str) -> tuple[str, Path | None]:
         return checkpoint, None
     if not path.is_dir():
         raise UserError(f"checkpoint {checkpoint!r} is a file; give the directory of a model")
-    if not any((path / name).exists() for name in _MODEL_FILES):
-        for name in _IN_RUN:
-            if any((path / name / file).exists() for file in _MODEL_FILES):
-                return str(path / name), path
+    from lawcat_jax.checkpoints.model_dir import IN_RUN, in_run
+
+    if (found := in_run(path)) != path:
+        return str(found), path
     parent = path.resolve().parent
-    inside_run = path.resolve().name in _IN_RUN and (parent / "manifest.json").exists()
+    inside_run = path.resolve().name in IN_RUN and (parent / "manifest.json").exists()
     return str(path), parent if inside_run else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from lawcat_jax.checkpoints.hf.read import GENERATION, INDEX, TOKENIZER_FILES, P
 from lawcat_jax.checkpoints.hf.tensors import CODES, write_tensors
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig
 from lawcat_jax.errors import UserError
-from lawcat_jax.files import new_directory, read_json, write_json
+from lawcat_jax.files import new_directory, read_in_one_line, read_json, write_json
 
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers: hub uploads and memory maps stay manageable
 
@@ -92,7 +91,9 @@ def copy_tokenizer(source: str | os.PathLike | None, target: Path) -> list[str]:
     for name in (*TOKENIZER_FILES, GENERATION):
         if source is not None and (Path(source) / name).is_file():
             target.mkdir(exist_ok=True)
-            shutil.copyfile(Path(source) / name, target / name)  # content only: hub caches hold read-only links
+            with read_in_one_line(str(Path(source) / name)):
+                content = (Path(source) / name).read_bytes()
+            (target / name).write_bytes(content)  # content only: hub caches hold read-only links
             copied.append(name)
     return copied
 
