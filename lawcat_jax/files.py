@@ -165,11 +165,15 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
       UserError: the file is missing, unreadable, not JSON, nested too deeply, or not an object.
     """
     try:
+        if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):  # a pipe would never end
+            raise UserError(f"{path} is not a regular file")
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as problem:
         raise UserError(f"cannot read {path}: {problem.strerror or problem}") from None
     except RecursionError:
         raise UserError(f"{path} is nested too deeply to be read as JSON") from None
+    except UserError:
+        raise
     except ValueError as problem:  # JSONDecodeError and UnicodeDecodeError
         raise UserError(f"{path} is not valid JSON: {problem}") from None
     if not isinstance(value, dict):

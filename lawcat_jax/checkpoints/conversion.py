@@ -150,7 +150,7 @@ def _summary(bundle: ModelBundle, target: str, to: str) -> str:
 def _weight_bytes(directory: Path) -> int | None:
     if directory.is_file():  # GGUF: what is counted are the bytes after dequantisation
         return open_checkpoint(directory).nbytes
-    return sum(file.stat().st_size for file in directory.glob("model*.safetensors")) or None
+    return sum(file.stat().st_size for file in directory.glob("model*.safetensors") if file.is_file()) or None
 
 
 def _require_torch() -> None:

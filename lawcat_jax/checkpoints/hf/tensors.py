@@ -86,6 +86,8 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
       UserError: missing, not a safetensors file, truncated, or with an inconsistent header (overlapping tensors, say).
     """
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
+            raise UserError(f"{path}: not a file")
         size = path.stat().st_size
         with open(path, "rb") as stream:
             head = stream.read(8)
