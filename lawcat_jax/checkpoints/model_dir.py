@@ -145,7 +145,6 @@ class OpenedCheckpoint:
     tokenizer_path: str | None
     extra: dict[str, Any]
     reader: Checkpoint | None = dataclasses.field(default=None, repr=False)  # of another format than model directories
-    stated: model_json.ModelJson | None = dataclasses.field(default=None, repr=False)  # of a model directory
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -167,8 +166,8 @@ class OpenedCheckpoint:
         cast = resolve_dtype(dtype)
         if self.reader is not None:
             return self.reader.params(dtype=cast, shardings=shardings, progress=progress)
-        assert self.stated is not None
-        return unflatten(_restore_params(self.directory, self.shapes, cast, shardings, self.stated))
+        stated = model_json.read(self.directory)
+        return unflatten(_restore_params(self.directory, self.shapes, cast, shardings, stated))
 
 
 def open_checkpoint(source: str | os.PathLike, revision: str | None = None) -> OpenedCheckpoint:
@@ -184,9 +183,8 @@ def open_checkpoint(source: str | os.PathLike, revision: str | None = None) -> O
     """
     directory = locate(source, revision)
     if (directory / MODEL_JSON).is_file():
-        stated = model_json.read(directory)
-        tokenizer = _tokenizer_path(directory / TOKENIZER)
-        return OpenedCheckpoint(directory, *stated[:3], tokenizer, stated.extra, stated=stated)
+        *configs, extra = read_model_json(directory)
+        return OpenedCheckpoint(directory, *configs, _tokenizer_path(directory / TOKENIZER), extra)
     reader = GgufCheckpoint(directory) if directory.is_file() else Checkpoint(directory)
     tokenizer, extra = reader.tokenizer_directory(), {"source": str(source)}
     return OpenedCheckpoint(directory, reader.config, None, None, tokenizer, extra, reader)

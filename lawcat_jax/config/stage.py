@@ -127,6 +127,10 @@ class DataConfig(Node):
     """Beginning-of-sequence token at the beginning of sequences. Generation and evaluation of the student follow the last
     stage."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.add_bos, bool):  # of config files for earlier versions
+            self.add_bos = "always" if self.add_bos else "never"
+
 
 @dataclasses.dataclass
 class StageConfig(Node):

@@ -25,6 +25,7 @@ def test_training_data_follows_the_tokenizer():
     assert first_tokens(with_bos, add_bos="never") != {with_bos.bos_token_id}
     assert first_tokens(without) != {without.bos_token_id}
     assert first_tokens(without, add_bos="always") == {without.bos_token_id}
+    assert [DataConfig(add_bos=old).add_bos for old in (True, False)] == ["always", "never"]
 
 
 def test_a_run_of_an_earlier_version_goes_on_with_its_tokens(tmp_path):
