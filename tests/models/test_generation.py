@@ -119,6 +119,7 @@ def test_logits_that_are_not_finite_name_the_first_such_layer(model, path, index
         nll(batch | {"lengths": np.asarray([0, 16], np.int32)})
 
 
+@pytest.mark.slow
 def test_a_value_that_overflows_names_its_layer(model):
     graphdef, params = model
     broken = jax.tree.map(np.array, params)
