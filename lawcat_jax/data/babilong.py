@@ -13,10 +13,11 @@ import functools
 
 import numpy as np
 
+from lawcat_jax.config.choices import Bos
 from lawcat_jax.data.babi import PLACES, TASKS, Story, TrainingStories, load_stories
 from lawcat_jax.data.haystack import Haystack
 from lawcat_jax.data.samples import EvalSample, Sample, check_eos, fit, sample_rng, text_sample
-from lawcat_jax.data.tokenize import Tokenizer, decode, encode, encode_many, encode_prompt
+from lawcat_jax.data.tokenize import Tokenizer, decode, encode, encode_many, encode_prompt, opening
 from lawcat_jax.errors import UserError
 
 MAX_NEW_TOKENS = 20
@@ -116,7 +117,7 @@ def eval_samples(
     facts: str,
     noise: Haystack | None = None,
     seed: int = 42,
-    add_bos: bool = True,
+    add_bos: bool | Bos = True,
 ) -> list[EvalSample]:
     """BABILong prompts: prompt and 20 new tokens take at most ``length`` tokens and at least 99 % of it.
 
@@ -162,7 +163,7 @@ def _eval_sample(
     index: int,
     noise: Haystack | None,
     seed: int,
-    add_bos: bool,
+    add_bos: bool | Bos,
 ) -> EvalSample | None:
     rng = sample_rng("eval", seed, index)
     places = np.sort(rng.random(len(story.facts)))
@@ -300,14 +301,15 @@ class BabilongGenerator:
         wording: str,
         facts: str,
         noise: Haystack,
-        add_bos: bool = True,
+        add_bos: bool | Bos = True,
     ):
         if wording not in ("paper", *ASKS):
             raise UserError(f"wording {wording!r} of babilong samples is not one of paper, {', '.join(ASKS)}")
         if not tasks:
             raise UserError("babilong samples: name at least one bAbI task")
         check_eos(tokenizer, "babilong")
-        self._tokenizer, self._wording, self._noise, self._add_bos = tokenizer, wording, noise, add_bos
+        self._tokenizer, self._wording, self._noise = tokenizer, wording, noise
+        self._add_bos: bool | Bos = add_bos
         self._stories = [TrainingStories(facts, task) for task in tasks]
 
     def sample_tokens(self, rng: np.random.Generator, max_tokens: int, *, target_tokens: int | None = None) -> Sample:
@@ -363,7 +365,7 @@ class BabilongGenerator:
         intro = intros[int(rng.integers(len(intros)))]
         ask = asks[int(rng.integers(len(asks)))].format(question=story.question)
         places = np.sort(rng.random(len(story.facts)))
-        specials = 1 + (self._add_bos and self._tokenizer.bos_token_id is not None)
+        specials = 1 + len(opening(self._tokenizer, self._add_bos))
 
         def text(context: str) -> str:
             return f"{intro}\n{context}\n{ask}{story.answer}"

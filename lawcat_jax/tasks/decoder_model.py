@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,10 @@ import numpy as np
 
 from lawcat_jax.data import tokenize
 from lawcat_jax.data.tokenize import Tokenizer
+from lawcat_jax.errors import UserError
 from lawcat_jax.inference.generation import generate
 from lawcat_jax.models import bind
+from lawcat_jax.models.finite import not_finite_error
 from lawcat_jax.runtime.sharding import mesh_of
 from lawcat_jax.tasks.task import Generate, Model, NllSum
 
@@ -111,9 +114,19 @@ def model_nll(graphdef: Any, params: Any, *, as_teacher: bool) -> NllSum:
         names = ("tokens", "targets", "loss_weights", "lengths")
         with mesh_of(params):
             total, weight = nll(params, *(batch[name] for name in names), chunk=chunk)
+        if not math.isfinite(total):
+            raise _not_finite(graphdef, params, batch, as_teacher)
         return float(total), float(weight)
 
     return call
+
+
+def _not_finite(graphdef: Any, params: Any, batch: Mapping[str, np.ndarray], as_teacher: bool) -> UserError:
+    rows = [row[:length] for row, length in zip(batch["tokens"], batch["lengths"], strict=True) if length]
+    problems = (not_finite_error(graphdef, params, row, as_teacher=as_teacher) for row in rows)
+    problem = next(problems, UserError("the likelihood of the text is not finite"))
+    # Other rows are tried only where the first one alone does not show a layer.
+    return next((other for other in (problem, *problems) if "the first is" in str(other)), problem)
 
 
 def _fingerprint(graphdef: Any, params: Any, tokenizer: Tokenizer) -> str:
@@ -123,7 +136,9 @@ def _fingerprint(graphdef: Any, params: Any, tokenizer: Tokenizer) -> str:
     with mesh_of(params):
         sums = _checksums(params)
     facts = [(jax.tree_util.keystr(path), int(value)) for path, value in jax.tree_util.tree_leaves_with_path(sums)]
-    text = repr([facts, model.config, model.attention_config, tokenize.fingerprint(tokenizer)])
+    text = repr(
+        [facts, model.config, model.attention_config, tokenize.fingerprint(tokenizer), tokenize.bos_rule(tokenizer)]
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lawcat_jax.config import EvalConfig
 from lawcat_jax.data.passkey import LANDMARK_NEEDLE, NEEDLE, PasskeySample, eval_samples
-from lawcat_jax.data.tokenize import Tokenizer, decode, encode
+from lawcat_jax.data.tokenize import Tokenizer, bos_rule, decode, encode
 from lawcat_jax.tasks.task import GenerationTask, Sample
 
 _WORDINGS = {"landmark": "evaluation wording (landmark)", "train": "training wording (train)"}
@@ -37,7 +37,8 @@ class Passkey(GenerationTask):
 
     def samples(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> list[Sample]:
         form = settings.passkey_form
-        drawn = eval_samples(tokenizer, form=form, length=length, samples=settings.samples, seed=settings.seed)
+        options = {"samples": settings.samples, "seed": settings.seed, "add_bos": bos_rule(tokenizer)}
+        drawn = eval_samples(tokenizer, form=form, length=length, **options)
         return [_question(sample, tokenizer, form) for sample in drawn]
 
     def score(self, sample: Sample, generated: Sequence[int], tokenizer: Tokenizer) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,12 @@ def measure(
     progress = ProgressLine(f"{task.name} {model.label}", missing, settings.samples) if show else None
     for length in missing:
         rows = task.measure(model, length, settings, progress)
+        for x, result in rows.items():
+            odd = {k: v for k, v in task.row(result).items() if isinstance(v, float) and not math.isfinite(v)}
+            if odd:
+                raise UserError(
+                    f"{task.name} of {model.label} at {x} tokens is no number ({odd}); no report is written"
+                )
         if cells is not None:
             cells.save(task, settings, model, length, rows)
         results.update(rows)

@@ -1,7 +1,8 @@
 """Checkpoints of one stage: orbax, asynchronous, verified when loaded.
 
 Layout: ``<directory>/<step>/{state,best,meta}``. ``state`` and ``best`` are plain nested dicts of arrays, ``meta`` is
-JSON: what the host knows (iterator, best loss, ...), the shapes and dtypes of all leaves, and a fingerprint of each.
+JSON: what the host knows (iterator, best loss, ...), the shapes and dtypes of all leaves, a fingerprint of each, and a
+digest of all this (checkpoints of earlier versions have none).
 
 Orbax writes a step under a temporary name and commits it at the end, so a killed save leaves no half checkpoint. It
 does not notice damage afterwards, and does not fall back: both happen here.
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from lawcat_jax.checkpoints.fingerprints import digest
 from lawcat_jax.checkpoints.orbax_errors import is_disk_full, unraisable_hook
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import distributed
@@ -122,6 +124,7 @@ class Checkpointer:
             trees = copy(trees)
         items = {name: args.StandardSave(tree) for name, tree in trees.items()}
         meta = {"format": FORMAT, **meta, "step": step, "trees": described}
+        meta["digest"] = digest(meta)
         try:
             self._manager.save(step, args=args.Composite(**items, meta=args.JsonSave(meta)), force=True)
         except Exception as problem:
@@ -192,6 +195,8 @@ class Checkpointer:
         meta = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
         if not isinstance(meta, dict) or meta.get("format") != FORMAT or meta.get("step") != step:
             raise DamagedError("meta does not describe this step")
+        if "digest" in meta and meta.pop("digest") != digest(meta):
+            raise DamagedError("meta has changed since it was saved")
         names = list(meta["trees"])
         if "state" not in names or not set(names) <= set(targets):
             raise DamagedError(f"unexpected items {names}")

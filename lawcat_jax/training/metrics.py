@@ -205,6 +205,7 @@ class Manifest:
                 old_config = old["config"]
             except (OSError, ValueError, KeyError, TypeError) as problem:
                 raise UserError(f"{path} is damaged ({problem}); move it away, or use another workdir") from problem
+            _adopt_old_bos(old_config, new["config"], config)
             differing = _differences(old_config, new["config"], "config")
             if differing:
                 listed = "; ".join(differing[:8]) + ("; ..." if len(differing) > 8 else "")
@@ -233,6 +234,20 @@ class Manifest:
             temporary = self._path.with_name(".manifest.json.tmp")
             temporary.write_text(json.dumps(self.values, indent=1), encoding="utf-8")
             os.replace(temporary, self._path)
+
+
+def _adopt_old_bos(old: Any, new: dict[str, Any], config: Config) -> None:
+    """A run of an earlier version, whose ``add_bos`` was true or false, goes on with the tokens that it began with, and
+    its manifest with what it said."""
+    for name in ("pretrain", "stage1", "stage2"):
+        try:
+            before = old[name]["data"]["add_bos"]
+        except (KeyError, TypeError):
+            continue
+        data, rule = getattr(config, name).data, "always" if before else "never"
+        if isinstance(before, bool) and data.add_bos in ("auto", rule):
+            data.add_bos = rule
+            new[name]["data"]["add_bos"] = before
 
 
 def _differences(old: Any, new: Any, path: str) -> list[str]:
