@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lawcat_jax.config import Config, LogConfig, to_dict
+from lawcat_jax.config import Config, LogConfig, ModelConfig, to_dict
 from lawcat_jax.errors import UserError
 
 
@@ -206,7 +206,7 @@ class Manifest:
             except (OSError, ValueError, KeyError, TypeError) as problem:
                 raise UserError(f"{path} is damaged ({problem}); move it away, or use another workdir") from problem
             _adopt_old_bos(old_config, new["config"], config)
-            differing = _differences(old_config, new["config"], "config")
+            differing = _differences(old_config, new["config"], _defaults(), "config")
             if differing:
                 listed = "; ".join(differing[:8]) + ("; ..." if len(differing) > 8 else "")
                 raise UserError(f"{workdir} holds a run with another configuration ({listed}); use another --workdir")
@@ -250,20 +250,31 @@ def _adopt_old_bos(old: Any, new: dict[str, Any], config: Config) -> None:
             new[name]["data"]["add_bos"] = before
 
 
-def _differences(old: Any, new: Any, path: str) -> list[str]:
+def _defaults() -> dict[str, Any]:
+    """The configuration of a file that sets nothing, as it stands in a manifest."""
+    defaults = json.loads(json.dumps(to_dict(Config())))
+    defaults["teacher"]["architecture"] = json.loads(json.dumps(to_dict(ModelConfig())))
+    return defaults
+
+
+def _differences(old: Any, new: Any, defaults: Any, path: str) -> list[str]:
+    """What differs, one line each. A field that a later version of the program brought may be missing in ``old``: that
+    run did what its default says.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
+        defaults = defaults if isinstance(defaults, dict) else {}
         found = []
         for name in sorted(old.keys() | new.keys()):
             if path == "config" and name in HARMLESS:
                 continue
             missing = object()
             a, b = old.get(name, missing), new.get(name, missing)
-            if a is missing and not b:  # a switch of a later version, off: the run did without
+            if a is missing and (not b or b == defaults.get(name, missing)):
                 continue
             if a is missing or b is missing:  # a field that one version of the program does not have
                 found.append(f"{path}.{name}: only in the {'new' if a is missing else 'old'} configuration")
             else:
-                found += _differences(a, b, f"{path}.{name}")
+                found += _differences(a, b, defaults.get(name), f"{path}.{name}")
         return found
     return [] if old == new else [f"{path}: {old!r} there, {new!r} here"]
 

@@ -47,7 +47,7 @@ def reference_tokenizer():
 def ours():
     from lawcat_jax.data.tokenize import load_tokenizer
 
-    return load_tokenizer(model_dir.tokenizer_directory(SOURCE))
+    return load_tokenizer(model_dir.open_checkpoint(SOURCE).tokenizer_path)
 
 
 def check_lines(count):
