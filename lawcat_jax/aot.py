@@ -29,6 +29,7 @@ _JSON = flags.DEFINE_boolean("json", False, "Print one JSON object instead of te
 def main(argv: list[str]) -> int:
     """Compile, report, and say whether everything fits."""
     command_line.no_arguments(argv)
+    command_line.not_empty("--stages", _STAGES.value)
     config = command_line.load_config(_CONFIG)
     from lawcat_jax.analysis.fit import print_fit
 

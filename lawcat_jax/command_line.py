@@ -286,6 +286,12 @@ def no_arguments(argv: Sequence[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}; options start with --")
 
 
+def not_empty(flag: str, items: Sequence[str] | None) -> None:
+    """Refuse a list that was given and names nothing (``--tasks=``)."""
+    if items is not None and not any(item.strip() for item in items):
+        raise UserError(f"{flag}: names nothing; leave it out for its default")
+
+
 def config_name(default: str = "run") -> str:
     """A name for the run's folder: the config file's stem and its variant."""
     name = getattr(flags.FLAGS["config"], "_config_filename", None) or default

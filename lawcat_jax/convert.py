@@ -6,6 +6,7 @@ python -m lawcat_jax.convert --source=<model directory> --target=<HF directory> 
 python -m lawcat_jax.convert --source=<student> --target=<HF directory> --to=transformers
 python -m lawcat_jax.convert --source=<student> --target=<file.safetensors> --to=delta
 python -m lawcat_jax.convert --source=<file.safetensors> --base=<teacher> --target=<model directory>
+python -m lawcat_jax.convert --source=<model> --adapter=<PEFT adapter> --target=<directory>
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from lawcat_jax.errors import UserError
 _SOURCE = flags.DEFINE_string(
     "source",
     None,
-    "HF directory, hub id, GGUF file, model directory, folder of a run, a student's small file, asset:tiny_llama, or "
-    "package:<Python package with a GGUF file>",
+    "HF directory, hub id, GGUF file, model directory, folder of a run, a student's small file, PEFT adapter, asset:tiny_llama, "
+    "or package:<Python package with a GGUF file>",
 )
 _TARGET = flags.DEFINE_string("target", None, "Directory to create; with --to=delta the file, <name>.safetensors")
 _TO = flags.DEFINE_enum(
@@ -37,7 +38,13 @@ _DTYPE = flags.DEFINE_enum(
     "Of the pretrained weights, with --to=delta of what was trained",
 )
 _REVISION = flags.DEFINE_string("revision", None, "Branch, tag or commit of a hub repository")
-_BASE = flags.DEFINE_string("base", None, "Teacher of a student's small file, or to compare with when writing one")
+_BASE = flags.DEFINE_string(
+    "base",
+    None,
+    "Model that a student's small file or a PEFT adapter belongs to, instead of the one that it names; with --to=delta the "
+    "teacher to compare the student with",
+)
+_ADAPTER = flags.DEFINE_string("adapter", None, "Directory of a PEFT LoRA adapter to merge into --source")
 _SHARD = flags.DEFINE_float(
     "max_shard_gb", 5.0, "Split the weights of a Hugging Face directory into files of at most so many GB"
 )
@@ -60,6 +67,7 @@ def main(argv: list[str]) -> None:
         dtype=_DTYPE.value,
         revision=_REVISION.value,
         base=_BASE.value,
+        adapter=_ADAPTER.value,
         max_shard_bytes=int(_SHARD.value * 1e9),
         verify=_VERIFY.value,
         overwrite=_OVERWRITE.value,

@@ -16,8 +16,8 @@ import typing
 
 from absl import flags
 
-from lawcat_jax.command_line import no_arguments, run_main
-from lawcat_jax.config import PasskeyForm, TaskName
+from lawcat_jax.command_line import no_arguments, not_empty, run_main
+from lawcat_jax.config import Bos, PasskeyForm, TaskName
 from lawcat_jax.errors import UserError
 
 _CHECKPOINT = flags.DEFINE_multi_string(
@@ -49,9 +49,17 @@ _PREFILL_CHUNK = flags.DEFINE_integer(
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of the reports. Default: eval/ of the run, else ./eval_<name>/.")
 _REVISION = flags.DEFINE_string("revision", None, "Revision of a hub repository.")
-_BASE = flags.DEFINE_string("base", None, "Teacher of a student's small file; default: the one that the file names.")
+_BASE = flags.DEFINE_string(
+    "base", None, "Model that a student's small file or a PEFT adapter belongs to; default: the one that it names."
+)
 _DTYPE = flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Of the frozen weights.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer directory or hub id, instead of the checkpoint's.")
+_ADD_BOS = flags.DEFINE_enum(
+    "add_bos",
+    None,
+    list(typing.get_args(Bos)),
+    "Beginning-of-sequence token in front. Default: as in training, else auto.",
+)
 _TRAINING_LENGTH = flags.DEFINE_integer("training_length", None, "In tokens, marked in the plot.")
 
 
@@ -67,6 +75,8 @@ def _length(item: str) -> int:
 
 def main(argv: list[str]) -> None:
     no_arguments(argv)
+    not_empty("--tasks", _TASKS.value)
+    not_empty("--lengths", _LENGTHS.value)
     settings = {
         "tasks": None if _TASKS.value is None else tuple(item.strip() for item in _TASKS.value if item.strip()),
         "lengths": None if _LENGTHS.value is None else tuple(_length(item) for item in _LENGTHS.value),
@@ -93,6 +103,7 @@ def main(argv: list[str]) -> None:
         base=_BASE.value,
         dtype=_DTYPE.value,
         tokenizer=_TOKENIZER.value,
+        add_bos=typing.cast(Bos | None, _ADD_BOS.value),
         training_length=_TRAINING_LENGTH.value,
     )
 

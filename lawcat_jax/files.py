@@ -34,64 +34,78 @@ def user_cache(environ: Mapping[str, str] = os.environ) -> Path:
 def new_directory(target: str | os.PathLike, *, overwrite: bool = False) -> Iterator[Path]:
     """Fill a temporary directory beside ``target``; on success it becomes ``target``, else it is removed.
 
-    An empty ``target`` counts as absent, and a link stands for what it points to. With ``overwrite`` an existing model
-    is replaced only after the new one is complete. A mount point cannot be renamed: there the parts are moved into it,
-    one after another.
+    An empty ``target`` counts as absent, and a link stands for what it leads to. With ``overwrite`` an existing model
+    is replaced only after the new one is complete. A mount point cannot be renamed: the temporary directory lies in it,
+    and its entries move up at the end.
 
     Raises:
       UserError: as :func:`check_target`, or ``target`` cannot be written.
     """
     check_target(target, overwrite=overwrite)
-    target = Path(target).resolve()
+    shown, target = target, Path(os.path.realpath(target))
+    mounted = os.path.ismount(target)
+    parent = target if mounted else target.parent
     try:
-        room = target if os.path.ismount(target) else target.parent
-        room.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=room))
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=parent))
     except OSError as problem:
-        raise UserError(f"cannot write beside {target}: {problem.strerror or problem}") from None
+        where = f"{'into' if mounted else 'beside'} {shown}"
+        raise UserError(f"cannot write {where}: {problem.strerror or problem}") from None
     try:
         try:
             yield temporary
         except OSError as problem:
             if problem.errno is None:
                 raise
-            raise UserError(f"cannot write {target}: {problem.strerror or problem}") from problem
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes 0700: others could not read the result
-        check_target(target, overwrite=overwrite)  # it may have been filled in the meantime
+            raise UserError(f"cannot write {shown}: {problem.strerror or problem}") from problem
+        check_target(shown, overwrite=overwrite)  # it may have been filled in the meantime
         try:
-            _put_in_place(temporary, target)
+            temporary.chmod(0o777 & ~_umask())  # mkdtemp makes 0700: others could not read the result
+            _put_in_place(temporary, target, mounted=mounted)
         except OSError as problem:
-            raise UserError(f"cannot replace {target}: {problem.strerror or problem}") from problem
+            raise UserError(f"cannot write {shown}: {problem.strerror or problem}") from problem
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _entries(directory: Path) -> list[Path]:
     """What lies in a directory, without what is being written there and what file systems put at their root."""
-    own = f".{directory.name}.tmp-"
+    own = (f".{directory.name}.tmp-", f".{directory.name}.old-")
     return [entry for entry in directory.iterdir() if not entry.name.startswith(own) and entry.name != "lost+found"]
 
 
-def _put_in_place(temporary: Path, target: Path) -> None:
-    if temporary.parent == target:  # a mount point
-        for entry in _entries(target):
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        for entry in sorted(
-            temporary.iterdir(), key=lambda entry: entry.suffix == ".json"
-        ):  # what readers look for: last
-            os.rename(entry, target / entry.name)
+def _put_in_place(temporary: Path, target: Path, *, mounted: bool) -> None:
+    """Make a finished directory the target; what was there before goes last, and comes back when a step fails."""
+    if not target.exists():
+        os.rename(temporary, target)
         return
-    if target.exists() and any(target.iterdir()):
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-        try:
-            os.rename(target, old / "d")
-            os.rename(temporary, target)
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
-        return
-    if target.exists():
+    if not mounted and not any(target.iterdir()):
         target.rmdir()
-    os.rename(temporary, target)
+        os.rename(temporary, target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=temporary.parent))
+    done: list[tuple[Path, Path]] = []
+
+    def move(source: Path, to: Path) -> None:
+        os.rename(source, to)
+        done.append((source, to))
+
+    try:
+        if mounted:
+            for entry in sorted(_entries(target)):
+                move(entry, old / entry.name)
+            # What readers look for comes last.
+            for entry in sorted(temporary.iterdir(), key=lambda entry: (entry.suffix == ".json", entry.name)):
+                move(entry, target / entry.name)
+        else:
+            move(target, old / "d")
+            move(temporary, target)
+    except OSError:
+        for source, to in reversed(done):
+            os.rename(to, source)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -99,7 +113,7 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
     """The path of a temporary file beside ``path`` to fill; on success it becomes ``path``, else it is removed.
 
     Raises:
-      UserError: the directory cannot be written, or the file cannot (a full disk).
+      UserError: the file or its directory cannot be written (a full disk, say).
     """
     path = Path(path)
     try:
@@ -113,6 +127,10 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
         partial.chmod(0o666 & ~_umask())  # mkstemp makes 0600: others could not read the result
         yield partial
         os.replace(partial, path)
+    except OSError as problem:
+        if problem.errno is None:
+            raise
+        raise UserError(f"cannot write {path}: {problem.strerror or problem}") from problem
     finally:
         partial.unlink(missing_ok=True)
 
@@ -122,7 +140,7 @@ def atomic_file(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     """Write a file that appears under ``path`` only when it is complete; text is UTF-8.
 
     Raises:
-      UserError: when the directory cannot be written.
+      UserError: when the file or its directory cannot be written.
     """
     with new_file(path) as partial, open(partial, mode, encoding=None if "b" in mode else "utf-8") as out:
         yield out
@@ -138,14 +156,27 @@ def check_target(target: str | os.PathLike, *, overwrite: bool, sources: Iterabl
       sources: what is read to make it.
 
     Raises:
-      UserError: ``target`` is a file; or it has content and ``overwrite`` is off, or it may not be replaced.
+      UserError: ``target`` is a file, or cannot be looked into; or it has content and ``overwrite`` is off, or it may not
+        be replaced.
     """
-    path = Path(target).resolve()
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{target} is a file; name a directory to write to")
-    if not path.is_dir() or not _entries(path):
-        return
-    for source in (Path(source).resolve() for source in sources):
+    if "\0" in os.fspath(target):
+        raise UserError(f"{os.fspath(target)!r} is no name for a directory")
+    path = Path(os.path.realpath(target))
+    try:
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{target} is a file; name a directory to write to")
+        if not path.is_dir() or not _entries(path):
+            return
+        _check_replaceable(
+            target, path, overwrite=overwrite, sources=[Path(os.path.realpath(each)) for each in sources]
+        )
+    except OSError as problem:
+        raise UserError(f"cannot write {target}: {problem.strerror or problem}") from None
+
+
+def _check_replaceable(target: str | os.PathLike, path: Path, *, overwrite: bool, sources: Iterable[Path]) -> None:
+    """The part of :func:`check_target` about a directory with content; ``path`` and ``sources`` are without links."""
+    for source in sources:
         if source == path:
             raise UserError(f"source and target are the same directory: {target}")
         if path in source.parents:
@@ -174,7 +205,7 @@ def _not_a_model(directory: Path) -> str | None:
         return None
     weights = [*directory.glob("model*.safetensors"), *directory.glob("adapter_model*.safetensors")]
     if any((directory / name).is_file() for name in ("config.json", "adapter_config.json")) and weights:
-        if all(_has_mark(file) for file in weights):
+        if all(file.is_file() and _has_mark(file) for file in weights):
             return None
         return "has weights of another program in it"
     return "is none"
@@ -183,6 +214,23 @@ def _not_a_model(directory: Path) -> str | None:
 def _has_mark(file: Path) -> bool:
     with open(file, "rb") as stream:
         return f'"{MARK}"'.encode() in stream.read(256)
+
+
+@contextlib.contextmanager
+def read_in_one_line(what: str) -> Iterator[None]:
+    """Errors of the operating system in the block (no permission, a name that is too long) as ``cannot read <what>: why``.
+
+    Raises:
+      UserError: for an OSError, or a ValueError about a NUL character.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError) as problem:
+        if isinstance(problem, ValueError) and "null" not in str(problem):
+            raise
+        raise UserError(f"cannot read {what!r}: {getattr(problem, 'strerror', None) or problem}") from None
 
 
 def _umask() -> int:
@@ -195,12 +243,18 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """One JSON object from a file.
 
     Raises:
-      UserError: the file is missing, unreadable, not JSON, or not an object.
+      UserError: the file is missing, unreadable, not JSON, nested too deeply, or not an object.
     """
     try:
+        if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):  # a pipe would never end
+            raise UserError(f"{path} is not a regular file")
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as problem:
         raise UserError(f"cannot read {path}: {problem.strerror or problem}") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply to be read as JSON") from None
+    except UserError:
+        raise
     except ValueError as problem:  # JSONDecodeError and UnicodeDecodeError
         raise UserError(f"{path} is not valid JSON: {problem}") from None
     if not isinstance(value, dict):

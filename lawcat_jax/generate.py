@@ -6,10 +6,12 @@ python -m lawcat_jax.generate --checkpoint=<dir> --prompt='The sky is' [--max_ne
 from __future__ import annotations
 
 import sys
+import typing
 
 from absl import flags
 
 from lawcat_jax.command_line import no_arguments, readable, run_main
+from lawcat_jax.config import Bos
 from lawcat_jax.errors import UserError
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -24,9 +26,17 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the draws at a temperature above 0."
 _TEACHER = flags.DEFINE_bool("teacher", False, "Use the student's teacher (softmax attention).")
 _ECHO = flags.DEFINE_bool("echo", True, "Print the prompt first.")
 _REVISION = flags.DEFINE_string("revision", None, "Revision of a hub repository.")
-_BASE = flags.DEFINE_string("base", None, "Teacher of a student's small file; default: the one that the file names.")
+_BASE = flags.DEFINE_string(
+    "base", None, "Model that a student's small file or a PEFT adapter belongs to; default: the one that it names."
+)
 _DTYPE = flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Of the frozen weights.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer directory or hub id, instead of the checkpoint's.")
+_ADD_BOS = flags.DEFINE_enum(
+    "add_bos",
+    None,
+    list(typing.get_args(Bos)),
+    "Beginning-of-sequence token in front. Default: as in training, else auto.",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -46,6 +56,7 @@ def main(argv: list[str]) -> None:
         base=_BASE.value,
         dtype=_DTYPE.value,
         tokenizer=_TOKENIZER.value,
+        add_bos=typing.cast(Bos | None, _ADD_BOS.value),
     )
     pieces = continue_text(
         model,

@@ -32,6 +32,7 @@ _OUT = flags.DEFINE_string("out", "throughput_results", "Folder for the results.
 def main(argv: list[str]) -> int:
     """Measure, and say whether all stages were."""
     command_line.no_arguments(argv)
+    command_line.not_empty("--stages", _STAGES.value)
     config = command_line.load_config(_CONFIG)
     options = run.Options(
         stages=_STAGES.value or [],

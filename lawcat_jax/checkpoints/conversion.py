@@ -27,6 +27,7 @@ from lawcat_jax.checkpoints.model_dir import (
     open_checkpoint,
     resolve_dtype,
     save_model,
+    takes_base,
 )
 from lawcat_jax.checkpoints.transformers_export import write_transformers
 from lawcat_jax.config import ModelConfig
@@ -44,6 +45,7 @@ def convert(
     dtype: str = "keep",
     revision: str | None = None,
     base: str | None = None,
+    adapter: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     verify: bool = False,
     overwrite: bool = False,
@@ -51,13 +53,15 @@ def convert(
     """Read ``source``, write ``target``, print what was done.
 
     Args:
-      source: HF directory, hub id, GGUF file, model directory, folder of a run, student's small file, ``asset:...`` or
-        ``package:...``.
+      source: HF directory, hub id, GGUF file, model directory, folder of a run, student's small file, PEFT adapter,
+        ``asset:...`` or ``package:...``.
       target: directory to create; a file ``*.safetensors`` with ``to="delta"``.
       to: one of :data:`KINDS`.
       dtype: of the pretrained weights, with ``to="delta"`` of what was trained; ``keep`` for the stored one.
       revision: of a hub repository.
-      base: the teacher of a student's small file; with ``to="delta"`` the teacher to compare the student with.
+      base: the model that a student's small file or an adapter belongs to; with ``to="delta"`` the teacher to compare the
+        student with.
+      adapter: directory of a PEFT adapter to merge into ``source``.
       max_shard_bytes: size of one safetensors file of a Hugging Face directory.
       verify: read the result once more and compare it with the source (see :func:`_verify`).
       overwrite: replace an existing target, if it is a model that this program wrote.
@@ -75,11 +79,16 @@ def convert(
         raise UserError("--max_shard_gb must be positive")
     start = time.monotonic()
     source, run = in_run(source)
+    if adapter is not None:
+        source, base = _adapter_with_base(source, adapter, base)
+    joined = takes_base(source)
+    if joined and not is_delta(source) and (verify or to == "peft"):
+        raise UserError(f"{'--verify' if verify else '--to=peft'} does not go with an adapter that is merged")
     if to == "delta":
         check_delta_target(target, overwrite=overwrite)
     else:
-        check_target(target, overwrite=overwrite, sources=[source] if Path(source).exists() else [])
-    opened = open_checkpoint(source, revision, base if is_delta(source) or to != "delta" else None)
+        check_target(target, overwrite=overwrite, sources=[source])
+    opened = open_checkpoint(source, revision, base if joined or to != "delta" else None)
     if to != "delta":
         check_target(target, overwrite=overwrite, sources=[opened.directory])
     is_student = opened.attention is not None
@@ -99,10 +108,21 @@ def convert(
     job = _Job(
         bundle, source, opened.directory, target, run, resolve_dtype(dtype), revision, base, max_shard_bytes, overwrite
     )
-    written = KINDS[to](job)
-    print(f"wrote {target}: {_summary(bundle)}, {written / 1e9:.3g} GB in {time.monotonic() - start:.1f} s", flush=True)
+    KINDS[to](job)
+    print(f"wrote {target}: {_summary(bundle, Path(target), to)} in {time.monotonic() - start:.1f} s", flush=True)
     if verify:
         _verify(job, to=to, exact=dtype == "keep")
+
+
+def _adapter_with_base(source: str, adapter: str, base: str | None) -> tuple[str, str]:
+    """(source, base) of ``--adapter=<adapter> --source=<source>``."""
+    if takes_base(source):
+        raise UserError(f"--source={source} is an adapter itself or a student's small file; name a model")
+    if base is not None:
+        raise UserError("--base goes with an adapter as --source; with --adapter its model is --source")
+    if not takes_base(adapter) or is_delta(adapter):
+        raise UserError(f"--adapter={adapter}: no directory of a PEFT adapter (adapter_config.json)")
+    return adapter, source
 
 
 class _Job(NamedTuple):
@@ -125,7 +145,7 @@ class _Job(NamedTuple):
         return self.bundle.extra.get("source")
 
 
-def _to_model(job: _Job) -> int:
+def _to_model(job: _Job) -> None:
     bundle = job.bundle
     save_model(
         job.target,
@@ -137,10 +157,9 @@ def _to_model(job: _Job) -> int:
         extra=bundle.extra,
         overwrite=job.overwrite,
     )
-    return _bytes(bundle.params)
 
 
-def _to_hf(job: _Job) -> int:
+def _to_hf(job: _Job) -> None:
     bundle = job.bundle
     if bundle.attention is not None:
         adapters = ", its adapters are merged" if bundle.lora is not None else ""
@@ -157,14 +176,13 @@ def _to_hf(job: _Job) -> int:
             overwrite=job.overwrite,
             progress=progress,
         )
-    return sum(file.stat().st_size for file in Path(job.target).glob("*.safetensors"))
 
 
-def _to_transformers(job: _Job) -> int:
+def _to_transformers(job: _Job) -> None:
     bundle = job.bundle
     assert bundle.attention is not None  # of a student, which the job was checked to be
     with progress_bar(_bytes(bundle.params), f"writing {job.target}") as progress:
-        return write_transformers(
+        write_transformers(
             job.target,
             model=bundle.model,
             attention=bundle.attention,
@@ -179,7 +197,7 @@ def _to_transformers(job: _Job) -> int:
         )
 
 
-def _to_peft(job: _Job) -> int:
+def _to_peft(job: _Job) -> None:
     bundle = job.bundle
     if bundle.lora is None:
         raise UserError(f"{job.source}: has no LoRA adapters to write; --to=peft needs a student that has them")
@@ -196,10 +214,9 @@ def _to_peft(job: _Job) -> int:
         f"{job.target}: the adapters alone, which on softmax attention are another model than the student; "
         "the student leaves with --to=transformers or --to=delta"
     )
-    return sum(file.stat().st_size for file in Path(job.target).glob("*.safetensors"))
 
 
-def _to_delta(job: _Job) -> int:
+def _to_delta(job: _Job) -> None:
     bundle, leaves = job.bundle, dict(flatten(job.bundle.params))
     teacher = job.base or _local(job.origin)
     weights = delta.record(leaves)
@@ -218,7 +235,7 @@ def _to_delta(job: _Job) -> int:
             f"{job.origin or 'the teacher'} is not on this machine: not checked that the student's weights are its own"
         )
     assert bundle.attention is not None  # of a student, which the job was checked to be
-    return delta.write_delta(
+    delta.write_delta(
         job.target,
         model=bundle.model,
         attention=bundle.attention,
@@ -249,7 +266,7 @@ def _local(source: str | None) -> str | None:
     )
 
 
-KINDS: dict[str, Callable[[_Job], int]] = {
+KINDS: dict[str, Callable[[_Job], None]] = {
     "model": _to_model,
     "hf": _to_hf,
     "hf-base": _to_hf,
@@ -258,9 +275,14 @@ KINDS: dict[str, Callable[[_Job], int]] = {
     "delta": _to_delta,
 }
 """What can be written: a model directory, a Hugging Face checkpoint, the same of a student's softmax model, a student
-with its own torch code, LoRA adapters for PEFT, a student's small file. Each returns the bytes of its weights."""
+with its own torch code, LoRA adapters for PEFT, a student's small file."""
 
 _OF_STUDENTS = ("hf-base", "transformers", "peft", "delta")
+_LEFT_OUT: dict[str, Callable[[str], bool]] = {  # parameters by path; of the other kinds none
+    "hf-base": delta.is_trained,
+    "peft": lambda path: not path.startswith("lora/"),
+    "delta": lambda path: not delta.is_trained(path),
+}
 
 
 def _wrong_kind(source: str, to: str, is_student: bool) -> str:
@@ -278,11 +300,15 @@ def _bytes(params: Any) -> int:
     return sum(leaf.nbytes for _, leaf in flatten(params))
 
 
-def _summary(bundle: ModelBundle) -> str:
-    leaves = [leaf for _, leaf in flatten(bundle.params)]
-    count = sum(leaf.size for leaf in leaves)
-    kinds = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
-    return f"{bundle.model.family}, {bundle.model.num_layers} layers, {count / 1e6:,.1f} M parameters, {kinds}"
+def _summary(bundle: ModelBundle, target: Path, to: str) -> str:
+    """What was written: parameters by kind, and the bytes of the files."""
+    left_out = _LEFT_OUT.get(to, lambda path: False)
+    leaves = [leaf for path, leaf in flatten(bundle.params) if not left_out(path)]
+    count, kinds = sum(leaf.size for leaf in leaves), ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
+    files = [target] if target.is_file() else [file for file in target.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    name = f"{bundle.model.family}, {bundle.model.num_layers} layers"
+    return f"{name}, {count / 1e6:,.1f} M parameters, {kinds}, {size / 1e9:.3g} GB"
 
 
 def _weight_bytes(opened: OpenedCheckpoint) -> int | None:
@@ -307,7 +333,7 @@ def _verify(job: _Job, *, to: str, exact: bool) -> None:
         base = job.base or job.origin
         again = dict(flatten(load_model(target, base=base, dtype="keep").params))
         before = dict(flatten(job.bundle.params))
-        same = all(np.array_equal(again[path], before[path]) for path in before)
+        same = all(np.array_equal(again[path], before[path], equal_nan=True) for path in before)
         if not same and exact:
             raise UserError(f"{target}: joined with {base} it is not {source}; do not use it, and report this")
         print(f"verify: joined with {base} it is the source {'bit for bit' if same else 'up to rounding'}", flush=True)
@@ -340,15 +366,26 @@ def _verify(job: _Job, *, to: str, exact: bool) -> None:
         f"(largest logit {result['scale']:.3g}), KL(transformers || here) {result['kl']:.3g} nats per token",
         flush=True,
     )
+    if not np.isfinite(result["kl"]):
+        raise UserError(f"{target}: {_not_finite(target)}")
     # Rounding to another dtype moves logits by itself; the same weights must agree to float32 rounding.
-    if not np.isfinite(result["kl"]) or (exact and result["kl"] > 1e-4):
+    if exact and result["kl"] > 1e-4:
         raise UserError(f"{target}: logits differ from transformers beyond rounding; do not use it, and report this")
+
+
+def _not_finite(target: str | Path) -> str:
+    """Which weights make the logits of a model NaN or infinite."""
+    leaves = flatten(load_model(target, dtype="keep").params)
+    bad = [path for path, leaf in leaves if not np.isfinite(leaf.astype(np.float32)).all()]
+    if bad:
+        return f"NaN or infinity in {', '.join(bad[:5])}, as in the source; the logits cannot be compared"
+    return "all weights are finite, but the logits are not, here or in transformers: values overflow; do not use it"
 
 
 def _check_trained(before: ModelBundle, after: ModelBundle, target: Path) -> None:
     """Mixers and adapters are never rounded on the way."""
     old, new = ({p: leaf for p, leaf in flatten(b.params) if delta.is_trained(p)} for b in (before, after))
-    if old.keys() != new.keys() or not all(np.array_equal(old[path], new[path]) for path in old):
+    if old.keys() != new.keys() or not all(np.array_equal(old[path], new[path], equal_nan=True) for path in old):
         raise UserError(f"{target}: mixers or adapters are not those of the source; do not use it, and report this")
 
 

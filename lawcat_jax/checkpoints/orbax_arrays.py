@@ -12,10 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from lawcat_jax.checkpoints import fingerprints
+from lawcat_jax.checkpoints.delta import cast as cast_array
 from lawcat_jax.checkpoints.delta import is_trained
+from lawcat_jax.checkpoints.fingerprints import fingerprint
 from lawcat_jax.checkpoints.hf.mapping import flatten, unflatten
 from lawcat_jax.checkpoints.hf.read import Shardings
 from lawcat_jax.checkpoints.hf.write import check_leaves
+from lawcat_jax.checkpoints.model_json import ModelJson
 from lawcat_jax.checkpoints.orbax_errors import is_disk_full, only_one_report, unraisable_hook
 from lawcat_jax.errors import UserError
 
@@ -76,29 +80,44 @@ def save_arrays(path: Path, leaves: Mapping[str, np.ndarray]) -> None:
 
 
 def restore_arrays(
-    path: Path, expected: Mapping[str, tuple[int, ...]], cast: np.dtype | None, shardings: Shardings | None
+    path: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    cast: np.dtype | None,
+    shardings: Shardings | None,
+    stated: ModelJson,
 ) -> dict[str, Any]:
-    """What :func:`save_arrays` wrote, by path.
+    """What :func:`save_arrays` wrote, by path, compared with what model.json says of it.
+
+    What has a fingerprint is read as it is stored, compared, and cast afterwards, a group of arrays at a time.
 
     Args:
       path: the directory.
       expected: shapes by path.
       cast: dtype of the pretrained part; None keeps the stored one. Mixers and adapters always keep theirs.
       shardings: path -> Sharding or None; without one an array stays on the host.
+      stated: the model.json beside it.
 
     Raises:
-      UserError: missing, damaged, or with other arrays than ``expected``.
+      UserError: missing, unreadable, damaged, changed, with other arrays than ``expected``, or values beyond float16.
     """
     import jax
     import orbax.checkpoint as ocp
 
     path = path.absolute()
-    if not path.is_dir():
-        raise UserError(f"{path.parent}: incomplete, {path.name}/ is missing; convert or save it again")
+    _check_readable(path)
+    verify, written = fingerprints.wanted(), stated.params
+
+    def final_dtype(name: str, stored: Any) -> np.dtype:
+        base = not is_trained(name)  # the trainable part stays in its own precision
+        return cast if base and cast is not None else np.dtype(stored.dtype)
+
+    def checked(name: str) -> bool:
+        return verify and "sum" in written.get(name, ())
 
     def restore_args(name: str, stored: Any) -> Any:
-        base = not is_trained(name)  # the trainable part stays in its own precision
-        dtype = cast if base and cast is not None else np.dtype(stored.dtype)
+        dtype = final_dtype(name, stored)
+        if checked(name) or dtype == np.float16:  # whose overflow has to be seen
+            dtype = np.dtype(stored.dtype)
         sharding = shardings(name) if shardings is not None else None
         if sharding is None:
             return ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)
@@ -112,14 +131,35 @@ def restore_arrays(
             raise UserError(f"{path}: damaged or incomplete (its list of arrays cannot be read); convert or save again")
         stored = dict(flatten(metadata.tree))
         check_leaves(stored, expected, str(path))
+        if stated.changed:
+            raise UserError(stated.changed)
         leaves: dict[str, Any] = {}
         for names in _groups(stored):
             arguments = unflatten({name: restore_args(name, stored[name]) for name in names})
             item = unflatten({name: stored[name] for name in names})
             request = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
-            leaves |= flatten(checkpointer.restore(path, args=request))
+            for name, leaf in flatten(checkpointer.restore(path, args=request)):
+                if checked(name) and fingerprint(leaf) != written[name]["sum"]:
+                    raise UserError(
+                        f"{path}: the contents of {name} have changed since they were written; restore a copy or convert "
+                        f"again ({fingerprints.SWITCH}=off in the environment reads them unchecked)"
+                    )
+                leaves[name] = cast_array(leaf, final_dtype(name, stored[name]), f"{path}: {name}")
     check_leaves(leaves, expected, str(path))
     return leaves
+
+
+def _check_readable(path: Path) -> None:
+    """Tell a directory that is not there, or may not be read, from a damaged one."""
+    try:
+        if not path.is_dir():
+            raise UserError(f"{path.parent}: incomplete, {path.name}/ is missing; convert or save it again")
+        for file in path.rglob("*"):
+            if not os.access(file, os.R_OK | (os.X_OK if file.is_dir() else 0)):
+                raise UserError(f"cannot read {file}: {os.strerror(errno.EACCES)}")
+        os.listdir(path)
+    except OSError as problem:
+        raise UserError(f"cannot read {problem.filename or path}: {problem.strerror or problem}") from None
 
 
 def _groups(stored: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -140,9 +180,7 @@ def _groups(stored: Mapping[str, Any]) -> Iterator[list[str]]:
 def _damage_reported(path: Path) -> Iterator[None]:
     try:
         yield
-    except UserError:
-        raise
-    except MemoryError:
+    except (UserError, MemoryError):
         raise
     except Exception as problem:  # orbax and tensorstore raise many kinds for damaged files
         first = (str(problem).strip() or type(problem).__name__).splitlines()[0][:300]

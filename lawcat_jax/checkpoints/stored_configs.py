@@ -1,7 +1,12 @@
-"""The three configurations of a model as JSON, as every file format of this project stores them."""
+"""The three configurations of a model as JSON, as every file format of this project stores them.
+
+Fields that the first version had must be stated. Those added since have defaults that are what earlier versions did, so that
+a file may lack them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +15,10 @@ from lawcat_jax.config import (
     ConfigError,
     LoraConfig,
     ModelConfig,
+    RopeScaling,
     attention_problems,
     from_dict,
+    lora_problems,
     model_problems,
     to_dict,
     type_problems,
@@ -19,6 +26,18 @@ from lawcat_jax.config import (
 from lawcat_jax.errors import UserError
 
 Configs = tuple[ModelConfig, AttentionConfig | None, LoraConfig | None]
+
+_KINDS = {"model": ModelConfig, "attention": AttentionConfig, "lora": LoraConfig}
+_PROBLEMS: dict[str, Any] = {"model": model_problems, "attention": attention_problems, "lora": lora_problems}
+_ORIGINAL = {
+    ModelConfig: "family vocab_size hidden_size num_layers num_heads num_kv_heads head_dim mlp_size rms_norm_eps rope_theta "
+    "rope_scaling max_position_embeddings tie_embeddings sliding_window bos_token_id eos_token_ids pad_token_id",
+    RopeScaling: "kind factor low_freq_factor high_freq_factor original_max_position_embeddings",
+    AttentionConfig: "kind conv conv_size feature_map feature_dim tie_qk normalize rope_linear window_size affine_window "
+    "sinks gate_kind gate_rank gate_normalizer gate_lower_bound gate_half_life gate_half_life_max softmax_layers "
+    "output_gate init implementation",
+    LoraConfig: "rank alpha dropout targets",
+}
 
 
 def configs_to_json(model: ModelConfig, attention: AttentionConfig | None, lora: LoraConfig | None) -> dict[str, Any]:
@@ -35,25 +54,40 @@ def configs_from_json(values: Mapping[str, Any], where: str) -> Configs:
       where: file that it comes from, for messages.
 
     Raises:
-      UserError: a section is missing or no object, or has unknown or invalid fields.
+      UserError: a section is missing or no object, or has missing, unknown or impossible fields.
     """
-    kinds = {"model": ModelConfig, "attention": AttentionConfig, "lora": LoraConfig}
-    parsed: dict[str, Any] = {}
-    for name, kind in kinds.items():
-        value = values.get(name)
-        if value is None and name != "model":
-            parsed[name] = None
-            continue
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: {name} should be an object")
-        try:
-            parsed[name] = from_dict(kind, value, name)
-        except (ConfigError, TypeError) as problem:
-            raise UserError(f"{where}: {problem}") from None
-        problems = type_problems(parsed[name], name)
-        if not problems:
-            checks = {"model": model_problems, "attention": attention_problems}
-            problems = checks[name](parsed[name], name) if name in checks else []
-        if problems:
-            raise UserError(f"{where}: {'; '.join(problems)}")
-    return parsed["model"], parsed["attention"], parsed["lora"]
+    model, attention, lora = (_config(name, values.get(name), where) for name in _KINDS)
+    return model, attention, lora
+
+
+def meaning(config: Any) -> Any:
+    """What a configuration says, as values that do not change when later versions add fields to it."""
+    if type(config) not in _ORIGINAL:
+        return config
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    plain, original = type(config)(), _ORIGINAL[type(config)].split()
+    return {name: meaning(value) for name, value in fields.items() if name in original or value != getattr(plain, name)}
+
+
+def _config(name: str, value: Any, where: str) -> Any:
+    if value is None and name != "model":
+        return None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {name} should be an object")
+    try:
+        parsed = from_dict(_KINDS[name], value, name)
+    except (ConfigError, TypeError) as problem:
+        raise UserError(f"{where}: {problem}") from None
+    problems = type_problems(parsed, name) or _PROBLEMS[name](parsed, name)
+    if missing := _missing(_KINDS[name], value, name):
+        problems.append(f"missing: {', '.join(missing)}")
+    if problems:
+        raise UserError(f"{where}: {'; '.join(problems)}")
+    return parsed
+
+
+def _missing(kind: type, values: Mapping[str, Any], path: str) -> list[str]:
+    missing = [f"{path}.{name}" for name in _ORIGINAL[kind].split() if name not in values]
+    if kind is ModelConfig and isinstance(values.get("rope_scaling"), dict):
+        missing += _missing(RopeScaling, values["rope_scaling"], f"{path}.rope_scaling")
+    return missing

@@ -16,9 +16,10 @@ Nothing here imports jax: a config is read and checked on any machine, at once. 
 annotations`` in the files with dataclasses: config_flags needs the types of fields, not their names.
 """
 
-from lawcat_jax.config.attention import AttentionConfig, LoraConfig, attention_problems
+from lawcat_jax.config.attention import AttentionConfig, LoraConfig, attention_problems, lora_problems
 from lawcat_jax.config.choices import (
     BabiTask,
+    Bos,
     Conv,
     DataKind,
     Distributed,
@@ -56,6 +57,7 @@ from lawcat_jax.config.tree import ConfigError, Node, choice_problems, from_dict
 __all__ = [
     "AttentionConfig",
     "BabiTask",
+    "Bos",
     "CheckpointConfig",
     "Config",
     "ConfigError",
@@ -101,6 +103,7 @@ __all__ = [
     "attention_problems",
     "choice_problems",
     "from_dict",
+    "lora_problems",
     "model_problems",
     "to_dict",
     "type_problems",

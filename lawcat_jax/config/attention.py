@@ -89,6 +89,13 @@ def attention_problems(a: AttentionConfig, path: str = "config.attention") -> li
     for name in ("feature_dim", "window_size", "sinks", "gate_rank"):
         if getattr(a, name) < 0:
             problems.append(f"{path}.{name}: {getattr(a, name)} must not be negative")
+    if a.sinks and not a.window_size:
+        problems.append(
+            f"{path}.sinks: {a.sinks} first tokens belong to a softmax window; set window_size, or sinks to 0"
+        )
+    for layer in a.softmax_layers:
+        if layer < 0:
+            problems.append(f"{path}.softmax_layers: {layer} must not be negative (layers count from 0)")
     if a.gate_normalizer <= 0:
         problems.append(f"{path}.gate_normalizer: {a.gate_normalizer} must be positive")
     if a.gate_lower_bound is not None and a.gate_lower_bound >= 0:
@@ -105,6 +112,10 @@ def lora_problems(lora: LoraConfig, path: str = "config.lora") -> list[str]:
     problems = choice_problems(lora, path)
     if lora.rank < 1:
         problems.append(f"{path}.rank: {lora.rank} must be at least 1")
+    if lora.alpha <= 0:
+        problems.append(f"{path}.alpha: {lora.alpha} must be positive")
+    if not lora.targets:
+        problems.append(f"{path}.targets: name at least one projection")
     if not 0 <= lora.dropout < 1:
         problems.append(f"{path}.dropout: {lora.dropout} is outside [0, 1)")
     return problems

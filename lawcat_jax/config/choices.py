@@ -113,3 +113,10 @@ TaskName = Literal[
 PasskeyForm = Literal["train", "landmark"]
 """Wording of passkey prompts: that of the training samples, or the evaluation prompt of the paper (from Landmark
 attention and LongLoRA)."""
+
+Bos = Literal["auto", "always", "never"]
+"""Beginning-of-sequence token in front of a text: where the tokenizer itself puts one, wherever there is such a token, or
+nowhere. A text that begins with it gets no second one."""
+
+TEXT_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+"""What local text files may be called; instruction data is in files of the last two."""

@@ -3,7 +3,7 @@
 import dataclasses
 
 from lawcat_jax.config.choices import Family, LayerProjection, NormPosition, QkNorm, RopeKind
-from lawcat_jax.config.tree import Node, choice_problems
+from lawcat_jax.config.tree import Node, choice_problems, limit_problems
 
 
 @dataclasses.dataclass
@@ -96,6 +96,10 @@ class ModelConfig(Node):
         return int(self.head_dim * self.partial_rotary_factor)
 
 
+_LIMITS = {"vocab_size": 2**24, "hidden_size": 2**18, "num_layers": 2**12, "num_heads": 2**14, "num_kv_heads": 2**14}
+_LIMITS |= {"head_dim": 2**16, "mlp_size": 2**20, "max_position_embeddings": 2**31 - 1}
+
+
 def model_problems(m: ModelConfig, path: str = "model") -> list[str]:
     """Values of an architecture that cannot be, one line each; types are taken as right."""
     problems = []
@@ -106,6 +110,7 @@ def model_problems(m: ModelConfig, path: str = "model") -> list[str]:
         problems.append(f"{path}.num_kv_heads: {m.num_kv_heads} does not divide num_heads {m.num_heads}")
     if m.head_dim % 2:
         problems.append(f"{path}.head_dim: {m.head_dim} must be even (rotary embedding)")
+    problems += limit_problems(m, path, _LIMITS)
     problems += choice_problems(m, path)
     problems += _rope_problems(m, path)
     for name in ("full_attention_layers", "nope_layers"):
@@ -114,6 +119,15 @@ def model_problems(m: ModelConfig, path: str = "model") -> list[str]:
             f"{path}.{name}: layer {layer} does not exist, the model has layers 0 to {m.num_layers - 1}"
             for layer in odd
         ]
+    if m.rms_norm_eps <= 0:
+        problems.append(f"{path}.rms_norm_eps: {m.rms_norm_eps} must be positive")
+    if m.max_position_embeddings < 1:
+        problems.append(f"{path}.max_position_embeddings: {m.max_position_embeddings} must be at least 1")
+    for name in ("bos_token_id", "eos_token_ids", "pad_token_id"):
+        value = getattr(m, name)
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if number is not None and number < 0:
+                problems.append(f"{path}.{name}: {number} must not be negative")
     if m.sliding_window is not None and m.sliding_window < 1:
         problems.append(f"{path}.sliding_window: {m.sliding_window} must be at least 1, or None")
     return problems

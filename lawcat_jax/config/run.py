@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from lawcat_jax.config.attention import AttentionConfig, LoraConfig, attention_problems, lora_problems
 from lawcat_jax.config.choices import Distributed, Dtype, PasskeyForm, Progress, TaskName
 from lawcat_jax.config.model import ModelConfig, model_problems
-from lawcat_jax.config.stage import StageConfig, stage_problems
-from lawcat_jax.config.tree import ConfigError, Node, choice_problems, type_problems, unshare
+from lawcat_jax.config.stage import StageConfig, stage_problems, suffix_problems
+from lawcat_jax.config.tree import ConfigError, Node, choice_problems, limit_problems, type_problems, unshare
 
 
 @dataclasses.dataclass
@@ -91,6 +91,14 @@ _SOURCES = (
 """(field of EvalConfig, what it names, starts of the names of the tasks that need it)."""
 
 
+_EVAL_LIMITS = {"lengths": 2**26, "samples": 10**7, "batch_size": 2**20}
+
+
+def seed_problems(seed: int, path: str) -> list[str]:
+    """A seed that does not fit into 64 bits."""
+    return [] if -(2**63) <= seed < 2**63 else [f"{path}: {seed} does not fit into 64 bits"]
+
+
 @dataclasses.dataclass
 class EvalConfig(Node):
     """Evaluation at the end of a run, and the defaults of ``lawcat_jax.evaluate`` for the model it makes."""
@@ -136,6 +144,16 @@ class EvalConfig(Node):
             problems.append(f"{path}: lengths and prefill_chunk must not be negative")
         if not self.lengths:
             problems.append(f"{path}.lengths: name at least one length")
+        if not self.tasks and self.enabled:
+            problems.append(f"{path}.tasks: name at least one task")
+        problems += limit_problems(self, path, _EVAL_LIMITS) + seed_problems(self.seed, f"{path}.seed")
+        problems += seed_problems(self.sample_seed, f"{path}.sample_seed")
+        if self.batch_size * max(self.lengths, default=0) > 2**31 - 1:
+            problems.append(
+                f"{path}.batch_size: {self.batch_size} prompts of {max(self.lengths)} tokens are more than 2^31 tokens"
+            )
+        if any(task.startswith("perplexity") for task in self.tasks):
+            problems += suffix_problems(self.text, f"{path}.text")
         for field, kind, tasks in _SOURCES:
             asking = [task for task in self.tasks if task.startswith(tasks)]
             if asking and not getattr(self, field) and (field != "haystack" or any(self.lengths)):
@@ -220,6 +238,9 @@ def _range_problems(c: Config) -> Iterator[str]:
     for name, stage in c.stages():
         yield from stage_problems(stage, f"config.{name}")
     yield from lora_problems(c.lora)
+    yield from seed_problems(c.seed, "config.seed")
+    if c.max_bad_steps < 1:
+        yield f"config.max_bad_steps: {c.max_bad_steps} must be at least 1"
     axes = dataclasses.asdict(c.mesh)
     if axes.pop("heartbeat_seconds") < 5:
         yield f"config.mesh.heartbeat_seconds: {c.mesh.heartbeat_seconds} must be at least 5"
@@ -229,6 +250,8 @@ def _range_problems(c: Config) -> Iterator[str]:
     for name, size in axes.items():
         if size != -1 and size < 1:
             yield f"config.mesh.{name}: {size} must be at least 1, or -1 for the rest"
+        if size > 2**20:
+            yield f"config.mesh.{name}: {size} is more than can be run (at most {2**20})"
     yield from choice_problems(c.mesh, "config.mesh")
     if c.checkpoint.every_steps < 0 or c.checkpoint.every_minutes < 0:
         yield "config.checkpoint: intervals must not be negative"

@@ -3,9 +3,12 @@
 import dataclasses
 import math
 import re
+from pathlib import Path
 
 from lawcat_jax.config.choices import (
+    TEXT_SUFFIXES,
     BabiTask,
+    Bos,
     DataKind,
     Divergence,
     Hay,
@@ -17,7 +20,7 @@ from lawcat_jax.config.choices import (
     ValidationWording,
     Wording,
 )
-from lawcat_jax.config.tree import Node, choice_problems
+from lawcat_jax.config.tree import Node, choice_problems, limit_problems
 
 
 @dataclasses.dataclass
@@ -120,8 +123,13 @@ class DataConfig(Node):
     """Text for validation, written as ``source``."""
     num_workers: int = 0
     """[threads] Prepare batches ahead; 0 prepares them in the training loop."""
-    add_bos: bool = True
-    """Begin sequences with the beginning-of-sequence token, if the tokenizer has one."""
+    add_bos: Bos = "auto"
+    """Beginning-of-sequence token at the beginning of sequences. Generation and evaluation of the student follow the last
+    stage."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.add_bos, bool):  # of config files for earlier versions
+            self.add_bos = "always" if self.add_bos else "never"
 
 
 @dataclasses.dataclass
@@ -214,6 +222,19 @@ class StageConfig(Node):
     """What the stage reads."""
 
 
+# Tokens, steps and samples are counted in int32 on the devices; the others are what no host has room for.
+_LIMITS = {
+    "batch_size": 2**20,
+    "seq_length": 2**26,
+    "grad_accum": 2**20,
+    "steps": 2**31 - 1,
+    "validation_length": 2**26,
+}
+_LIMITS |= {"plateau_patience": 2**31 - 1, "eval_every": 2**31 - 1, "loss_chunk": 2**31 - 1}
+_DATA_LIMITS = {"num_samples": 2**31 - 1, "validation_samples": 2**24, "num_workers": 1024, "passkey_words": 2**26}
+_DATA_LIMITS |= {"pieces": 2**20}
+
+
 def stage_problems(stage: StageConfig, path: str) -> list[str]:
     """Values of a stage and its data that cannot be, one line each; types are taken as right."""
     problems = []
@@ -232,6 +253,32 @@ def stage_problems(stage: StageConfig, path: str) -> list[str]:
         problems.append(f"{path}.warmup_fraction: {stage.warmup_fraction} is outside [0, 1]")
     if not stage.trainable:
         problems.append(f"{path}.trainable: names nothing to train")
+    for pattern in stage.trainable:
+        try:
+            re.compile(pattern)
+        except re.error as problem:
+            problems.append(f"{path}.trainable: {pattern!r} is not a regular expression ({problem})")
+    for name in ("b1", "b2"):
+        if not 0 <= getattr(stage, name) < 1:
+            problems.append(f"{path}.{name}: {getattr(stage, name)} is outside [0, 1)")
+    if not 0 < stage.plateau_factor < 1:
+        problems.append(f"{path}.plateau_factor: {stage.plateau_factor} is outside (0, 1)")
+    if stage.plateau_patience < 0:
+        problems.append(f"{path}.plateau_patience: {stage.plateau_patience} must not be negative")
+    if stage.gate_lr_multiplier <= 0:
+        problems.append(
+            f"{path}.gate_lr_multiplier: {stage.gate_lr_multiplier} must be positive (what is not in trainable is frozen)"
+        )
+    problems += limit_problems(stage, path, _LIMITS)
+    if stage.batch_size * max(stage.seq_length, stage.validation_length) > 2**31 - 1:
+        problems.append(
+            f"{path}.batch_size: {stage.batch_size} sequences of {max(stage.seq_length, stage.validation_length)} tokens "
+            "are more than 2^31 tokens in a step"
+        )
+    if stage.steps == 0 and stage.epochs * stage.data.num_samples / max(stage.batch_size, 1) > 2**31 - 1:
+        problems.append(f"{path}.epochs: {stage.epochs} are more than 2^31 steps")
+    if not path.endswith("stage1"):  # attention transfer looks at every token
+        problems += _weight_problems(stage.data, f"{path}.data")
     for name in (
         "clip_norm",
         "spike_factor",
@@ -298,9 +345,34 @@ def _data_problems(data: DataConfig, path: str) -> list[str]:
         problems.append(f"{path}.num_samples: {data.num_samples} must be at least 1")
     if data.pieces == 1 or (data.pieces and data.pack):
         problems.append(f"{path}.pieces: {data.pieces} must be 0 (off) or at least 2, and does not go with pack")
+    problems += limit_problems(data, path, _DATA_LIMITS)
     for name in ("validation_samples", "passkey_words", "num_workers", "pieces"):
         if getattr(data, name) < 0:
             problems.append(f"{path}.{name}: {getattr(data, name)} must not be negative")
+    return problems
+
+
+def suffix_problems(source: str, path: str, suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> list[str]:
+    """A file that is there but whose name says that it is no text of a kind that is read."""
+    file = Path(source).expanduser() if source and not source.startswith(("hf:", "tfds:")) else None
+    try:
+        wrong = file is not None and file.is_file() and file.suffix not in suffixes
+    except (OSError, ValueError):  # what cannot even be looked up is for the reader to say
+        wrong = False
+    return [f"{path}: {source!r} has an unknown suffix, expected one of {', '.join(suffixes)}"] if wrong else []
+
+
+def _weight_problems(data: DataConfig, path: str) -> list[str]:
+    """A stream in which no token counts."""
+    sources = [(f"{path}.mixture[{i}]", s) for i, s in enumerate(data.mixture) if s.weight] or [(path, data)]
+    problems = []
+    for name, source in sources if data.kind == "mixture" else [(path, data)]:
+        text = source.kind == "text"
+        answers = source.answer_weight > 0 or source.prompt_weight > 0
+        if text and source.text_weight == 0 and not (data.passkey_fraction and answers):
+            problems.append(f"{name}.text_weight: with 0 no token of this text is learnt from")
+        if not text and not answers:
+            problems.append(f"{name}.answer_weight: with 0, and prompt_weight 0, no token is learnt from")
     return problems
 
 
@@ -308,6 +380,12 @@ def _source_problems(source: DataConfig | MixtureSource, path: str) -> list[str]
     problems = []
     if source.kind in ("text", "instruction") and not source.source:
         problems.append(f"{path}.source: name a text source (tfds:..., hf:..., or a path) for kind {source.kind!r}")
+    for name in ("source", "validation_source", "hay_source"):
+        text = name == "hay_source" or source.kind == "text"
+        if text or source.kind == "instruction":
+            problems += suffix_problems(
+                getattr(source, name), f"{path}.{name}", TEXT_SUFFIXES if text else TEXT_SUFFIXES[2:]
+            )
     hay = source.kind == "niah" or (source.kind == "passkey" and source.wording != "paper")
     if not source.hay_source and (source.kind == "babilong" or (hay and source.hay != "noise")):
         problems.append(f"{path}.hay_source: name books (a path, hf:..., or tfds:...) for kind {source.kind!r}")

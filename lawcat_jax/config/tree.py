@@ -8,7 +8,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 
@@ -122,6 +122,18 @@ def choice_problems(node: Any, path: str) -> list[str]:
         for item in values:
             if item not in allowed:
                 problems.append(f"{path}.{field.name}: {item!r} is not one of {', '.join(map(repr, allowed))}")
+    return problems
+
+
+def limit_problems(node: Any, path: str, limits: Mapping[str, int]) -> list[str]:
+    """Every field of ``node`` named in ``limits`` that is, or holds, a number above its limit: more than any machine can
+    run, found by looking at it."""
+    problems = []
+    for name, most in limits.items():
+        value = getattr(node, name)
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if number is not None and number > most:
+                problems.append(f"{path}.{name}: {number} is more than can be run (at most {most})")
     return problems
 
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from lawcat_jax.config.choices import Bos
 from lawcat_jax.data.babi import PLACES, TASKS, Story, TrainingStories, load_stories
 from lawcat_jax.data.haystack import Haystack
 from lawcat_jax.data.samples import EvalSample, Sample, check_eos, fit, in_threads, sample_rng, text_sample
-from lawcat_jax.data.tokenize import Tokenizer, decode, encode, encode_many, encode_prompt
+from lawcat_jax.data.tokenize import Tokenizer, decode, encode, encode_many, encode_prompt, opening
 from lawcat_jax.errors import UserError
 
 MAX_NEW_TOKENS = 20
@@ -118,7 +119,7 @@ def draw_eval_samples(
     facts: str,
     noise: Haystack | None = None,
     seed: int = 42,
-    add_bos: bool = True,
+    add_bos: bool | Bos = True,
 ) -> Iterator[EvalSample]:
     """BABILong prompts one by one: prompt and 20 new tokens take at most ``length`` tokens and at least 99 % of it.
 
@@ -160,7 +161,7 @@ def eval_samples(*args: Any, **kwargs: Any) -> list[EvalSample]:
 
 
 @functools.lru_cache(maxsize=32)
-def _least_tokens(tokenizer: Tokenizer, task: str, facts: str, add_bos: bool) -> list[int]:
+def _least_tokens(tokenizer: Tokenizer, task: str, facts: str, add_bos: bool | Bos) -> list[int]:
     """Tokens of the prompt of every test story without noise."""
     stories = load_stories(facts, task, "test")
     texts = [prompt_text(task, " ".join(story.facts), story.question) for story in stories]
@@ -176,7 +177,7 @@ def _eval_sample(
     index: int,
     noise: Haystack | None,
     seed: int,
-    add_bos: bool,
+    add_bos: bool | Bos,
 ) -> EvalSample:
     rng = sample_rng("eval", seed, index)
     places = np.sort(rng.random(len(story.facts)))
@@ -312,14 +313,15 @@ class BabilongGenerator:
         wording: str,
         facts: str,
         noise: Haystack,
-        add_bos: bool = True,
+        add_bos: bool | Bos = True,
     ):
         if wording not in ("paper", *ASKS):
             raise UserError(f"wording {wording!r} of babilong samples is not one of paper, {', '.join(ASKS)}")
         if not tasks:
             raise UserError("babilong samples: name at least one bAbI task")
         check_eos(tokenizer, "babilong")
-        self._tokenizer, self._wording, self._noise, self._add_bos = tokenizer, wording, noise, add_bos
+        self._tokenizer, self._wording, self._noise = tokenizer, wording, noise
+        self._add_bos: bool | Bos = add_bos
         self._stories = [TrainingStories(facts, task) for task in tasks]
 
     def sample_tokens(self, rng: np.random.Generator, max_tokens: int, *, target_tokens: int | None = None) -> Sample:
@@ -375,7 +377,7 @@ class BabilongGenerator:
         intro = intros[int(rng.integers(len(intros)))]
         ask = asks[int(rng.integers(len(asks)))].format(question=story.question)
         places = np.sort(rng.random(len(story.facts)))
-        specials = 1 + (self._add_bos and self._tokenizer.bos_token_id is not None)
+        specials = 1 + len(opening(self._tokenizer, self._add_bos))
 
         def text(context: str) -> str:
             return f"{intro}\n{context}\n{ask}{story.answer}"

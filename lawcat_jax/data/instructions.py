@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from lawcat_jax.config.choices import Bos
 from lawcat_jax.data import text as text_data
-from lawcat_jax.data.tokenize import Tokenizer, encode_offsets
+from lawcat_jax.data.tokenize import Tokenizer, encode_offsets, opening
 from lawcat_jax.errors import UserError
 
 Message = dict[str, str]  # "role": "system" | "user" | "assistant"; "content"
@@ -74,7 +75,7 @@ def messages(row: dict[str, Any], where: str = "row") -> list[Message]:
 
 
 def encode_conversation(
-    tokenizer: Tokenizer, row: dict[str, Any], *, add_bos: bool = True
+    tokenizer: Tokenizer, row: dict[str, Any], *, add_bos: bool | Bos = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens int32 [n], answers bool [n]): which tokens belong to an answer, the mark that ends it included.
 
@@ -111,14 +112,13 @@ def encode_conversation(
         spans.append((len(prompt) + 1, len(text)))
         closing = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoding = encode_offsets(tokenizer, text)
-    bos = tokenizer.bos_token_id
-    opening = [bos] if add_bos and bos is not None and encoding.ids[:1] != [bos] else []
+    bos = opening(tokenizer, add_bos, encoding.ids)
     ends = np.asarray([end for _, end in encoding.offsets], np.int64)
     answers = np.zeros(len(ends), bool)
     for start, end in spans:  # a token that reaches into an answer belongs to it
         answers[np.searchsorted(ends, start, side="right") : np.searchsorted(ends, end, side="left") + 1] = True
-    tokens = np.asarray([*opening, *encoding.ids, *closing], np.int32)
-    return tokens, np.asarray([*[False] * len(opening), *answers, *[True] * len(closing)], bool)
+    tokens = np.asarray([*bos, *encoding.ids, *closing], np.int32)
+    return tokens, np.asarray([*[False] * len(bos), *answers, *[True] * len(closing)], bool)
 
 
 def _templated(tokenizer: Tokenizer, turns: list[Message], add_generation_prompt: bool = False) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from lawcat_jax.config.choices import Bos
 from lawcat_jax.data.haystack import NOISE, Haystack
 from lawcat_jax.data.samples import EvalSample, fit, in_threads, sample_rng
 from lawcat_jax.data.sentences import split_sentences
@@ -107,7 +108,7 @@ def draw_eval_samples(
     seed: int = 42,
     haystack: Haystack | None = None,
     *,
-    add_bos: bool = True,
+    add_bos: bool | Bos = True,
 ) -> Iterator[EvalSample]:
     """S-NIAH-``variant`` prompts one by one: prompt and 128 new tokens take at most ``length`` tokens, and at least 99 %
     of it.
@@ -145,7 +146,7 @@ def _eval_sample(
     seed: int,
     index: int,
     haystack: Haystack | None,
-    add_bos: bool,
+    add_bos: bool | Bos,
     guess: int,
 ) -> tuple[EvalSample, int]:
     rng = sample_rng("eval", seed, index)

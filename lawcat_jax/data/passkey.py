@@ -16,9 +16,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from lawcat_jax.config.choices import Bos
 from lawcat_jax.data.haystack import NOISE
 from lawcat_jax.data.samples import Sample, check_eos, in_threads, sample_rng, text_sample
-from lawcat_jax.data.tokenize import Tokenizer, decode, encode, encode_offsets, encode_prompt
+from lawcat_jax.data.tokenize import Tokenizer, decode, encode, encode_offsets, encode_prompt, opening
 from lawcat_jax.errors import UserError
 
 HAY = NOISE
@@ -48,16 +49,16 @@ class PasskeyGenerator:
 
     Args:
       tokenizer: a fast Hugging Face tokenizer.
-      add_bos: put the tokenizer's bos token first, if it has one.
+      add_bos: whether the tokenizer's bos token comes first; see :func:`lawcat_jax.data.tokenize.opening`.
 
     Raises:
       UserError: for a tokenizer without character offsets or without an eos token.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, add_bos: bool = True):
+    def __init__(self, tokenizer: Tokenizer, *, add_bos: bool | Bos = True):
         check_eos(tokenizer, "passkey")
         self._tokenizer = tokenizer
-        self._bos = [tokenizer.bos_token_id] if add_bos and tokenizer.bos_token_id is not None else []
+        self._bos = opening(tokenizer, add_bos)
         self._extra = len(self._bos) + 1  # eos
 
     def sample_words(self, rng: np.random.Generator, max_words: int) -> PasskeySample:
@@ -193,14 +194,16 @@ def landmark_prompt(characters: int, j: int) -> tuple[str, str]:
     return "\n".join(lines), key
 
 
-def landmark_sample(tokenizer: Tokenizer, characters: int, j: int, *, add_bos: bool = True) -> PasskeySample:
+def landmark_sample(tokenizer: Tokenizer, characters: int, j: int, *, add_bos: bool | Bos = True) -> PasskeySample:
     """Test ``j`` at a hay length in characters; ``tokens`` is the prompt alone (``answer_start == len(tokens)``)."""
     prompt, key = landmark_prompt(characters, j)
     tokens = np.asarray(encode_prompt(tokenizer, prompt, add_bos=add_bos), np.int32)
     return PasskeySample(tokens, len(tokens), len(tokens), key, prompt)
 
 
-def landmark_sample_tokens(tokenizer: Tokenizer, max_tokens: int, j: int, *, add_bos: bool = True) -> PasskeySample:
+def landmark_sample_tokens(
+    tokenizer: Tokenizer, max_tokens: int, j: int, *, add_bos: bool | Bos = True
+) -> PasskeySample:
     """Test ``j`` with as much hay as fits: prompt and answer together take at most ``max_tokens`` tokens.
 
     Raises:
@@ -236,7 +239,7 @@ def _landmark_characters_per_token(tokenizer: Tokenizer) -> float:
 
 
 def draw_eval_samples(
-    tokenizer: Tokenizer, *, form: str, length: int, samples: int, seed: int, add_bos: bool = True
+    tokenizer: Tokenizer, *, form: str, length: int, samples: int, seed: int, add_bos: bool | Bos = True
 ) -> Iterator[PasskeySample]:
     """Evaluation samples of at most ``length`` tokens, one by one.
 
@@ -259,7 +262,7 @@ def draw_eval_samples(
 
 
 def eval_samples(
-    tokenizer: Tokenizer, *, form: str, length: int, samples: int, seed: int, add_bos: bool = True
+    tokenizer: Tokenizer, *, form: str, length: int, samples: int, seed: int, add_bos: bool | Bos = True
 ) -> list[PasskeySample]:
     """All of :func:`draw_eval_samples`."""
     drawn = draw_eval_samples(tokenizer, form=form, length=length, samples=samples, seed=seed, add_bos=add_bos)

@@ -14,12 +14,13 @@ import math
 
 import numpy as np
 
+from lawcat_jax.config.choices import Bos
 from lawcat_jax.data import niah, wordings
 from lawcat_jax.data.haystack import NOISE, Haystack
 from lawcat_jax.data.passkey import TASK
 from lawcat_jax.data.samples import Sample, check_eos, fit, text_sample
 from lawcat_jax.data.sentences import split_sentences
-from lawcat_jax.data.tokenize import Tokenizer, encode, encode_offsets
+from lawcat_jax.data.tokenize import Tokenizer, encode, encode_offsets, opening
 from lawcat_jax.errors import UserError
 
 HAYS = ("noise", "books", "mixed")
@@ -66,7 +67,7 @@ class RetrievalGenerator:
         wording: str,
         hay: str = "noise",
         haystack: Haystack | None = None,
-        add_bos: bool = True,
+        add_bos: bool | Bos = True,
     ):
         known = ("paper", *wordings.WORDINGS) if task == "niah" else tuple(wordings.WORDINGS)
         if wording not in known:
@@ -77,11 +78,12 @@ class RetrievalGenerator:
             raise UserError(f"hay {hay!r} needs books: name a text source in hay_source")
         check_eos(tokenizer, task)
         self._tokenizer, self._task, self._wording = tokenizer, task, wording
-        self._hay, self._haystack, self._add_bos = hay, haystack, add_bos
+        self._hay, self._haystack = hay, haystack
+        self._add_bos: bool | Bos = add_bos
         sentences = haystack.passage(np.random.default_rng(0), 4000) if haystack is not None else split_sentences(NOISE)
         typical = " ".join(sentences)  # characters a token, with some to spare: hay is cut to fit
         self._characters_per_token = 1.25 * len(typical) / max(1, len(encode(tokenizer, typical)))
-        self._specials = 1 + (add_bos and tokenizer.bos_token_id is not None)
+        self._specials = 1 + len(opening(tokenizer, add_bos))
 
     def sample_tokens(self, rng: np.random.Generator, max_tokens: int, *, target_tokens: int | None = None) -> Sample:
         """A sample of at most ``max_tokens`` tokens, bos and eos included, filled to ``target_tokens`` (default: all).

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lawcat_jax.data.tokenize import Tokenizer, encode_offsets
+from lawcat_jax.config.choices import Bos
+from lawcat_jax.data.tokenize import Tokenizer, encode_offsets, opening
 from lawcat_jax.errors import UserError
 
 T = TypeVar("T")
@@ -116,7 +117,7 @@ def text_sample(
     *,
     needle_end: int = 0,
     question_start: int = 0,
-    add_bos: bool = True,
+    add_bos: bool | Bos = True,
     encoding: Any = None,
 ) -> Sample:
     """The sample of a text that ends with ``answer``: bos, the text in one tokenizer call, eos.
@@ -126,7 +127,7 @@ def text_sample(
     answer. ``needle_end`` and ``question_start`` are characters of ``text``, ``encoding`` is the text's where it is known.
     """
     encoding = encode_offsets(tokenizer, text) if encoding is None else encoding
-    bos = [tokenizer.bos_token_id] if add_bos and tokenizer.bos_token_id is not None else []
+    bos = opening(tokenizer, add_bos, encoding.ids)
     ends = np.asarray([end for _, end in encoding.offsets], np.int64)
 
     def first_token_after(character: int) -> int:

@@ -21,7 +21,7 @@ from lawcat_jax.data.instructions import conversations, encode_conversation
 from lawcat_jax.data.passkey import PasskeyGenerator
 from lawcat_jax.data.retrieval import RetrievalGenerator
 from lawcat_jax.data.samples import Sample, sample_rng
-from lawcat_jax.data.tokenize import Tokenizer
+from lawcat_jax.data.tokenize import Tokenizer, opening
 from lawcat_jax.errors import UserError
 
 
@@ -185,7 +185,7 @@ class TextSource:
             text_key=data.text_key,
             max_tokens=wanted * seq_length + 1 if text_data.is_remote(source) else None,
         )
-        self._bos = tokenizer.bos_token_id if data.add_bos else None
+        self._bos = tokenizer.bos_token_id if opening(tokenizer, data.add_bos) else None
         self._packed = text_data.PackedText(self._tokens, seq_length, bos_id=self._bos, source=source)
         self._seq_length = seq_length
         total = len(self._packed)

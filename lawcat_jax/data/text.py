@@ -1,34 +1,35 @@
 """Text sources, and their tokens as one flat random-access array that is cut into training sequences.
 
 A source is read once: its documents are tokenized in order, an eos token closes each, and the ids go to a
-cache file (2 or 4 bytes a token) that is memory-mapped from then on. So a sequence is read in O(1) at any
+cache file (2 or 4 bytes a token) that is checked and memory-mapped from then on. So a sequence is read in O(1) at any
 position, memory stays small whatever the size of the source, and a resumed or repeated run starts at once.
 Local files are taken whole. Remote sources (``hf:``, ``tfds:``) are read in their stored order until there
 are enough tokens for ``num_samples`` sequences: raise that number to see more of a large corpus.
 
-The cache lies in ``$LAWCAT_CACHE``, else ``$XDG_CACHE_HOME/lawcat_jax``, else ``~/.cache/lawcat_jax``. Its key
-covers the tokenizer, the source and (local files) sizes and times; a changed hub dataset needs an emptied cache.
+A file of the cache (:mod:`lawcat_jax.data.token_cache`) is named by the tokenizer, the source and (local files) sizes
+and times; a changed hub dataset needs an emptied cache.
 """
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lawcat_jax.data.tokenize import Tokenizer, encode, encode_many, fingerprint
+from lawcat_jax.config.choices import TEXT_SUFFIXES
+from lawcat_jax.data import token_cache
+from lawcat_jax.data.tokenize import Tokenizer, check_ids, encode, encode_many, fingerprint
 from lawcat_jax.errors import UserError
-from lawcat_jax.files import user_cache
 from lawcat_jax.runtime import network
 
-_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _PIECE = 1 << 16  # characters given to the tokenizer at once; its transient memory is about 100 bytes a token
 _BATCH = 32  # pieces a call, encoded in parallel
 
@@ -45,29 +46,60 @@ def local_files(source: str) -> list[Path]:
       UserError: when nothing matches, or a file has an unknown suffix.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
-        if not files:
-            raise UserError(f"text source {source!r}: the directory holds no {', '.join(_SUFFIXES)} file")
-        return files
-    if path.is_file():
-        files = [path]
-    else:
-        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    try:
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
+            # Beside other files .md usually describes them; a directory of nothing else is a text.
+            files = [file for file in files if file.suffix != ".md"] or files
+            if not files:
+                raise UserError(f"text source {source!r}: the directory holds no {', '.join(TEXT_SUFFIXES)} file")
+            return files
+        if path.is_file():
+            files = [path]
+        else:
+            files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    except (OSError, ValueError) as problem:  # ValueError: a NUL character
+        reason = getattr(problem, "strerror", None) or problem
+        raise UserError(f"text source {source!r}: cannot be looked up ({reason})") from None
     if not files:
         raise UserError(f"text source {source!r}: no such file, and no file matches it as a pattern")
     for file in files:
-        if file.suffix not in _SUFFIXES:
-            raise UserError(f"text source {str(file)!r}: unknown suffix, expected one of {', '.join(_SUFFIXES)}")
+        if file.suffix not in TEXT_SUFFIXES:
+            raise UserError(f"text source {str(file)!r}: unknown suffix, expected one of {', '.join(TEXT_SUFFIXES)}")
     return files
 
 
 def documents(source: str, text_key: str = "text") -> Iterator[str]:
-    """Documents of a source in a fixed order: a .txt file is one document, a row or line of the others is one.
+    """Documents of a source in a fixed order: a .txt or .md file is one document, a row or line of the others is one.
+
+    Bytes of a row that are not UTF-8, and lone surrogates, are read as U+FFFD; how many there were is printed at the end.
 
     Raises:
       UserError: naming the source and what is wrong (no match, empty file, missing key, unreadable, offline).
     """
+    replaced = 0
+    try:
+        for document in _documents(source, text_key):
+            document, count = mended(document)
+            replaced += count
+            yield document
+    except OSError as problem:
+        raise UserError(f"text source {source!r}: cannot be read ({problem.strerror or problem})") from problem
+    finally:
+        _say_replaced(replaced, source)
+
+
+def mended(text: str) -> tuple[str, int]:
+    """Text without lone surrogates, which no tokenizer takes: each is U+FFFD; and how many there were."""
+    return _SURROGATE.subn("\ufffd", text)
+
+
+def _say_replaced(count: int, source: str) -> None:
+    if count:
+        print(f"text source {source!r}: {count} bytes or characters that are no Unicode are read as U+FFFD", flush=True)
+
+
+def _documents(source: str, text_key: str) -> Iterator[str]:
     if source.startswith("tfds:"):
         yield from _tfds_documents(source, text_key)
     elif source.startswith("hf:"):
@@ -76,8 +108,7 @@ def documents(source: str, text_key: str = "text") -> Iterator[str]:
         for file in local_files(source):
             if file.stat().st_size == 0:
                 raise UserError(f"text source {str(file)!r}: the file is empty")
-            reader = {".txt": _txt_documents, ".jsonl": _jsonl_documents, ".parquet": _parquet_documents}[file.suffix]
-            yield from reader(file, text_key)
+            yield from _READERS[file.suffix](file, text_key)
 
 
 def _txt_documents(file: Path, text_key: str) -> Iterator[str]:
@@ -97,10 +128,12 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as problem:
+            try:  # bytes that are not UTF-8 become surrogates, which are counted and replaced later
+                row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape"))
+            except ValueError as problem:
                 raise UserError(f"text source {str(file)!r}, line {number}: not JSON ({problem})") from problem
+            except RecursionError:
+                raise UserError(f"text source {str(file)!r}, line {number}: JSON nested too deeply") from None
             yield f"{str(file)!r}, line {number}", row
 
 
@@ -110,17 +143,32 @@ def _parquet_documents(file: Path, text_key: str) -> Iterator[str]:
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
-    except (pyarrow.ArrowInvalid, OSError) as problem:
-        raise UserError(f"text source {str(file)!r}: not a readable parquet file ({problem})") from problem
+    except (pyarrow.ArrowException, OSError) as problem:
+        raise UserError(f"text source {str(file)!r}: not a readable parquet file ({_first_line(problem)})") from problem
     with table:
         if text_key not in table.schema_arrow.names:
             names = ", ".join(table.schema_arrow.names)
             raise UserError(f"text source {str(file)!r}: no column {text_key!r} (text_key); it has {names}")
         row = 0
-        for batch in table.iter_batches(batch_size=256, columns=[text_key]):
-            for value in batch.column(0).to_pylist():
-                yield _text(value, text_key, f"{str(file)!r}, row {row}")
-                row += 1
+        try:
+            for batch in table.iter_batches(batch_size=256, columns=[text_key]):
+                column = batch.column(0)
+                if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+                    column = column.cast(pyarrow.large_binary())  # decoded below: its bytes need not be UTF-8
+                for value in column.to_pylist():
+                    yield _text(value, text_key, f"{str(file)!r}, row {row}")
+                    row += 1
+        except (pyarrow.ArrowException, OSError) as problem:
+            reason = _first_line(problem)
+            raise UserError(f"text source {str(file)!r}: damaged after row {row} ({reason})") from problem
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+    ".txt": _txt_documents,
+    ".md": _txt_documents,
+    ".jsonl": _jsonl_documents,
+    ".parquet": _parquet_documents,
+}
 
 
 def _tfds_documents(source: str, text_key: str) -> Iterator[str]:
@@ -183,10 +231,28 @@ def rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"source {source!r}: rows of several fields come from .jsonl or .parquet files or hf:...")
     else:
         found = (pair for file in local_files(source) for pair in _file_rows(file))
-    for where, row in found:
-        if not isinstance(row, dict):
-            raise UserError(f"source {where}: a {type(row).__name__}, not an object with fields")
-        yield where, row
+    replaced = 0
+
+    def sound(value: Any) -> Any:
+        nonlocal replaced
+        if isinstance(value, str):
+            value, count = mended(value)
+            replaced += count
+        elif isinstance(value, list):
+            value = [sound(item) for item in value]
+        elif isinstance(value, dict):
+            value = {key: sound(item) for key, item in value.items()}
+        return value
+
+    try:
+        for where, row in found:
+            if not isinstance(row, dict):
+                raise UserError(f"source {where}: a {type(row).__name__}, not an object with fields")
+            yield where, sound(row)
+    except OSError as problem:
+        raise UserError(f"source {source!r}: cannot be read ({problem.strerror or problem})") from problem
+    finally:
+        _say_replaced(replaced, source)
 
 
 def _file_rows(file: Path) -> Iterator[tuple[str, Any]]:
@@ -199,10 +265,10 @@ def _file_rows(file: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(file)
-    except (pyarrow.ArrowInvalid, OSError) as problem:
-        raise UserError(f"source {str(file)!r}: not a readable parquet file ({problem})") from problem
-    for number, row in enumerate(table.to_pylist()):
+        found = pyarrow.parquet.read_table(file).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as problem:  # ValueError: bytes that are not UTF-8
+        raise UserError(f"source {str(file)!r}: not a readable parquet file ({_first_line(problem)})") from problem
+    for number, row in enumerate(found):
         yield f"{str(file)!r}, row {number}", row
 
 
@@ -224,13 +290,9 @@ def _field(row: object, key: str, where: str) -> str:
 
 def _text(value: object, key: str, where: str) -> str:
     if isinstance(value, bytes):
-        value = value.decode("utf-8", errors="replace")
+        value = value.decode("utf-8", errors="surrogateescape")
     if not isinstance(value, str):
         raise UserError(f"text source {where}: field {key!r} holds a {type(value).__name__}, not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # lone surrogates, which JSON can spell
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return value
 
 
@@ -280,42 +342,44 @@ def load_tokens(
 ) -> np.ndarray:
     """All tokens of a source (the first ``max_tokens`` of it), as a flat read-only array, uint16 or int32.
 
-    Tokenizes at the first call and memory-maps the cached result afterwards. Where the cache cannot be
-    written the array is held in memory.
+    Tokenizes at the first call and memory-maps the cached result afterwards; a damaged cache file is made again, with one
+    line. Where the cache cannot be written the array is held in memory.
 
     Raises:
-      UserError: see :func:`documents`; also when the source has no tokens.
+      UserError: see :func:`documents`; also when the source has no tokens, or one beyond the model's embedding.
     """
     facts = [source, text_key, max_tokens, fingerprint(tokenizer)]
     if not is_remote(source):
         facts += [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in local_files(source)]
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
-    name = hashlib.sha256(repr(facts).encode()).hexdigest()[:32] + f".{dtype.name}"
-    cached = _cache_directory() / name
-    if cached.is_file() and cached.stat().st_size:
-        return np.memmap(cached, dtype, mode="r")
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=name + ".", suffix=".partial", dir=cached.parent)
-    except OSError:
-        chunks = list(_limited(token_chunks(source, tokenizer, text_key), max_tokens))
-        return _not_empty(np.concatenate(chunks or [np.zeros(0, np.int64)]).astype(dtype), source)
-    try:
-        with os.fdopen(handle, "wb") as out:
-            for chunk in _limited(token_chunks(source, tokenizer, text_key), max_tokens):
-                out.write(chunk.astype(dtype).tobytes())
-            written = out.tell()
-        _not_empty(range(written), source)
-        os.replace(partial, cached)
-    finally:
-        Path(partial).unlink(missing_ok=True)
-    return np.memmap(cached, dtype, mode="r")
+    name = hashlib.sha256(repr(facts).encode()).hexdigest()[:32] + f".{dtype.name}.tokens"
+    cached = token_cache.directory() / name
 
+    def chunks() -> Iterator[np.ndarray]:
+        return _limited(token_chunks(source, tokenizer, text_key), max_tokens)
 
-def _cache_directory() -> Path:
-    if os.environ.get("LAWCAT_CACHE"):
-        return Path(os.environ["LAWCAT_CACHE"]).expanduser()
-    return user_cache() / "tokens"
+    try:
+        try:
+            tokens, largest = token_cache.open_tokens(cached, dtype)
+        except (token_cache.DamagedCacheError, FileNotFoundError) as problem:
+            if not isinstance(problem, FileNotFoundError):
+                print(f"token cache {cached} is damaged ({problem}): tokenizing {source} again", flush=True)
+            token_cache.write_tokens(cached, dtype, chunks())
+            if not cached.is_file():
+                raise _no_text(source) from None
+            tokens, largest = token_cache.open_tokens(cached, dtype)
+    except (OSError, token_cache.DamagedCacheError) as problem:
+        if not isinstance(problem, NotADirectoryError | PermissionError):  # a cache that nobody may write is no fault
+            reason = getattr(problem, "strerror", None) or problem
+            print(
+                f"token cache {cached} cannot be used ({reason}): the tokens of {source} are kept in memory", flush=True
+            )
+        tokens = np.concatenate([chunk.astype(dtype) for chunk in chunks()] or [np.zeros(0, dtype)])
+        if not len(tokens):
+            raise _no_text(source) from None
+        largest = int(tokens.max())
+    check_ids(tokenizer, largest, f"text source {source!r}")
+    return tokens
 
 
 def _limited(chunks: Iterator[np.ndarray], limit: int | None) -> Iterator[np.ndarray]:
@@ -330,10 +394,8 @@ def _limited(chunks: Iterator[np.ndarray], limit: int | None) -> Iterator[np.nda
             return
 
 
-def _not_empty(tokens, source: str):
-    if not len(tokens):
-        raise UserError(f"text source {source!r}: it holds no text")
-    return tokens
+def _no_text(source: str) -> UserError:
+    return UserError(f"text source {source!r}: it holds no text")
 
 
 class PackedText:

@@ -2,34 +2,47 @@
 
 Special tokens are never left to a tokenizer's template: :func:`encode` adds none, and callers put bos and
 eos where the data format wants them. So every tokenizer family gives the same sample layout.
+
+A tokenizer may know tokens that the model has no embedding for (added after training, never trained). One rule holds
+everywhere: :func:`fit_embedding` accepts it as long as they are added ones, and encoding a text that holds one is an error.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lawcat_jax.config.choices import Bos
 from lawcat_jax.errors import UserError
+from lawcat_jax.files import read_in_one_line
 from lawcat_jax.runtime import network
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase; transformers is imported only where a tokenizer is loaded
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
+_ROLES = ("tokenizer_config.json", "special_tokens_map.json")  # the files that say which tokens are special
 
 
 def load_tokenizer(source: str | os.PathLike, *, revision: str | None = None) -> Tokenizer:
     """Load a tokenizer from a directory (also a model directory), ``asset:<name>`` or a Hugging Face hub id.
 
+    Special tokens are those that transformers finds (tokenizer_config.json, special_tokens_map.json). Truncation and
+    padding, which some tokenizer.json files were saved with, are switched off.
+
     Raises:
       UserError: when nothing usable is found; the message names the source.
     """
+    with read_in_one_line(os.fspath(source)):
+        return _load(os.fspath(source), revision)
+
+
+def _load(name: str, revision: str | None) -> Tokenizer:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # "PyTorch was not found": it is not needed here
     import transformers
 
-    name = os.fspath(source)
     if name.startswith("asset:"):
         path = _ASSETS / name.removeprefix("asset:")
         if not path.is_dir():
@@ -40,18 +53,28 @@ def load_tokenizer(source: str | os.PathLike, *, revision: str | None = None) ->
     local = Path(name).is_dir()
     if not local and (name.startswith((".", "/", "~")) or Path(name).exists()):
         raise UserError(f"tokenizer {name!r}: not a directory")
-    if local and not any((Path(name) / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if local and not any((Path(name) / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"tokenizer {name!r}: the directory has no tokenizer.json, tokenizer.model or vocab.json")
-    if local and (Path(name) / "tokenizer.json").exists() and not (Path(name) / "tokenizer_config.json").exists():
-        return _from_tokenizer_file(Path(name) / "tokenizer.json")
+    if local and (Path(name) / "tokenizer.json").is_file() and not any((Path(name) / file).exists() for file in _ROLES):
+        return _plain(_from_tokenizer_file(Path(name) / "tokenizer.json"))
     if not local:
         network.hub_or_offline()
     try:
         # Code that comes with a model is not run for its tokenizer, and nobody is asked whether it should be.
-        return transformers.AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return _plain(tokenizer)
     except Exception as problem:  # transformers raises many types here, from OSError to KeyError
-        reason = str(problem).strip().split("\n")[0]
+        reason = (str(problem).strip() or type(problem).__name__).split("\n")[0]
         raise UserError(f"tokenizer {name!r} cannot be loaded: {reason}") from problem
+
+
+def _plain(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer without the truncation and padding that its file may have been saved with."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    return tokenizer
 
 
 def _from_tokenizer_file(path: Path) -> Tokenizer:
@@ -74,19 +97,67 @@ def _from_tokenizer_file(path: Path) -> Tokenizer:
     return tokenizer
 
 
+def fit_embedding(tokenizer: Tokenizer, rows: int, where: str) -> Tokenizer:
+    """The tokenizer, made to refuse texts with tokens that a model of ``rows`` embeddings does not have.
+
+    Args:
+      tokenizer: changed in place.
+      rows: the model's vocabulary.
+      where: named in messages, e.g. the tokenizer's path.
+
+    Raises:
+      UserError: its own vocabulary, without added tokens, is larger than the model's, or bos or eos is beyond it.
+    """
+    if tokenizer.vocab_size > rows:
+        raise UserError(f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary only {rows}")
+    for role in ("bos", "eos"):
+        number = getattr(tokenizer, f"{role}_token_id")
+        if number is not None and number >= rows:
+            token = getattr(tokenizer, f"{role}_token")
+            raise UserError(
+                f"{where}: the {role} token {token!r} has id {number}, the model's vocabulary only {rows} tokens; name "
+                "the tokenizer that the model was trained with"
+            )
+    tokenizer._embedding_rows = rows
+    return tokenizer
+
+
+def check_ids(tokenizer: Tokenizer, ids: int | Sequence[int], where: str = "this text") -> None:
+    """Refuse ids (or the largest of them) that the model has no embedding for; see :func:`fit_embedding`.
+
+    Raises:
+      UserError: naming the token.
+    """
+    rows = getattr(tokenizer, "_embedding_rows", None)
+    largest = ids if isinstance(ids, int) else max(ids, default=0)
+    if rows is not None and largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(int(largest))
+        raise UserError(
+            f"{where} holds the token {token!r} (id {largest}), which was added to the tokenizer, but the model has "
+            f"embeddings for {rows} tokens only; take it out of the text"
+        )
+
+
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of ``text``, without special tokens."""
+    """Token ids of ``text``, without special tokens.
+
+    Raises:
+      UserError: the text has a token beyond the model's embedding (:func:`fit_embedding`).
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        return backend.encode(text, add_special_tokens=False).ids
-    return tokenizer.encode(text, add_special_tokens=False)
+        ids = backend.encode(text, add_special_tokens=False).ids
+    else:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+    check_ids(tokenizer, ids)
+    return ids
 
 
 def encode_offsets(tokenizer: Tokenizer, text: str) -> Any:
     """The ``tokenizers.Encoding`` of ``text``: ``.ids``, ``.offsets`` (characters) and ``len()``.
 
     Raises:
-      UserError: when the tokenizer is a slow (pure Python) one, which has no offsets.
+      UserError: when the tokenizer is a slow (pure Python) one, which has no offsets; else as :func:`encode`.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -94,17 +165,56 @@ def encode_offsets(tokenizer: Tokenizer, text: str) -> Any:
             f"tokenizer {getattr(tokenizer, 'name_or_path', '?')!r}: passkey data needs character offsets, which only "
             "tokenizers with a tokenizer.json give; convert it with transformers' convert_slow_tokenizer"
         )
-    return backend.encode(text, add_special_tokens=False)
+    encoding = backend.encode(text, add_special_tokens=False)
+    check_ids(tokenizer, encoding.ids)
+    return encoding
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str, *, add_bos: bool = True) -> list[int]:
-    """Token ids of a prompt: bos (when the tokenizer has one and ``add_bos``), then the text."""
-    bos = [tokenizer.bos_token_id] if add_bos and tokenizer.bos_token_id is not None else []
-    return bos + encode(tokenizer, text)
+def encode_prompt(tokenizer: Tokenizer, text: str, *, add_bos: bool | Bos = True) -> list[int]:
+    """Token ids of a prompt: bos as :func:`opening` says, then the text."""
+    ids = encode(tokenizer, text)
+    return opening(tokenizer, add_bos, ids) + ids
+
+
+def opening(tokenizer: Tokenizer, add_bos: bool | Bos, ids: Sequence[int] = ()) -> list[int]:
+    """What stands in front of the ``ids`` of a text: the bos token, or nothing.
+
+    Args:
+      tokenizer: a tokenizer without a bos token gives nothing.
+      add_bos: ``auto`` asks the tokenizer whether it puts bos in front of texts; True and ``always``, False and ``never``
+        do not.
+      ids: of the text; where they begin with bos (as chat templates do) there is no second one.
+    """
+    bos = tokenizer.bos_token_id
+    if bos is None or add_bos in (False, "never") or (len(ids) and ids[0] == bos):
+        return []
+    return [bos] if add_bos in (True, "always") or adds_bos(tokenizer) else []
+
+
+def adds_bos(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer, called on a text as transformers does it, puts its bos token in front."""
+    known = getattr(tokenizer, "_adds_bos", None)
+    if known is None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        ids = backend.encode("a").ids if backend is not None else tokenizer.encode("a")
+        known = tokenizer._adds_bos = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+    return known
+
+
+def set_bos_rule(tokenizer: Tokenizer, rule: Bos) -> Tokenizer:
+    """The tokenizer, with what ``add_bos`` is for the model that it belongs to (see :func:`bos_rule`)."""
+    tokenizer._bos_rule = rule
+    return tokenizer
+
+
+def bos_rule(tokenizer: Tokenizer) -> Bos:
+    """``add_bos`` for prompts and texts of evaluation and generation: ``auto`` unless :func:`set_bos_rule` said otherwise."""
+    return getattr(tokenizer, "_bos_rule", "auto")
 
 
 def encode_many(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of several texts, without special tokens; fast tokenizers use all cores."""
+    """Token ids of several texts, without special tokens; fast tokenizers use all cores. Ids beyond the model's embedding
+    are left to the caller (:func:`check_ids`), who knows where the texts are from."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
@@ -118,9 +228,11 @@ def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
 
 def pad_id(tokenizer: Tokenizer) -> int:
     """The id that fills a batch's padding. Padding is masked everywhere, so any valid id would do."""
+    rows = getattr(tokenizer, "_embedding_rows", None)
     for name in ("pad_token_id", "eos_token_id"):
-        if getattr(tokenizer, name) is not None:
-            return int(getattr(tokenizer, name))
+        number = getattr(tokenizer, name)
+        if number is not None and (rows is None or number < rows):  # padding beyond the embedding would be NaN
+            return int(number)
     return 0
 
 

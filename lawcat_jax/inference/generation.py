@@ -7,6 +7,7 @@ prompt lengths; the student's memory does not grow with the length at all.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from lawcat_jax.errors import UserError
 from lawcat_jax.models import bind, num_linear
 from lawcat_jax.models.cache import Cache
+from lawcat_jax.models.finite import not_finite_error
 from lawcat_jax.runtime.distributed import on_host
 from lawcat_jax.runtime.sharding import batch_shards, constrain, mesh_of
 
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
 SMALLEST_BUCKET = 16
 SMALLER_CHUNK, LARGEST_CHUNK = 1024, 8192
 BUSY_TOKENS = 16384
+LONGEST = 2**26
+"""[tokens] Prompt and answer at most; far above what any machine runs."""
+NOT_FINITE = -2
+"""Stands for the next token where its logits are NaN or infinite."""
 
 
 def bucket(size: int, largest: int | None = None) -> int:
@@ -67,11 +73,13 @@ def prefill_chunk(
 
 
 def _choose(logits, step, keys, temperature):
-    """Next tokens [B]: the most likely where temperature is 0, else drawn with a key of the sequence and the step."""
+    """Next tokens [B]: the most likely where temperature is 0, else drawn with a key of the sequence and the step;
+    :data:`NOT_FINITE` where there is none."""
     step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
     scaled = logits / jnp.maximum(temperature, 1e-6)
     drawn = jax.vmap(jax.random.categorical)(step_keys, scaled)
-    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+    tokens = jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+    return jnp.where(jnp.all(jnp.isfinite(logits), axis=-1), tokens, NOT_FINITE)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher"), donate_argnames=("cache",))
@@ -108,7 +116,7 @@ def _decode_loop(params, cache, logits, done, limit, eos, keys, temperature, *, 
         step, logits, cache, done, out = carry
         token = _choose(logits, step, keys, temperature)
         out = out.at[:, step].set(jnp.where(done, -1, token))
-        done = done | jnp.any(token[:, None] == eos, axis=1)
+        done = done | jnp.any(token[:, None] == eos, axis=1) | (token == NOT_FINITE)
         logits, cache = model.decode(token, cache, as_teacher=as_teacher)
         return step + 1, logits, cache, done, out
 
@@ -117,9 +125,16 @@ def _decode_loop(params, cache, logits, done, limit, eos, keys, temperature, *, 
     return out, logits, cache  # the last two only so that their donated buffers are reused
 
 
-def _check(graphdef, params, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _check(params, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, seed: int) -> None:
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens: {max_new_tokens} must be at least 1")
+    longest = max_new_tokens + max(map(len, prompts), default=0)
+    if longest > LONGEST:
+        raise UserError(f"a prompt and max_new_tokens take {longest} tokens together, more than can be run ({LONGEST})")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise UserError(f"temperature: {temperature} must be a number of at least 0")
+    if not -(2**63) <= seed < 2**63:
+        raise UserError(f"seed: {seed} must fit into 64 bits")
     vocabulary = params["embed"]["embedding"].shape[0]
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
@@ -207,9 +222,10 @@ def generate(
         chooses by the batch and the lengths (:func:`default_chunk`).
 
     Raises:
-      UserError: for an empty prompt, a token outside the vocabulary, or sizes out of range.
+      UserError: for an empty prompt, a token outside the vocabulary, sizes out of range, a temperature that is none, or
+        logits that are not finite (naming the layer).
     """
-    _check(graphdef, params, prompts, max_new_tokens)
+    _check(params, prompts, max_new_tokens, temperature, seed)
     if batch_size < 1 or prefill_chunk < 0:
         raise UserError(f"batch_size {batch_size} must be at least 1, and prefill_chunk {prefill_chunk} not negative")
     options = {"graphdef": graphdef, "as_teacher": as_teacher}
@@ -229,6 +245,8 @@ def generate(
             out, *_ = _decode_loop(params, cache, logits, done, limit, eos, keys, heat, capacity=capacity, **options)
         for number, row in zip(numbers, on_host(out), strict=False):
             answers[number] = [int(token) for token in row if token >= 0]
+            if np.any(row == NOT_FINITE):
+                raise not_finite_error(graphdef, params, [*prompts[number], *answers[number]], as_teacher=as_teacher)
     return answers
 
 
@@ -250,13 +268,16 @@ def stream(
     Raises:
       UserError: as :func:`generate`, at the first token asked for.
     """
-    _check(graphdef, params, [prompt], max_new_tokens)
+    _check(params, [prompt], max_new_tokens, temperature, seed)
     options = {"graphdef": graphdef, "as_teacher": as_teacher}
     cache, logits = _consume(graphdef, params, [prompt], max_new_tokens, prefill_chunk, as_teacher)
     keys, heat = _keys(seed, [0]), jnp.float32(temperature)
-    token = _first_token(logits, jnp.int32(0), keys, heat)
+    token, given = _first_token(logits, jnp.int32(0), keys, heat), list(prompt)
     for step in range(1, max_new_tokens + 1):
         value = int(token[0])
+        if value == NOT_FINITE:
+            raise not_finite_error(graphdef, params, given, as_teacher=as_teacher)
+        given.append(value)
         yield value
         if value in eos_ids or step == max_new_tokens:
             return

@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lawcat_jax.data.tokenize import Tokenizer, load_tokenizer
+from lawcat_jax.config.choices import Bos
+from lawcat_jax.data.tokenize import Tokenizer, fit_embedding, load_tokenizer, set_bos_rule
 from lawcat_jax.errors import UserError
 
 
@@ -51,7 +52,12 @@ class LoadedModel:
 
 
 def find_checkpoint(
-    checkpoint: str, *, revision: str | None = None, base: str | None = None, tokenizer: str | None = None
+    checkpoint: str,
+    *,
+    revision: str | None = None,
+    base: str | None = None,
+    tokenizer: str | None = None,
+    add_bos: Bos | None = None,
 ) -> FoundCheckpoint:
     """Look a checkpoint up without reading its weights; arguments and errors as in :func:`load_for_inference`."""
     if not checkpoint:
@@ -67,7 +73,10 @@ def find_checkpoint(
         raise UserError(
             f"{checkpoint}: no tokenizer in the checkpoint; name one with --tokenizer=<directory or hub id>"
         )
-    return FoundCheckpoint(source, run, load_tokenizer(files), opened.extra)
+    extra = opened.extra
+    # As the model was trained; students of earlier versions saw bos wherever there was one.
+    rule: Bos = add_bos or extra.get("add_bos") or ("always" if extra.get("stage") else "auto")
+    return FoundCheckpoint(source, run, set_bos_rule(load_tokenizer(files), rule), extra)
 
 
 def load_for_inference(
@@ -77,21 +86,23 @@ def load_for_inference(
     base: str | None = None,
     dtype: str = "auto",
     tokenizer: str | None = None,
+    add_bos: Bos | None = None,
 ) -> LoadedModel:
     """Load a checkpoint onto the default device.
 
     Args:
       checkpoint: a model directory, the folder of a finished run, a Hugging Face directory or hub id,
-        ``asset:<name>``, or a student's small file.
+        ``asset:<name>``, a student's small file, or a PEFT adapter.
       revision: of a hub repository.
-      base: the teacher of a student's small file; by default the one that it names.
+      base: the model that a student's small file or a PEFT adapter belongs to; by default the one that it names.
       dtype: of the pretrained weights: ``auto`` (bfloat16 on accelerators, float32 on CPU), ``float32``, ``bfloat16``.
       tokenizer: directory or hub id of a tokenizer to use instead of the checkpoint's.
+      add_bos: whether prompts and texts begin with the bos token; None is as the model was trained, else ``auto``.
 
     Raises:
       UserError: nothing loadable under that name, no tokenizer beside it, or one that does not fit the vocabulary.
     """
-    found = find_checkpoint(checkpoint, revision=revision, base=base, tokenizer=tokenizer)
+    found = find_checkpoint(checkpoint, revision=revision, base=base, tokenizer=tokenizer, add_bos=add_bos)
 
     import jax
 
@@ -100,12 +111,7 @@ def load_for_inference(
 
     bundle = load_model(found.source, revision=revision, base=base, dtype=dtype)
     graphdef, _ = abstract(bundle.model, bundle.attention, bundle.lora)
-    size, end = bundle.model.vocab_size, found.tokenizer.eos_token_id
-    # Added tokens do not count: some checkpoints have them beyond the vocabulary and never use them.
-    if found.tokenizer.vocab_size > size:
-        raise UserError(
-            f"{checkpoint}: the tokenizer has {found.tokenizer.vocab_size} tokens, the model's vocabulary only {size}"
-        )
+    end = fit_embedding(found.tokenizer, bundle.model.vocab_size, checkpoint).eos_token_id
     return LoadedModel(
         graphdef,
         jax.device_put(bundle.params),

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from lawcat_jax.config import EvalConfig
 from lawcat_jax.data import babilong
 from lawcat_jax.data.haystack import load_haystack, source_name
-from lawcat_jax.data.tokenize import Tokenizer, decode
+from lawcat_jax.data.tokenize import Tokenizer, bos_rule, decode
 from lawcat_jax.errors import UserError
 from lawcat_jax.tasks.cells import file_stamp
 from lawcat_jax.tasks.niah import Haystacked, asked, text_key
@@ -44,7 +44,7 @@ class Babilong(Haystacked):
 
     def samples(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> Iterator[Sample]:
         noise = load_haystack(settings.haystack, text_key(settings)) if length else None
-        options = {"facts": settings.babi, "noise": noise, "seed": settings.sample_seed}
+        options = {"facts": settings.babi, "noise": noise, "seed": settings.sample_seed, "add_bos": bos_rule(tokenizer)}
         for drawn in babilong.draw_eval_samples(tokenizer, self.question, length, settings.samples, **options):
             yield asked(drawn)
 

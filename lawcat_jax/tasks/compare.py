@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lawcat_jax.checkpoints.delta import is_delta
-from lawcat_jax.config import ConfigError, EvalConfig, from_dict, type_problems
+from lawcat_jax.config import Bos, ConfigError, EvalConfig, from_dict, type_problems
 from lawcat_jax.errors import UserError
 from lawcat_jax.inference.loading import FoundCheckpoint, find_checkpoint, load_for_inference
 from lawcat_jax.tasks.runner import Results, check_settings, run_evaluation
@@ -79,6 +78,7 @@ def evaluate_checkpoints(
     base: str | None = None,
     dtype: str = "auto",
     tokenizer: str | None = None,
+    add_bos: Bos | None = None,
     training_length: int | None = None,
 ) -> Results:
     """Evaluate checkpoints one after the other and report on them in one table and one figure.
@@ -90,8 +90,8 @@ def evaluate_checkpoints(
       given: fields of ``EvalConfig``; those that are missing or None are the first checkpoint's, else the defaults.
       output: folder of the reports. Default: ``eval/`` in the folder of a run, ``./eval_<name>/`` for anything else,
         so that nothing is written into a source. A report of other settings that lies there is kept.
-      base: the teacher of those checkpoints that are a student's small file.
-      revision, dtype, tokenizer: see :func:`lawcat_jax.inference.loading.load_for_inference`.
+      base: the model that those checkpoints belong to that are a student's small file or a PEFT adapter.
+      revision, dtype, tokenizer, add_bos: see :func:`lawcat_jax.inference.loading.load_for_inference`.
       training_length: in tokens, marked in the figure; default: the first checkpoint's.
 
     Raises:
@@ -99,11 +99,13 @@ def evaluate_checkpoints(
     """
     named = named_checkpoints(checkpoints)
     chosen_settings({}, given)  # mistakes in the flags show before anything is looked up
-    if base is not None and not any(is_delta(path) for path in named.values()):
-        raise UserError("--base belongs to a student's small file (convert --to=delta); no --checkpoint is one")
-    options = {"revision": revision, "tokenizer": tokenizer}
+    from lawcat_jax.checkpoints.model_dir import takes_base
+
+    if base is not None and not any(map(takes_base, named.values())):
+        raise UserError("--base goes with a student's small file or an adapter, and no --checkpoint is one")
+    options: dict[str, Any] = {"revision": revision, "tokenizer": tokenizer, "add_bos": add_bos}
     found = {
-        name: find_checkpoint(path, base=base if is_delta(path) else None, **options) for name, path in named.items()
+        name: find_checkpoint(path, base=base if takes_base(path) else None, **options) for name, path in named.items()
     }
     first = next(iter(found.values()))
     settings = chosen_settings(first.extra.get("eval") or {}, given)
@@ -130,11 +132,12 @@ def default_output(found: Mapping[str, FoundCheckpoint]) -> Path:
 def _models(
     named: Mapping[str, str], settings: EvalConfig, base: str | None, options: Mapping[str, Any]
 ) -> Iterator[Model]:
+    from lawcat_jax.checkpoints.model_dir import takes_base
     from lawcat_jax.runtime.sharding import spread
     from lawcat_jax.tasks.decoder_model import decoder_models
 
     for name, checkpoint in named.items():
-        loaded = load_for_inference(checkpoint, base=base if is_delta(checkpoint) else None, **options)
+        loaded = load_for_inference(checkpoint, base=base if takes_base(checkpoint) else None, **options)
         single = len(named) == 1
         models = decoder_models(
             loaded.graphdef,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,8 +14,10 @@ import numpy as np
 
 from lawcat_jax.data import tokenize
 from lawcat_jax.data.tokenize import Tokenizer
+from lawcat_jax.errors import UserError
 from lawcat_jax.inference.generation import bucket, default_chunk, empty_cache, generate, needs_room
 from lawcat_jax.models import bind
+from lawcat_jax.models.finite import not_finite_error
 from lawcat_jax.runtime.distributed import on_host
 from lawcat_jax.runtime.sharding import batch_shards, mesh_of
 from lawcat_jax.tasks.task import Generate, Model, NllSum, PositionNll
@@ -128,7 +131,10 @@ def model_nll(graphdef: Any, params: Any, *, as_teacher: bool) -> NllSum:
         names = ("tokens", "targets", "loss_weights", "lengths")
         with mesh_of(params):
             total, weight = nll(params, *(batch[name] for name in names), chunk=_divisor(batch["tokens"].shape[1]))
-        return float(total), float(weight)
+        total = float(total)
+        if not math.isfinite(total):
+            raise _not_finite(graphdef, params, batch, as_teacher)
+        return total, float(weight)
 
     return call
 
@@ -157,7 +163,10 @@ def position_nll(graphdef: Any, params: Any, *, as_teacher: bool, chunk: int = 0
                 sums, cache = step(params, cache, *arrays, part=_divisor(arrays[0].shape[1]))
                 parts.append(sums)
         totals = np.concatenate([on_host(part) for part in parts]).astype(np.float64)
-        return totals, np.asarray(batch["loss_weights"], np.float64).sum(axis=0)
+        counted = np.asarray(batch["loss_weights"], np.float64).sum(axis=0)
+        if not np.isfinite(totals[counted > 0]).all():
+            raise _not_finite(graphdef, params, batch, as_teacher)
+        return totals, counted
 
     return call
 
@@ -185,6 +194,14 @@ def _token_nll(model: Any, hidden: jax.Array, targets: jax.Array, chunk: int) ->
     return jnp.moveaxis(jax.lax.map(part, (split(hidden), split(targets))), 0, 1).reshape(rows, length)
 
 
+def _not_finite(graphdef: Any, params: Any, batch: Mapping[str, np.ndarray], as_teacher: bool) -> UserError:
+    rows = [row[:length] for row, length in zip(batch["tokens"], batch["lengths"], strict=True) if length]
+    problems = (not_finite_error(graphdef, params, row, as_teacher=as_teacher) for row in rows)
+    problem = next(problems, UserError("the likelihood of the text is not finite"))
+    # Other rows are tried only where the first one alone does not show a layer.
+    return next((other for other in (problem, *problems) if "the first is" in str(other)), problem)
+
+
 def _fingerprint(graphdef: Any, params: Any, tokenizer: Tokenizer) -> str:
     """A digest of weights, architecture and tokenizer. The weights are summed up where they lie, as integers, so that
     neither their number nor their sharding matters."""
@@ -192,7 +209,9 @@ def _fingerprint(graphdef: Any, params: Any, tokenizer: Tokenizer) -> str:
     with mesh_of(params):
         sums = _checksums(params)
     facts = [(jax.tree_util.keystr(path), int(value)) for path, value in jax.tree_util.tree_leaves_with_path(sums)]
-    text = repr([facts, model.config, model.attention_config, tokenize.fingerprint(tokenizer)])
+    text = repr(
+        [facts, model.config, model.attention_config, tokenize.fingerprint(tokenizer), tokenize.bos_rule(tokenizer)]
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -10,7 +10,7 @@ from lawcat_jax.config import EvalConfig
 from lawcat_jax.data import niah
 from lawcat_jax.data.haystack import load_haystack, source_name
 from lawcat_jax.data.samples import EvalSample
-from lawcat_jax.data.tokenize import Tokenizer, decode
+from lawcat_jax.data.tokenize import Tokenizer, bos_rule, decode
 from lawcat_jax.errors import UserError
 from lawcat_jax.tasks.cells import file_stamp
 from lawcat_jax.tasks.task import GenerationTask, Sample
@@ -55,8 +55,8 @@ class NiahSingle(Haystacked):
 
     def samples(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> Iterator[Sample]:
         hay = load_haystack(settings.haystack, text_key(settings)) if self.has_haystack else None
-        seed = settings.sample_seed
-        for drawn in niah.draw_eval_samples(tokenizer, self.number, length, settings.samples, seed, hay):
+        options = {"seed": settings.sample_seed, "haystack": hay, "add_bos": bos_rule(tokenizer)}
+        for drawn in niah.draw_eval_samples(tokenizer, self.number, length, settings.samples, **options):
             yield asked(drawn)
 
     def score(self, sample: Sample, generated: Sequence[int], tokenizer: Tokenizer) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from lawcat_jax.config import EvalConfig
 from lawcat_jax.data.passkey import LANDMARK_NEEDLE, NEEDLE, PasskeySample, draw_eval_samples
-from lawcat_jax.data.tokenize import Tokenizer, decode, encode
+from lawcat_jax.data.tokenize import Tokenizer, bos_rule, decode, encode
 from lawcat_jax.tasks.task import GenerationTask, Sample
 
 _WORDINGS = {"landmark": "evaluation wording (landmark)", "train": "training wording (train)"}
@@ -38,8 +38,8 @@ class Passkey(GenerationTask):
 
     def samples(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> Iterator[Sample]:
         form = settings.passkey_form
-        options = {"form": form, "length": length, "samples": settings.samples, "seed": settings.seed}
-        for drawn in draw_eval_samples(tokenizer, **options):
+        options = {"samples": settings.samples, "seed": settings.seed, "add_bos": bos_rule(tokenizer)}
+        for drawn in draw_eval_samples(tokenizer, form=form, length=length, **options):
             yield _question(drawn, tokenizer, form)
 
     def score(self, sample: Sample, generated: Sequence[int], tokenizer: Tokenizer) -> float:

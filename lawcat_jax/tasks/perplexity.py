@@ -10,7 +10,7 @@ import numpy as np
 
 from lawcat_jax.config import DataConfig, EvalConfig
 from lawcat_jax.data.pipeline import make_dataset
-from lawcat_jax.data.tokenize import Tokenizer
+from lawcat_jax.data.tokenize import Tokenizer, bos_rule
 from lawcat_jax.errors import UserError
 from lawcat_jax.tasks.cells import file_stamp
 from lawcat_jax.tasks.task import LikelihoodTask
@@ -48,6 +48,7 @@ class Perplexity(LikelihoodTask):
             validation_source=settings.text,
             validation_samples=settings.samples,
             text_key=settings.text_key,
+            add_bos=bos_rule(tokenizer),
         )
         return make_dataset(
             data,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +123,18 @@ def measure(
         for length, following in itertools.zip_longest(missing, missing[1:]):
             now, prepared = prepared, prepare(following)  # the next length's inputs are made during this one
             rows = task.measure(model, length, settings, progress, now)
+            _refuse_not_finite(task, model, rows)
             if cells is not None:
                 cells.save(task, settings, model, length, rows)
             results.update(rows)
     return dict(sorted(results.items()))
+
+
+def _refuse_not_finite(task: Task, model: Model, rows: Mapping[int, Any]) -> None:
+    for x, result in rows.items():
+        odd = {k: v for k, v in task.row(result).items() if isinstance(v, float) and not math.isfinite(v)}
+        if odd:
+            raise UserError(f"{task.name} of {model.label} at {x} tokens is no number ({odd}); no report is written")
 
 
 def evaluate_model(

@@ -1,7 +1,8 @@
 """Checkpoints of one stage: orbax, asynchronous, verified when loaded.
 
 Layout: ``<directory>/<step>/{state,best,meta}``. ``state`` and ``best`` are plain nested dicts of arrays, ``meta`` is
-JSON: what the host knows (iterator, best loss, ...), the shapes and dtypes of all leaves, and a fingerprint of each.
+JSON: what the host knows (iterator, best loss, ...), the shapes and dtypes of all leaves, a fingerprint of each, and a
+digest of all this (checkpoints of earlier versions have none).
 
 Orbax writes a step under a temporary name and commits it at the end, so a killed save leaves no half checkpoint. It
 does not notice damage afterwards, and does not fall back: both happen here.

@@ -90,6 +90,8 @@ def differences(old: Any, new: Any, defaults: Any, path: str) -> list[str]:
             else:
                 found += differences(a, b, defaults.get(name), f"{path}.{name}")
         return found
+    if isinstance(old, bool) and path.endswith(".add_bos") and isinstance(new, str):
+        old = "always" if old else "never"  # what these values of an earlier version meant
     return [] if old == new else [f"{path}: {old!r} there, {new!r} here"]
 
 

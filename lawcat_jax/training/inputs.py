@@ -17,7 +17,7 @@ from lawcat_jax.checkpoints.model_dir import OpenedCheckpoint, open_checkpoint
 from lawcat_jax.config import Config, ModelConfig, StageConfig, to_dict
 from lawcat_jax.data.batch import Batch
 from lawcat_jax.data.pipeline import make_dataset
-from lawcat_jax.data.tokenize import Tokenizer, encode, load_tokenizer
+from lawcat_jax.data.tokenize import Tokenizer, encode, fit_embedding, load_tokenizer
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import sharding
 from lawcat_jax.training import optim, stages
@@ -187,15 +187,12 @@ def draw_teacher(config: Config, mesh: Mesh) -> Student:
 
 
 def checked_tokenizer(path: str, model: ModelConfig) -> Tokenizer:
-    """Load a tokenizer and check that the model has an embedding for each of its tokens.
+    """Load a tokenizer and check that it fits the model's embedding (:func:`lawcat_jax.data.tokenize.fit_embedding`).
 
     Raises:
       UserError: it does not load, or has too many tokens.
     """
-    tokenizer = load_tokenizer(path)
-    if len(tokenizer) > model.vocab_size:
-        raise UserError(f"tokenizer {path} has {len(tokenizer)} tokens, the model only {model.vocab_size}")
-    return tokenizer
+    return fit_embedding(load_tokenizer(path), model.vocab_size, f"tokenizer {path}")
 
 
 @dataclasses.dataclass

@@ -221,6 +221,7 @@ class Manifest:
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
                 reason = " ".join(str(problem).split())[:200] or type(problem).__name__
                 raise UserError(f"{path} is damaged ({reason}); move it away, or use another workdir") from problem
+            _adopt_old_bos(old_config, new["config"], config)
             refuse_other_config(old_config, new["config"], str(workdir))
             new["started"] = old.get("started", new["started"])
             new["resumed"] = [*resumed, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")]
@@ -248,6 +249,20 @@ class Manifest:
             temporary = self._path.with_name(".manifest.json.tmp")
             temporary.write_text(json.dumps(self.values, indent=1), encoding="utf-8")
             os.replace(temporary, self._path)
+
+
+def _adopt_old_bos(old: Any, new: dict[str, Any], config: Config) -> None:
+    """A run of an earlier version, whose ``add_bos`` was true or false, goes on with the tokens that it began with, and
+    its manifest with what it said."""
+    for name in ("pretrain", "stage1", "stage2"):
+        try:
+            before = old[name]["data"]["add_bos"]
+        except (KeyError, TypeError):
+            continue
+        data, rule = getattr(config, name).data, "always" if before else "never"
+        if isinstance(before, bool) and data.add_bos in ("auto", rule):
+            data.add_bos = rule
+            new[name]["data"]["add_bos"] = before
 
 
 def _versions() -> dict[str, str]:

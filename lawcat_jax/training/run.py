@@ -17,6 +17,7 @@ from lawcat_jax.checkpoints import model_dir
 from lawcat_jax.checkpoints.hf.write import write_hf
 from lawcat_jax.checkpoints.orbax_errors import is_disk_full
 from lawcat_jax.config import Config, to_dict
+from lawcat_jax.data.tokenize import set_bos_rule
 from lawcat_jax.data.train_tokenizer import save_tokenizer
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import check_target
@@ -246,6 +247,7 @@ def export(config: Config, student: Student, workdir: Path) -> Path:
             "source": config.teacher.source,
             "revision": config.teacher.revision,
             "training_length": stage.seq_length,
+            "add_bos": stage.data.add_bos,
             "eval": to_dict(config.eval),
         },
         overwrite=True,
@@ -259,6 +261,7 @@ def evaluate(config: Config, student: Student, folder: Workdir) -> dict[str, Any
     """
     last, stage = config.stages()[-1]
     graphdef, _ = models.abstract(student.model, *stages.architecture(last, config), dtype=student.dtype)
+    set_bos_rule(student.tokenizer, stage.data.add_bos)
     results = evaluate_model(
         graphdef,
         student.params,

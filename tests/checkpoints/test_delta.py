@@ -86,7 +86,7 @@ def test_another_base_is_refused(made, tmp_path):
     wider = students.MODEL.__class__(**{**vars(students.MODEL), "mlp_size": 64})
     students.write_teacher(tmp_path / "wider", wider)
     refused("mlp_size 64 instead of 48", lambda: open_checkpoint(small, base=str(tmp_path / "wider")))
-    refused("--base belongs to a student's small file", lambda: load_model(made / "teacher", base="x"))
+    refused("--base goes with an adapter or a student's small file", lambda: load_model(made / "teacher", base="x"))
     (tmp_path / "moved").mkdir()
     lone = tmp_path / "moved" / "s.safetensors"
     student = students.write_student(tmp_path / "student", teacher=Path("/nowhere/teacher"))
@@ -153,7 +153,7 @@ def test_commands_take_it(tmp_path):
     found = find_checkpoint(small)
     assert found.extra == extra
     assert len(found.tokenizer) == len(find_checkpoint("asset:tiny_llama").tokenizer)
-    with pytest.raises(UserError, match="--base belongs to a student's small file"):
+    with pytest.raises(UserError, match="--base goes with a student's small file"):
         evaluate_checkpoints(["asset:tiny_llama"], {}, base="asset:tiny_llama")
     config = Config(attention=attention)
     config.teacher.source, config.teacher.base = small, "asset:tiny_llama"

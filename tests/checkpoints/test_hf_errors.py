@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lawcat_jax.checkpoints import model_json
 from lawcat_jax.checkpoints.conversion import convert
 from lawcat_jax.checkpoints.hf.config_map import model_config_from_hf, model_config_to_hf
 from lawcat_jax.checkpoints.hf.mapping import base_shapes, flatten, hf_slots, unflatten
@@ -17,7 +18,7 @@ from lawcat_jax.checkpoints.hf.peft import read_adapter, write_adapter
 from lawcat_jax.checkpoints.hf.read import INDEX, read_hf, resolve_source
 from lawcat_jax.checkpoints.hf.tensors import DTYPES, write_tensors
 from lawcat_jax.checkpoints.hf.write import write_hf
-from lawcat_jax.checkpoints.model_dir import load_model, read_model_json, save_model
+from lawcat_jax.checkpoints.model_dir import load_model, save_model
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig, RopeScaling
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import new_directory
@@ -306,7 +307,7 @@ def test_model_directory_with_other_parameters(saved, tmp_path):
     ):
         (tmp_path / "m" / "model.json").write_text(json.dumps(values | change))
         with pytest.raises(UserError, match=message):
-            read_model_json(tmp_path / "m")
+            model_json.read(tmp_path / "m")
     broken = params()
     del broken["final_norm"]
     with pytest.raises(UserError, match=r"1 missing: final_norm/scale"):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
-from lawcat_jax.data import text
+from lawcat_jax.data import text, tokenize
 from lawcat_jax.data.tokenize import decode, encode
 from lawcat_jax.errors import UserError
 from tests.data import tokenizers as small
@@ -201,3 +203,111 @@ def test_bad_sources_give_one_clear_line(tmp_path, cache):
 def test_documents_of_an_unknown_dataset(monkeypatch):
     with pytest.raises(UserError, match="cannot be opened"):
         list(text.documents("tfds:no_such_dataset_at_all"))
+
+
+def _damaged(good: bytes) -> dict[str, bytes]:
+    flipped = bytearray(good)
+    flipped[-3] ^= 0x40
+    return {"truncated": good[:-10], "odd": good + b"x", "flipped": bytes(flipped), "empty": b"", "foreign": good[64:]}
+
+
+@pytest.mark.parametrize("kind", ["truncated", "odd", "flipped", "empty", "foreign", "directory"])
+def test_a_damaged_cache_is_made_again(kind, tmp_path, cache, capsys):
+    file = tmp_path / "a.txt"
+    file.write_text("The sky is blue. Here we go. " * 20)
+    expected = np.array(text.load_tokens(str(file), small.byte_level()))
+    (cached,) = cache.iterdir()
+    good = cached.read_bytes()
+    if kind == "directory":
+        cached.unlink()
+        cached.mkdir()
+    else:
+        cached.write_bytes(_damaged(good)[kind])
+    assert np.array_equal(text.load_tokens(str(file), small.byte_level()), expected)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    assert str(cached) in lines[0]
+    if kind != "directory":
+        assert cached.read_bytes() == good
+        assert "damaged" in lines[0]
+
+
+def test_markdown_is_text_and_no_part_of_a_directory_of_other_files(tmp_path):
+    (tmp_path / "README.md").write_text("about")
+    assert list(text.documents(str(tmp_path))) == ["about"]
+    assert list(text.documents(str(tmp_path / "README.md"))) == ["about"]
+    (tmp_path / "a.txt").write_text("a text")
+    assert list(text.documents(str(tmp_path))) == ["a text"]
+
+
+def test_bytes_and_characters_that_are_no_unicode_are_replaced_and_counted(tmp_path, capsys, cache):
+    import pyarrow
+    import pyarrow.parquet
+
+    lines = [b'{"text": "caf\xe9 \xff"}', b'{"text": "a\\ud83d b \\ud83d\\ude42"}', b'{"text": "plain"}']
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
+    expected = ["caf\ufffd \ufffd", "a\ufffd b \U0001f642", "plain"]
+    assert list(text.documents(str(tmp_path / "a.jsonl"))) == expected
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1
+    assert "3 bytes or characters" in said[0]
+    assert [row["text"] for _, row in text.rows(str(tmp_path / "a.jsonl"))] == expected
+    assert len(text.load_tokens(str(tmp_path / "a.jsonl"), small.byte_level())) > 10
+    column = pyarrow.array([b"caf\xe9", b"good"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert list(text.documents(str(tmp_path / "a.parquet"))) == ["caf\ufffd", "good"]
+
+
+def test_unreadable_and_deep_and_damaged_files_give_one_clear_line(tmp_path, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "deep.jsonl").write_text("[" * 200_000 + "]" * 200_000)
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"row {n}" * 50 for n in range(4000)]}), tmp_path / "a.parquet")
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[200:4000] = b"\xff" * 3800
+    (tmp_path / "corrupt.parquet").write_bytes(content)
+    for name, message in (("deep.jsonl", "nested too deeply"), ("corrupt.parquet", "damaged after row|not a readable")):
+        for read in (text.documents, text.rows):
+            with pytest.raises(UserError, match=message) as caught:
+                list(read(str(tmp_path / name)))
+            assert "\n" not in str(caught.value)
+    (tmp_path / "a.txt").write_text("text")
+
+    def refuse(*_args, **_options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(UserError, match="cannot be read"):
+        list(text.documents(str(tmp_path / "a.txt")))
+    with pytest.raises(UserError, match="text source"):
+        text.local_files("a\0b")
+
+
+def test_tokens_beyond_the_embedding_are_refused_where_they_occur(tmp_path, cache):
+    """An added token that no text holds is harmless; one that a text holds is named, also when the cache knew it."""
+    import transformers
+
+    backend = tokenizers.Tokenizer.from_str(small.byte_level().backend_tokenizer.to_str())
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|eos|>")
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    (tmp_path / "good.txt").write_text("The sky is blue.")
+    (tmp_path / "bad.txt").write_text("The sky <pad> is blue.")
+    assert rows in text.load_tokens(str(tmp_path / "bad.txt"), tokenizer)
+    tokenize.fit_embedding(tokenizer, rows, "here")
+    assert tokenize.pad_id(tokenizer) == tokenizer.eos_token_id
+    assert max(text.load_tokens(str(tmp_path / "good.txt"), tokenizer)) < rows
+    for read in (
+        lambda: text.load_tokens(str(tmp_path / "bad.txt"), tokenizer),
+        lambda: tokenize.encode(tokenizer, "<pad>"),
+        lambda: tokenize.encode_prompt(tokenizer, "<pad>"),
+        lambda: tokenize.encode_offsets(tokenizer, "<pad>"),
+    ):
+        with pytest.raises(UserError, match=rf"holds the token '<pad>' \(id {rows}\)"):
+            read()
+    with pytest.raises(UserError, match="vocabulary only 9"):
+        tokenize.fit_embedding(tokenizer, 9, "here")
+    tokenizer.bos_token = "<pad>"
+    with pytest.raises(UserError, match="the bos token '<pad>' has id"):
+        tokenize.fit_embedding(tokenizer, rows, "here")

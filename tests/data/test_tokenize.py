@@ -8,7 +8,20 @@ import pytest
 
 from lawcat_jax.data import train_tokenizer as trainer
 from lawcat_jax.data.passkey import HAY, QUESTION
-from lawcat_jax.data.tokenize import StreamDecoder, decode, encode, encode_prompt, load_tokenizer, stream_text
+from lawcat_jax.data.tokenize import (
+    StreamDecoder,
+    adds_bos,
+    bos_rule,
+    decode,
+    encode,
+    encode_many,
+    encode_offsets,
+    encode_prompt,
+    load_tokenizer,
+    opening,
+    set_bos_rule,
+    stream_text,
+)
 from lawcat_jax.errors import UserError
 from tests.data import tokenizers as small
 
@@ -97,3 +110,58 @@ def test_bare_tokenizer_file(tmp_path):
     loaded = load_tokenizer(tmp_path)
     assert loaded.eos_token_id == 1
     assert encode(loaded, TEXT) == encode(small.byte_level(), TEXT)
+
+
+def test_truncation_and_padding_of_a_saved_tokenizer_are_switched_off(tmp_path):
+    tokenizer = small.byte_level()
+    expected = encode(tokenizer, TEXT)
+    for name, keep in (("with_config", True), ("bare", False)):
+        target = trainer.save_tokenizer(tokenizer, tmp_path / name)
+        values = json.loads((tmp_path / name / "tokenizer.json").read_text())
+        values["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+        padding = {"strategy": {"Fixed": 300}, "direction": "Left", "pad_to_multiple_of": None}
+        values["padding"] = padding | {"pad_id": 2, "pad_type_id": 0, "pad_token": "<|pad|>"}
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(values))
+        if not keep:
+            (tmp_path / name / "tokenizer_config.json").unlink()
+        loaded = load_tokenizer(target)
+        assert encode(loaded, TEXT) == expected
+        assert encode_many(loaded, [TEXT, "a"]) == [expected, encode(tokenizer, "a")]
+        assert encode_offsets(loaded, TEXT).ids == expected
+
+
+def test_special_tokens_that_only_the_map_names(tmp_path):
+    """As transformers finds them: the map counts, alone and over tokenizer_config.json."""
+    import transformers
+
+    target = trainer.save_tokenizer(small.byte_level(), tmp_path / "tok")
+    config = json.loads((tmp_path / "tok" / "tokenizer_config.json").read_text())
+    named = {"bos_token": "<|bos|>", "eos_token": {"content": "<|pad|>", "lstrip": False}}
+    (tmp_path / "tok" / "special_tokens_map.json").write_text(json.dumps(named))
+    (tmp_path / "tok" / "tokenizer_config.json").unlink()
+    for others in (None, {"tokenizer_class": "PreTrainedTokenizerFast"}, config):
+        if others is not None:
+            (tmp_path / "tok" / "tokenizer_config.json").write_text(json.dumps(others))
+        loaded, reference = load_tokenizer(target), transformers.AutoTokenizer.from_pretrained(str(target))
+        for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            assert getattr(loaded, role) == getattr(reference, role)
+        assert loaded.bos_token == "<|bos|>"
+
+
+def test_bos_follows_the_tokenizer_and_is_never_double():
+    """auto gives what transformers gives for a prompt."""
+    for make, adds in ((small.byte_level, True), (small.metaspace, False), (small.byte_level_merged_digits, False)):
+        tokenizer = make()
+        assert adds_bos(tokenizer) is adds
+        assert encode_prompt(tokenizer, "The sky is", add_bos="auto") == tokenizer("The sky is").input_ids
+        bos, plain = tokenizer.bos_token_id, encode(tokenizer, "The sky is")
+        assert encode_prompt(tokenizer, "The sky is", add_bos="always") == [bos, *plain]
+        assert encode_prompt(tokenizer, "The sky is", add_bos="never") == plain
+        for rule in ("auto", "always", True):
+            twice = encode_prompt(tokenizer, tokenizer.bos_token + "The sky is", add_bos=rule)
+            assert twice.count(bos) == 1
+    assert opening(small.byte_level(), False) == []
+    tokenizer = load_tokenizer("asset:tiny_llama")
+    assert adds_bos(tokenizer)  # so the default gives the tiny demo the tokens that it has always had
+    assert bos_rule(tokenizer) == "auto"
+    assert bos_rule(set_bos_rule(tokenizer, "never")) == "never"

@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from lawcat_jax.errors import UserError
 from lawcat_jax.inference import generation
+from lawcat_jax.tasks import decoder_model
 from tests.models.helpers import LAWCAT, TINY, build, forward
 
 CONFIG = dataclasses.replace(TINY, num_layers=2)
@@ -94,8 +96,55 @@ def test_sampling_depends_on_seed_and_prompt_only(model):
         ({"prompts": [[40]]}, "vocabulary of 40"),
         ({"prompts": [[1]], "max_new_tokens": 0}, "max_new_tokens"),
         ({"prompts": [[1]], "batch_size": 0}, "batch_size"),
+        ({"prompts": [[1]], "temperature": float("nan")}, "temperature: nan"),
+        ({"prompts": [[1]], "seed": 2**70}, "seed"),
     ],
 )
 def test_bad_requests_are_refused(model, arguments, message):
     with pytest.raises(UserError, match=message):
         generation.generate(*model, **{"max_new_tokens": NEW, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("path", "index", "message"),
+    [
+        (
+            ("layers", "mlp", "down_proj"),
+            1,
+            r"output of layer 1 .*softmax attention.*layers/mlp/down_proj/kernel\[1\] hold",
+        ),
+        (
+            ("layers", "attention", "o_proj"),
+            0,
+            r"output of layer 0 .*linear attention.*layers/attention/o_proj/kernel\[0\]",
+        ),
+    ],
+)
+def test_logits_that_are_not_finite_name_the_first_such_layer(model, path, index, message):
+    graphdef, params = model
+    broken = jax.tree.map(np.array, params)
+    leaf = broken[path[0]][path[1]][path[2]]["kernel"]
+    leaf[index, 2, 3] = np.nan
+    options = dict(max_new_tokens=NEW, prefill_chunk=16)
+    with pytest.raises(UserError, match=message):
+        generation.generate(graphdef, broken, prompts(), batch_size=2, **options)
+    with pytest.raises(UserError, match=message):
+        list(generation.stream(graphdef, broken, prompts()[2], **options))
+    nll = decoder_model.model_nll(graphdef, broken, as_teacher=False)
+    tokens = np.asarray([prompts()[2][:16]] * 2, np.int32)
+    batch = {"tokens": tokens, "targets": tokens, "loss_weights": np.ones((2, 16), np.float32)}
+    with pytest.raises(UserError, match=message):
+        nll(batch | {"lengths": np.asarray([0, 16], np.int32)})
+
+
+@pytest.mark.slow
+def test_a_value_that_overflows_names_its_layer(model):
+    graphdef, params = model
+    broken = jax.tree.map(np.array, params)
+    broken["layers"]["mlp"]["up_proj"]["kernel"][1] = 1e38
+    with pytest.raises(UserError, match=r"output of layer 1 .*all weights are finite"):
+        generation.generate(graphdef, broken, prompts(), max_new_tokens=1, batch_size=2, prefill_chunk=16)
+    broken = jax.tree.map(np.array, params)
+    broken["embed"]["embedding"][7] = np.inf
+    with pytest.raises(UserError, match=r"output of the embedding; the weights embed/embedding hold"):
+        generation.generate(graphdef, broken, [[1, 7, 2]], max_new_tokens=1, batch_size=2, prefill_chunk=16)

@@ -260,6 +260,20 @@ def test_error_lines(module, arguments, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_prompts_that_cannot_be_run_are_refused_before_they_are(student, monkeypatch):
+    from lawcat_jax.inference import text
+    from lawcat_jax.inference.loading import load_for_inference
+
+    model = load_for_inference(str(student))
+    monkeypatch.setattr(text, "stream", lambda *_args, **_options: iter(()))
+    with pytest.raises(UserError, match="softmax attention was trained for 256 positions"):
+        text.continue_text(model, "The sky is blue. " * 60_000, max_new_tokens=4, teacher=True)
+    assert list(text.continue_text(model, "The sky is blue. " * 1000, max_new_tokens=4)) == []
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="more than can be run"):
+        list(text.continue_text(model, "The sky", max_new_tokens=2**40))
+
+
 def test_loading_errors(student, tmp_path):
     from lawcat_jax.inference.loading import load_for_inference
 

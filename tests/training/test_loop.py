@@ -104,11 +104,29 @@ def damage(step: Path, how: str) -> None:
             file.unlink()
     elif how == "meta":
         (step / "meta" / "metadata").write_text("{")
+    elif how == "edited_meta":
+        values = json.loads((step / "meta" / "metadata").read_text())
+        assert "iterator" in values, list(values)
+        values["iterator"] = json.loads(json.dumps(values["iterator"]).replace("8", "7"))
+        (step / "meta" / "metadata").write_text(json.dumps(values))
     elif how == "missing_item":
         shutil.rmtree(step / "state")
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "missing_file", "meta", "missing_item"])
+def test_checkpoints_without_a_digest_of_their_metadata_load(straight, tmp_path, capsys):
+    """As earlier versions wrote them."""
+    run = Run(tmp_path, stop_after=8)
+    with pytest.raises(InterruptedRunError):
+        run.go()
+    file = run.directory / "8" / "meta" / "metadata"
+    values = json.loads(file.read_text())
+    del values["digest"]
+    file.write_text(json.dumps(values))
+    assert_same(Run(tmp_path).go(), straight[0])
+    assert "damaged" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing_file", "meta", "edited_meta", "missing_item"])
 def test_damaged_newest_checkpoint_falls_back(straight, tmp_path, how, capsys):
     with pytest.raises(InterruptedRunError):
         Run(tmp_path, stop_after=8).go()

@@ -14,7 +14,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from lawcat_jax import models
-from lawcat_jax.checkpoints import model_dir
+from lawcat_jax.checkpoints import model_dir, model_json
 from lawcat_jax.config import (
     AttentionConfig,
     CheckpointConfig,
@@ -102,9 +102,9 @@ def numbers(workdir: Path) -> list[dict]:
 def watched(teacher, tmp_path_factory) -> tuple[Path, list[str]]:
     """(the folder of a finished run, directories whose model.json it read)."""
     workdir, read = tmp_path_factory.mktemp("run"), []
-    read_model_json = model_dir.read_model_json
+    read_model_json = model_json.read
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_dir, "read_model_json", lambda path: read.append(str(path)) or read_model_json(path))
+        patch.setattr(model_json, "read", lambda path: read.append(str(path)) or read_model_json(path))
         assert run.run(make_config(teacher, workdir)) == 0
     return workdir, read
 
@@ -291,7 +291,7 @@ def test_dry_run_writes_nothing(teacher, tmp_path, capsys):
 
 def test_pretraining_writes_a_hugging_face_teacher(teacher, tmp_path):
     config = make_config(teacher, tmp_path, eval=EvalConfig(enabled=False))
-    architecture = model_dir.read_model_json(teacher)[0]
+    architecture = model_json.read(teacher).model
     config.teacher = TeacherConfig(architecture=architecture, tokenizer=str(teacher / "tokenizer"))
     config.pretrain = dataclasses.replace(config.stage1, enabled=True, trainable=(".*",), steps=2, eval_every=0)
     config.stage1.enabled = config.stage2.enabled = False

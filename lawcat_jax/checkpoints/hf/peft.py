@@ -7,7 +7,6 @@ the M linearised layers.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -15,15 +14,16 @@ from typing import Any, cast
 import numpy as np
 
 from lawcat_jax.checkpoints.hf import families
+from lawcat_jax.checkpoints.hf.adapter_config import AdapterConfig
 from lawcat_jax.checkpoints.hf.mapping import flatten, linearised_layers, unflatten
-from lawcat_jax.checkpoints.hf.tensors import open_tensors, write_tensors
+from lawcat_jax.checkpoints.hf.merge import CONFIG, WEIGHTS, adapter_tensors
+from lawcat_jax.checkpoints.hf.tensors import write_tensors
 from lawcat_jax.checkpoints.hf.write import check_leaves
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig, Projection
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import new_directory, read_json, write_json
 from lawcat_jax.projections import LORA_TARGETS, PROJECTIONS
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "base_model.model.{module}.lora_{part}.weight"
 _README = """These LoRA adapters were trained for a student with linear attention. On the softmax attention of their base
 model they are another model, not the student: that needs its token mixers too (`lawcat_jax.convert --to=transformers`
@@ -112,15 +112,13 @@ def read_adapter(
       The LoRA configuration, and the nested dict ``{"lora": ...}`` in the stored dtype.
 
     Raises:
-      UserError: not a plain LoRA adapter, or one for other layers, modules or shapes; names are listed.
+      UserError: not a plain LoRA adapter, or one for other layers, modules or shapes; names are listed. Adapters of
+        other modules are merged into their base model (:func:`lawcat_jax.checkpoints.hf.merge.merge_adapter`).
     """
     source = Path(source)
     _check_names(model, source)
-    values = read_json(source / CONFIG)
-    lora = _lora_config(values, source)
-    if not (source / WEIGHTS).is_file() and (source / "adapter_model.bin").is_file():
-        raise UserError(f"{source}: adapter_model.bin is a pickle file, which can run code when opened; need {WEIGHTS}")
-    tensors = open_tensors(source / WEIGHTS)
+    lora = _lora_config(AdapterConfig(read_json(source / CONFIG), str(source / CONFIG)), model)
+    tensors = adapter_tensors(source)
     layers = linearised_layers(model, attention)
     names = {
         _tensor_name(projection, part, layer): (f"lora/{projection}/{part}", row)
@@ -156,25 +154,25 @@ def _check_names(model: ModelConfig, where: str | os.PathLike) -> None:
         )
 
 
-def _lora_config(values: dict[str, Any], source: Path) -> LoraConfig:
-    where = source / CONFIG
-    if values.get("peft_type") != "LORA":
-        raise UserError(f"{where}: peft_type {values.get('peft_type')!r} is not supported; supported: 'LORA'")
-    odd = [f"{name} {values[name]!r}" for name, neutral in _NEUTRAL.items() if values.get(name, neutral) != neutral]
-    odd += [f"{name} {values[name]!r}" for name in ("rank_pattern", "alpha_pattern") if values.get(name)]
-    if odd:
-        raise UserError(f"{where}: not supported: {', '.join(odd)}")
-    targets = values.get("target_modules")
-    if isinstance(targets, str):  # PEFT: one regular expression, full match on the module's name
-        try:
-            targets = [name for name in LORA_TARGETS if re.fullmatch(targets, f"model.layers.0.self_attn.{name}")]
-        except re.error:
-            targets = None
-    unknown = sorted(set(targets or ["nothing"]) - set(LORA_TARGETS))
+def _lora_config(config: AdapterConfig, model: ModelConfig) -> LoraConfig:
+    """The adapter as the student's own kind: one rank, one scale and the same projections in every layer."""
+    wanted = config.values["target_modules"]
+    modules = [f"model.layers.{layer}.{row.hf}" for layer in range(model.num_layers) for row in PROJECTIONS]
+    others = [] if isinstance(wanted, str) else [name for name in wanted if name.rpartition(".")[2] not in LORA_TARGETS]
+    found = config.targets(modules) if not others else []
+    names = {module.rpartition(".")[2] for module in found}
+    unknown = sorted({*others, *names} - set(LORA_TARGETS))
     if unknown:
-        raise UserError(f"{where}: target_modules has {', '.join(unknown)}; supported: {', '.join(LORA_TARGETS)}")
-    rank, alpha = values.get("r"), values.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise UserError(f"{where}: r {rank!r} and lora_alpha {alpha!r} should be numbers, r at least 1")
-    ordered: tuple[Projection, ...] = tuple(cast(Projection, name) for name in LORA_TARGETS if name in (targets or ()))
-    return LoraConfig(rank=rank, alpha=float(alpha), dropout=float(values.get("lora_dropout") or 0.0), targets=ordered)
+        raise UserError(
+            f"{config.where}: target_modules has {', '.join(unknown)}; supported: {', '.join(LORA_TARGETS)}; or merge the "
+            "adapter into its base model with convert --adapter"
+        )
+    forms = {(config.rank(module), config.alpha(module)) for module in found}
+    if len(forms) > 1:
+        raise UserError(
+            f"{config.where}: rank_pattern or alpha_pattern give the modules different ranks or scales, which a student's "
+            "adapters cannot have; merge the adapter into its base model with convert --adapter"
+        )
+    ((rank, alpha),) = forms
+    ordered: tuple[Projection, ...] = tuple(cast(Projection, name) for name in LORA_TARGETS if name in names)
+    return LoraConfig(rank=rank, alpha=alpha, dropout=config.dropout, targets=ordered)

@@ -271,7 +271,7 @@ def collect_tensors(path: Path) -> dict[str, Tensor]:
         return open_tensors(single)
     if index.is_file():
         return _collect_sharded(path, index)
-    others = sorted(path.glob("*.safetensors"))
+    others = sorted(file for file in path.glob("*.safetensors") if file.is_file())
     if len(others) == 1 and not others[0].name.startswith("adapter"):
         return open_tensors(others[0])
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))

@@ -6,6 +6,7 @@ reads instead of a memory map, because mapped pages count as resident memory of 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -113,6 +114,8 @@ class Tensor:
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     """(header, bytes before the data, size of the file)."""
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its other end
+            raise UserError(f"{path}: not a file")
         size = path.stat().st_size
         with open(path, "rb") as stream:
             head = stream.read(8)
@@ -148,16 +151,17 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, from its header alone; nothing is read beyond it.
 
     Raises:
-      UserError: missing, not a safetensors file, truncated, or with an inconsistent header.
+      UserError: missing, not a safetensors file, truncated, or with an inconsistent header (overlapping tensors, say).
     """
     header, start, size = _read_header(path)
     tensors: dict[str, Tensor] = {}
+    ranges: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         try:
             code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            sound = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)) and begin <= end
+            sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end
         except (TypeError, KeyError, ValueError):
             raise UserError(f"{path}: bad header entry for tensor {name!r}") from None
         if not sound:
@@ -169,6 +173,11 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
                 f"{path}: tensor {name!r} of shape {list(shape)} {code} does not fill its {end - begin} bytes"
             )
         tensors[name] = Tensor(path, name, code, shape, start + begin)
+        ranges.append((begin, end, name))
+    ranges.sort()
+    for (_, end, name), (begin, _, other) in itertools.pairwise(ranges):
+        if begin < end:
+            raise UserError(f"{path}: tensors {name!r} and {other!r} overlap in the file; it is damaged")
     return tensors
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from lawcat_jax.checkpoints.hf.read import GENERATION, INDEX, TOKENIZER_FILES, P
 from lawcat_jax.checkpoints.hf.tensors import CODES, write_tensors
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig
 from lawcat_jax.errors import UserError
-from lawcat_jax.files import new_directory, read_json, write_json
+from lawcat_jax.files import new_directory, read_in_one_line, read_json, write_json
 
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers: hub uploads and memory maps stay manageable
 
@@ -92,7 +91,9 @@ def copy_tokenizer(source: str | os.PathLike | None, target: Path) -> list[str]:
     for name in (*TOKENIZER_FILES, GENERATION):
         if source is not None and (Path(source) / name).is_file():
             target.mkdir(exist_ok=True)
-            shutil.copyfile(Path(source) / name, target / name)  # content only: hub caches hold read-only links
+            with read_in_one_line(str(Path(source) / name)):
+                content = (Path(source) / name).read_bytes()
+            (target / name).write_bytes(content)  # content only: hub caches hold read-only links
             copied.append(name)
     return copied
 
@@ -146,8 +147,11 @@ def _maker(leaves, slot: Slot, merge, dtype: np.dtype) -> Callable[[], np.ndarra
     def part(path: str) -> np.ndarray:
         leaf = leaves[path]
         array = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
-        array = merge(path, slot.layer, array if array.dtype == dtype else array.astype(dtype))
-        return _transposed(array) if slot.transpose else array
+        with np.errstate(over="ignore"):
+            cast = merge(path, slot.layer, array if array.dtype == dtype else array.astype(dtype))
+        if dtype == np.float16 and not (np.isfinite(cast) | ~np.isfinite(array.astype(np.float32))).all():
+            raise UserError(f"{path} has values beyond float16; choose bfloat16 or float32")
+        return _transposed(cast) if slot.transpose else cast
 
     def make() -> np.ndarray:
         parts = [part(path) for path, _ in slot.parts]

@@ -1,0 +1,75 @@
+"""Fingerprints of what is stored: of single arrays, wherever they lie, and of JSON values.
+
+``LAWCAT_VERIFY_WEIGHTS=off`` in the environment skips the check of arrays when a model directory is read, which takes about
+two seconds a gigabyte; it is on by default.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from typing import Any
+
+import numpy as np
+
+from lawcat_jax.errors import UserError
+
+SWITCH = "LAWCAT_VERIFY_WEIGHTS"
+_BLOCK = 1 << 22  # elements summed at once on the host
+
+
+def wanted() -> bool:
+    """Whether arrays are checked when they are read.
+
+    Raises:
+      UserError: the switch in the environment is neither ``on`` nor ``off``.
+    """
+    value = os.environ.get(SWITCH, "on")
+    if value not in ("on", "off"):
+        raise UserError(f"{SWITCH}={value!r} in the environment should be on or off")
+    return value == "on"
+
+
+def fingerprint(array: Any) -> int:
+    """Of a numpy or jax array of 1, 2 or 4 bytes an element: the sum of element bits times (2 i + 1) modulo 2^32, where i
+    is the element's position in C order.
+
+    Every weight is odd, so a change of any one element changes the sum. The order of summation does not matter: an array
+    split over devices has the same fingerprint as on the host. float64 and int64 are refused with TypeError.
+    """
+    if array.dtype.itemsize not in (1, 2, 4):
+        raise TypeError(f"no fingerprint for {array.dtype}")
+    return _on_host(array) if isinstance(array, np.ndarray) else int(_program()(array))
+
+
+def _on_host(array: np.ndarray) -> int:
+    bits = np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
+    weights = np.arange(1, 2 * min(_BLOCK, bits.size) + 1, 2, dtype=np.uint32)
+    total = 0
+    for start in range(0, bits.size, _BLOCK):
+        block = bits[start : start + _BLOCK].astype(np.uint32)
+        total += int(np.dot(block, weights[: block.size])) + 2 * start * int(np.sum(block, dtype=np.uint32))
+    return total % (1 << 32)
+
+
+@functools.cache
+def _program() -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    def summed(x):
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+        place = jnp.zeros((), jnp.uint32)
+        for axis, size in enumerate(x.shape):
+            place = place * jnp.uint32(size % (1 << 32)) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+    return jax.jit(summed)
+
+
+def digest(value: Any) -> str:
+    """32 hex digits of JSON values, the same before they are written and after they are read."""
+    text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,0 +1,138 @@
+"""``model.json`` of a model directory: what the model is, and what each of its arrays was when it was written.
+
+::
+
+    format_version   1
+    model            every field of ModelConfig
+    attention, lora  every field of AttentionConfig and LoraConfig, or null
+    extra            what the writer added (source, stage, training_length, eval, add_bos)
+    params           {path: {"shape", "dtype", "sum"}}, see lawcat_jax.checkpoints.fingerprints
+    digest           of model, attention, lora and params
+
+The last two are checked where they are there: earlier versions wrote neither ``sum`` nor ``digest``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lawcat_jax.checkpoints.fingerprints import digest
+from lawcat_jax.checkpoints.hf.config_map import token_ids
+from lawcat_jax.checkpoints.hf.read import GENERATION, stated_ids
+from lawcat_jax.checkpoints.stored_configs import configs_from_json, configs_to_json, meaning
+from lawcat_jax.config import AttentionConfig, Bos, EvalConfig, LoraConfig, ModelConfig, from_dict, type_problems
+from lawcat_jax.errors import UserError
+from lawcat_jax.files import read_json
+
+FORMAT_VERSION = 1
+MODEL_JSON, TOKENIZER = "model.json", "tokenizer"
+
+
+class ModelJson(NamedTuple):
+    """The content of a model.json. ``params``: path -> {"shape", "dtype"} and, unless an earlier version wrote it, "sum".
+    ``changed``: the line that says so where the digest is another; readers of the parameters raise it, after they have
+    looked for what is plainly wrong.
+    """
+
+    model: ModelConfig
+    attention: AttentionConfig | None
+    lora: LoraConfig | None
+    extra: dict[str, Any]
+    params: dict[str, dict[str, Any]]
+    changed: str = ""
+
+
+def as_json(
+    model: ModelConfig,
+    attention: AttentionConfig | None,
+    lora: LoraConfig | None,
+    extra: Mapping[str, Any],
+    params: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The values of a model.json; ``params`` as in :class:`ModelJson`."""
+    return {
+        "format_version": FORMAT_VERSION,
+        **configs_to_json(model, attention, lora),
+        "extra": dict(extra),
+        "params": {path: dict(facts) for path, facts in params.items()},
+        "digest": _digest(model, attention, lora, params),
+    }
+
+
+def read(directory: str | os.PathLike) -> ModelJson:
+    """Read and check the model.json of a model directory.
+
+    Token ids in the generation_config.json beside the tokenizer win over those in it.
+
+    Raises:
+      UserError: unreadable, of another format version, of layers that have changed since, or with missing, unknown or
+        impossible fields.
+    """
+    path = Path(directory) / MODEL_JSON
+    values = read_json(path)
+    if values.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {values.get('format_version')!r}, but this program reads {FORMAT_VERSION}; "
+            "convert again"
+        )
+    model, attention, lora = configs_from_json(values, str(path))
+    _refuse_outdated(path, values.get("attention"))
+    extra, params = _extra(values.get("extra"), path), values.get("params") or {}
+    if not isinstance(params, dict) or not all(isinstance(facts, dict) for facts in params.values()):
+        raise UserError(f"{path}: params should be an object with an object for every array")
+    changed = ""
+    if values.get("digest") not in (None, _digest(model, attention, lora, params)):
+        changed = (
+            f"{path}: changed since it was written (its digest differs); restore a copy or convert again. If you edited "
+            'it on purpose, remove its line "digest"'
+        )
+    model = dataclasses.replace(model, **token_ids(stated_ids(path.parent / TOKENIZER / GENERATION)))
+    return ModelJson(model, attention, lora, extra, params, changed)
+
+
+def _refuse_outdated(path: Path, attention: dict[str, Any] | None) -> None:
+    """Raises UserError for students of layers that have changed since: they would load and compute something else."""
+    if attention is None or "window_kind" in attention:  # which came with both changes
+        return
+    remedy = "train it again, or use the version of this program that wrote it"
+    if attention.get("feature_map") == "relu":
+        raise UserError(f"{path}: a student of feature_map 'relu' with a bias per feature, now one per head; {remedy}")
+    if attention.get("kind") == "lawcat" and attention.get("window_size"):
+        raise UserError(f"{path}: a student whose linear sums beside a window lack the factor K^-0.5; {remedy}")
+
+
+def _digest(
+    model: ModelConfig, attention: AttentionConfig | None, lora: LoraConfig | None, params: Mapping[str, Any]
+) -> str:
+    configs = {"model": model, "attention": attention, "lora": lora}
+    return digest([{name: meaning(config) for name, config in configs.items()}, dict(params)])
+
+
+def _extra(extra: Any, path: Path) -> dict[str, Any]:
+    extra = {} if extra is None else extra
+    if not isinstance(extra, dict):
+        raise UserError(f"{path}: extra should be an object, not {str(extra)[:80]!r}")
+    problems = [
+        f"extra.{name}: {extra[name]!r} is not a str"
+        for name in ("source", "revision", "stage")
+        if not isinstance(extra.get(name), str | None)
+    ]
+    if extra.get("add_bos") not in (None, *typing.get_args(Bos)):
+        problems.append(f"extra.add_bos: {extra['add_bos']!r} is not one of {', '.join(typing.get_args(Bos))}")
+    length, stored = extra.get("training_length"), extra.get("eval")
+    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
+        problems.append(f"extra.training_length: {length!r} is not a number of tokens")
+    if not isinstance(stored, dict | None):
+        problems.append(f"extra.eval: {str(stored)[:80]!r} is not an object")
+    else:
+        known = {field.name for field in dataclasses.fields(EvalConfig)}
+        settings = {name: value for name, value in (stored or {}).items() if name in known}
+        problems += type_problems(from_dict(EvalConfig, settings), "extra.eval")
+    if problems:
+        raise UserError(f"{path}: {'; '.join(problems)}; correct the file, or remove these")
+    return extra

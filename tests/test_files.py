@@ -1,0 +1,124 @@
+"""Directories that appear whole: links, mount points, and what was there before."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lawcat_jax.errors import UserError
+from lawcat_jax.files import new_directory, read_json
+
+
+def write(target, text="new", overwrite=False):
+    with new_directory(target, overwrite=overwrite) as directory:
+        (directory / "model.json").write_text(text)
+        (directory / "params").mkdir()
+        (directory / "params" / "b").write_text(text)
+
+
+def content(directory):
+    return {str(path.relative_to(directory)): path.read_text() for path in directory.rglob("*") if path.is_file()}
+
+
+def fail_halfway(target):
+    with new_directory(target, overwrite=True) as directory:
+        (directory / "model.json").write_text("half")
+        raise RuntimeError
+
+
+NEW = {"model.json": "new", "params/b": "new"}  # the names of a model: nothing else is replaced
+
+
+@pytest.mark.parametrize("there", ["empty", "absent"])
+def test_what_a_link_leads_to_is_written(tmp_path, there):
+    real, link = tmp_path / "disk" / "real", tmp_path / "link"
+    real.parent.mkdir()
+    if there == "empty":
+        real.mkdir()
+    link.symlink_to(real)
+    write(link)
+    assert link.is_symlink()
+    assert content(real) == NEW
+    with pytest.raises(UserError, match="exists and is not empty"):
+        write(link, "newer")
+    write(link, "newer", overwrite=True)
+    assert link.is_symlink()
+    assert content(real) == {name: "newer" for name in NEW}
+    assert [entry.name for entry in real.parent.iterdir()] == ["real"]
+
+
+@pytest.fixture
+def mount(tmp_path, monkeypatch):
+    """A directory that behaves as a mount point: it can neither be renamed nor removed, nothing moves in or out."""
+    target, rename = tmp_path / "mount", os.rename
+    target.mkdir()
+    (target / "lost+found").mkdir()
+
+    def checked(source, to):
+        inside = [Path(path) != target and target in Path(path).parents for path in (source, to)]
+        if not all(inside):
+            raise OSError(18, "Invalid cross-device link")
+        rename(source, to)
+
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == target)
+    monkeypatch.setattr(os, "rename", checked)
+    return target
+
+
+def test_a_mount_point_is_filled_and_replaced(mount):
+    write(mount)
+    assert content(mount) == NEW
+    with pytest.raises(UserError, match="exists and is not empty"):
+        write(mount, "newer")
+    (mount / "README.md").write_text("gone with --overwrite")
+    write(mount, "newer", overwrite=True)
+    assert content(mount) == {name: "newer" for name in NEW}
+    assert sorted(entry.name for entry in mount.iterdir()) == ["lost+found", "model.json", "params"]
+    with pytest.raises(RuntimeError):
+        fail_halfway(mount)
+    assert content(mount) == {name: "newer" for name in NEW}
+
+
+def test_a_failed_move_brings_back_what_was_there(mount, monkeypatch):
+    write(mount)
+    rename = os.rename
+
+    def failing(source, to):
+        if Path(to) == mount / "params" and ".old-" not in str(source):
+            raise OSError(5, "Input/output error")
+        rename(source, to)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(UserError, match="Input/output error"):
+        write(mount, "newer", overwrite=True)
+    assert content(mount) == NEW
+    assert sorted(entry.name for entry in mount.iterdir()) == ["lost+found", "model.json", "params"]
+
+
+def test_targets_that_cannot_be_are_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for target in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "loop", tmp_path / ("n" * 300), "a\0b"):
+        with pytest.raises(UserError) as caught:
+            write(target)
+        assert "\n" not in str(caught.value)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "loop"]
+
+
+def test_json_that_is_none_is_one_line(tmp_path):
+    for text, message in (
+        ('{"a":' * 100_000, "nested too deeply|not valid JSON"),
+        ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+        ("[1]", "should hold a JSON object"),
+        ("{", "not valid JSON"),
+    ):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_bytes(b"\xff{}")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(UserError, match="cannot read"):
+        read_json(tmp_path)
