@@ -80,8 +80,8 @@ def read(directory: str | os.PathLike) -> ModelJson:
             f"{path}: format version {values.get('format_version')!r}, but this program reads {FORMAT_VERSION}; "
             "convert again"
         )
-    model, attention, lora = configs_from_json(values, str(path))
     _refuse_outdated(path, values.get("attention"))
+    model, attention, lora = configs_from_json(values, str(path))
     extra, params = _extra(values.get("extra"), path), values.get("params") or {}
     if not isinstance(params, dict) or not all(isinstance(facts, dict) for facts in params.values()):
         raise UserError(f"{path}: params should be an object with an object for every array")
@@ -95,9 +95,9 @@ def read(directory: str | os.PathLike) -> ModelJson:
     return ModelJson(model, attention, lora, extra, params, changed)
 
 
-def _refuse_outdated(path: Path, attention: dict[str, Any] | None) -> None:
+def _refuse_outdated(path: Path, attention: Any) -> None:
     """Raises UserError for students of layers that have changed since: they would load and compute something else."""
-    if attention is None or "window_kind" in attention:  # which came with both changes
+    if not isinstance(attention, dict) or "window_kind" in attention:  # which came with both changes
         return
     remedy = "train it again, or use the version of this program that wrote it"
     if attention.get("feature_map") == "relu":

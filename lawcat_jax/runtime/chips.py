@@ -6,6 +6,7 @@ For GPUs also what XLA's compiler asks about a card, so that it can compile wher
 from __future__ import annotations
 
 import math
+import re
 from typing import NamedTuple
 
 from lawcat_jax.errors import UserError

@@ -23,7 +23,7 @@ from lawcat_jax.errors import UserError
 from lawcat_jax.files import check_target
 from lawcat_jax.runtime import distributed, sharding
 from lawcat_jax.tasks import report
-from lawcat_jax.tasks.runner import evaluate_model
+from lawcat_jax.tasks.runner import check_settings, evaluate_model
 from lawcat_jax.training import inputs, optim, stages
 from lawcat_jax.training.checkpoint import Checkpointer
 from lawcat_jax.training.dry_run import dry_run

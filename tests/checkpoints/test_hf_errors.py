@@ -22,6 +22,7 @@ from lawcat_jax.checkpoints.model_dir import load_model, save_model
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig, RopeScaling
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import new_directory
+from lawcat_jax.runtime import network
 
 ROOT = Path(__file__).parents[2]
 TINY = ModelConfig(
@@ -329,8 +330,10 @@ def test_hub_without_network(monkeypatch):
         raise huggingface_hub.errors.LocalEntryNotFoundError("cannot find\nit")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(UserError, match=r"meta-llama/Llama: no directory .* cannot be reached \(cannot find\)"):
-        resolve_source("meta-llama/Llama")
+    for online, reason in ((True, "cannot find"), (False, "no connection")):
+        monkeypatch.setattr(network, "hub_or_offline", lambda online=online: online)
+        with pytest.raises(UserError, match=rf"meta-llama/Llama: no directory .* cannot be reached \({reason}"):
+            resolve_source("meta-llama/Llama")
 
 
 def test_adapter_errors(tmp_path):
