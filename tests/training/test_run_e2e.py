@@ -180,11 +180,15 @@ def test_other_config_in_the_workdir_is_refused(straight, teacher):
         run.run(config)
 
 
-def test_a_switch_that_came_later_counts_as_off():
+def test_a_field_that_came_later_counts_as_its_default():
     old, new = {"stage2": {"batch_size": 8}}, {"stage2": {"batch_size": 8, "unroll_layers": False}}
-    assert metrics._differences(old, new, "config") == []
+    assert metrics._differences(old, new, {"stage2": {"kept": 3}}, "config") == []
+    new["stage2"]["kept"] = 3
+    assert metrics._differences(old, new, {"stage2": {"kept": 3}}, "config") == []
     new["stage2"]["unroll_layers"] = True
-    assert metrics._differences(old, new, "config") == ["config.stage2.unroll_layers: only in the new configuration"]
+    assert metrics._differences(old, new, {"stage2": {"kept": 3}}, "config") == [
+        "config.stage2.unroll_layers: only in the new configuration"
+    ]
 
 
 def test_declared_architecture_must_match(teacher, tmp_path):
