@@ -19,9 +19,9 @@ from absl import flags
 import lawcat_jax
 from lawcat_jax import models
 from lawcat_jax.analysis import config_reference
-from lawcat_jax.checkpoints.conversion import teacher_logits
 from lawcat_jax.checkpoints.hf.config_map import model_config_from_hf, model_config_to_hf
 from lawcat_jax.checkpoints.hf.mapping import base_shapes, flatten
+from lawcat_jax.checkpoints.logits import teacher_logits
 from lawcat_jax.checkpoints.model_dir import load_model
 from lawcat_jax.config import AttentionConfig, Config, StageConfig
 from lawcat_jax.models import flops, mixers

@@ -1,9 +1,9 @@
-"""Conversion of a whole checkpoint, and the comparison of its logits with ``transformers``."""
+"""Conversion of a whole checkpoint, and the check that the result is what was read."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from lawcat_jax.checkpoints.hf.mapping import flatten
 from lawcat_jax.checkpoints.hf.peft import write_adapter
 from lawcat_jax.checkpoints.hf.read import progress_bar
 from lawcat_jax.checkpoints.hf.write import MAX_SHARD_BYTES, write_hf
+from lawcat_jax.checkpoints.logits import compare_logits, random_tokens, require_torch, student_logits, teacher_logits
 from lawcat_jax.checkpoints.model_dir import (
     MODEL_JSON,
     ModelBundle,
@@ -30,11 +31,8 @@ from lawcat_jax.checkpoints.model_dir import (
     takes_base,
 )
 from lawcat_jax.checkpoints.transformers_export import write_transformers
-from lawcat_jax.config import ModelConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import check_target, read_json
-
-VERIFY_TOKENS = (2, 64)  # sequences, tokens: enough to see a wrong rotary scaling, cheap for 7B on a CPU
 
 
 def convert(
@@ -74,7 +72,7 @@ def convert(
     if verify and to == "peft":
         raise UserError("--verify compares whole models; it does not go with --to=peft")
     if verify and to != "delta":
-        _require_torch()
+        require_torch()
     if max_shard_bytes < 1:
         raise UserError("--max_shard_gb must be positive")
     start = time.monotonic()
@@ -87,7 +85,7 @@ def convert(
     if to == "delta":
         check_delta_target(target, overwrite=overwrite)
     else:
-        check_target(target, overwrite=overwrite, sources=[source])
+        check_target(target, overwrite=overwrite, sources=[source] if os.path.exists(source) else [])
     opened = open_checkpoint(source, revision, base if joined or to != "delta" else None)
     if to != "delta":
         check_target(target, overwrite=overwrite, sources=[opened.directory])
@@ -316,12 +314,6 @@ def _weight_bytes(opened: OpenedCheckpoint) -> int | None:
     return getattr(opened.reader, "nbytes", None)
 
 
-def _require_torch() -> None:
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"--verify needs {' and '.join(missing)}: pip install {' '.join(missing)}; or leave it out")
-
-
 def _verify(job: _Job, *, to: str, exact: bool) -> None:
     """Compare the result of a conversion with its source, and print how they differ.
 
@@ -387,70 +379,3 @@ def _check_trained(before: ModelBundle, after: ModelBundle, target: Path) -> Non
     old, new = ({p: leaf for p, leaf in flatten(b.params) if delta.is_trained(p)} for b in (before, after))
     if old.keys() != new.keys() or not all(np.array_equal(old[path], new[path], equal_nan=True) for path in old):
         raise UserError(f"{target}: mixers or adapters are not those of the source; do not use it, and report this")
-
-
-def random_tokens(model: ModelConfig, seed: int = 0) -> np.ndarray:
-    """Tokens that a comparison of logits is made on, int32 [2, 64]."""
-    return np.random.default_rng(seed).integers(0, model.vocab_size, VERIFY_TOKENS).astype(np.int32)
-
-
-def compare_logits(
-    here: np.ndarray, reference: Path, tokens: np.ndarray, *, trust_remote_code: bool = False
-) -> dict[str, float]:
-    """Logits [B, T, V] of this project against ``transformers`` on ``reference`` (HF directory or GGUF file), in
-    float32.
-
-    Returns:
-      ``max_abs`` (largest absolute difference), ``scale`` (largest absolute logit), ``kl``
-      (KL(reference || ours), nats, mean over tokens) and ``tokens``.
-
-    Raises:
-      UserError: torch is not installed.
-    """
-    _require_torch()
-    import torch
-    import transformers
-
-    where = (reference.parent, {"gguf_file": reference.name}) if reference.is_file() else (reference, {})
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        where[0],
-        **where[1],
-        dtype=torch.float32,
-        attn_implementation="eager",
-        trust_remote_code=trust_remote_code,
-    ).eval()
-    with torch.no_grad():
-        there = model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
-    log_p, log_q = _log_softmax(there), _log_softmax(here)
-    return {
-        "max_abs": float(np.max(np.abs(here - there))),
-        "scale": float(np.max(np.abs(there))),
-        "kl": float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1))),
-        "tokens": tokens.size,
-    }
-
-
-def teacher_logits(bundle: ModelBundle, tokens: np.ndarray) -> np.ndarray:
-    """float32 [B, T, V] logits of the softmax model for int32 [B, T] tokens."""
-    return _logits(bundle, tokens, as_teacher=True)
-
-
-def student_logits(bundle: ModelBundle, tokens: np.ndarray) -> np.ndarray:
-    """float32 [B, T, V] logits of the student for int32 [B, T] tokens."""
-    return _logits(bundle, tokens, as_teacher=False)
-
-
-def _logits(bundle: ModelBundle, tokens: np.ndarray, *, as_teacher: bool) -> np.ndarray:
-    import jax
-
-    from lawcat_jax import models
-
-    graphdef, _ = models.abstract(bundle.model, bundle.attention, bundle.lora)
-    with jax.default_matmul_precision("float32"):
-        forward = jax.jit(lambda params, x: models.bind(graphdef, params)(x, as_teacher=as_teacher))
-        return np.asarray(forward(bundle.params, tokens), np.float32)
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))

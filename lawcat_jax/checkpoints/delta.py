@@ -31,7 +31,7 @@ import numpy as np
 from lawcat_jax.checkpoints.hf.mapping import base_shapes
 from lawcat_jax.checkpoints.hf.tensors import CODES, DTYPES, open_tensors, read_metadata, write_tensors
 from lawcat_jax.checkpoints.hf.write import check_leaves
-from lawcat_jax.checkpoints.stored_configs import configs_from_json, configs_to_json
+from lawcat_jax.checkpoints.stored_configs import configs_from_json, configs_to_json, extra_from_json
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig, to_dict
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import new_file
@@ -119,7 +119,7 @@ class Delta:
         self.attention = attention
         self.teacher, self.revision = teacher.get("source"), teacher.get("revision")
         self._weights: dict[str, dict[str, str]] = teacher["weights"]
-        self.extra, self.recipe = values.get("extra") or {}, values.get("recipe")
+        self.extra, self.recipe = extra_from_json(values, str(self.path)), values.get("recipe")
         self._arrays = arrays
 
     def check_architecture(self, base: ModelConfig, where: str) -> None:

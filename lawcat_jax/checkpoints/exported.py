@@ -15,7 +15,7 @@ from lawcat_jax.checkpoints.delta import cast, is_trained
 from lawcat_jax.checkpoints.hf.config_map import token_ids
 from lawcat_jax.checkpoints.hf.mapping import linearised_layers, unflatten
 from lawcat_jax.checkpoints.hf.read import GENERATION, Progress, Shardings, collect_tensors, stated_ids
-from lawcat_jax.checkpoints.stored_configs import Configs, configs_from_json
+from lawcat_jax.checkpoints.stored_configs import Configs, configs_from_json, extra_from_json
 from lawcat_jax.config import AttentionConfig, ModelConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import read_json
@@ -82,7 +82,7 @@ class ExportedCheckpoint:
             version = values.get("format_version") if isinstance(values, dict) else None
             raise UserError(f"{where}: format version {version!r}, but this program reads {FORMAT_VERSION}")
         self.directory = directory
-        self.extra: dict[str, Any] = values.get("extra") or {}
+        self.extra: dict[str, Any] = extra_from_json(values, where)
         self.configs: Configs = configs_from_json(values, where)
         for name, value in token_ids(stated_ids(directory / GENERATION)).items():
             setattr(self.configs[0], name, value)

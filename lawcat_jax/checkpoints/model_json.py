@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +23,8 @@ from typing import Any, NamedTuple
 from lawcat_jax.checkpoints.fingerprints import digest
 from lawcat_jax.checkpoints.hf.config_map import token_ids
 from lawcat_jax.checkpoints.hf.read import GENERATION, stated_ids
-from lawcat_jax.checkpoints.stored_configs import configs_from_json, configs_to_json, meaning
-from lawcat_jax.config import AttentionConfig, Bos, EvalConfig, LoraConfig, ModelConfig, from_dict, type_problems
+from lawcat_jax.checkpoints.stored_configs import configs_from_json, configs_to_json, extra_from_json, meaning
+from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import read_json
 
@@ -82,7 +81,7 @@ def read(directory: str | os.PathLike) -> ModelJson:
         )
     _refuse_outdated(path, values.get("attention"))
     model, attention, lora = configs_from_json(values, str(path))
-    extra, params = _extra(values.get("extra"), path), values.get("params") or {}
+    extra, params = extra_from_json(values, str(path)), values.get("params") or {}
     if not isinstance(params, dict) or not all(isinstance(facts, dict) for facts in params.values()):
         raise UserError(f"{path}: params should be an object with an object for every array")
     changed = ""
@@ -111,28 +110,3 @@ def _digest(
 ) -> str:
     configs = {"model": model, "attention": attention, "lora": lora}
     return digest([{name: meaning(config) for name, config in configs.items()}, dict(params)])
-
-
-def _extra(extra: Any, path: Path) -> dict[str, Any]:
-    extra = {} if extra is None else extra
-    if not isinstance(extra, dict):
-        raise UserError(f"{path}: extra should be an object, not {str(extra)[:80]!r}")
-    problems = [
-        f"extra.{name}: {extra[name]!r} is not a str"
-        for name in ("source", "revision", "stage")
-        if not isinstance(extra.get(name), str | None)
-    ]
-    if extra.get("add_bos") not in (None, *typing.get_args(Bos)):
-        problems.append(f"extra.add_bos: {extra['add_bos']!r} is not one of {', '.join(typing.get_args(Bos))}")
-    length, stored = extra.get("training_length"), extra.get("eval")
-    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
-        problems.append(f"extra.training_length: {length!r} is not a number of tokens")
-    if not isinstance(stored, dict | None):
-        problems.append(f"extra.eval: {str(stored)[:80]!r} is not an object")
-    else:
-        known = {field.name for field in dataclasses.fields(EvalConfig)}
-        settings = {name: value for name, value in (stored or {}).items() if name in known}
-        problems += type_problems(from_dict(EvalConfig, settings), "extra.eval")
-    if problems:
-        raise UserError(f"{path}: {'; '.join(problems)}; correct the file, or remove these")
-    return extra

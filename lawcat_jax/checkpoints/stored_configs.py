@@ -1,4 +1,4 @@
-"""The three configurations of a model as JSON, as every file format of this project stores them.
+"""The three configurations of a model and what its writer added as JSON, as every file format of this project stores them.
 
 Fields that the first version had must be stated. Those added since have defaults that are what earlier versions did, so that
 a file may lack them.
@@ -7,12 +7,15 @@ a file may lack them.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any
 
 from lawcat_jax.config import (
     AttentionConfig,
+    Bos,
     ConfigError,
+    EvalConfig,
     LoraConfig,
     ModelConfig,
     RopeScaling,
@@ -58,6 +61,41 @@ def configs_from_json(values: Mapping[str, Any], where: str) -> Configs:
     """
     model, attention, lora = (_config(name, values.get(name), where) for name in _KINDS)
     return model, attention, lora
+
+
+def extra_from_json(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What the writer of a file added under ``extra``: its own keys are checked, all others are kept as they are.
+
+    Args:
+      values: a parsed JSON object.
+      where: file that it comes from, for messages.
+
+    Raises:
+      UserError: no object, or impossible values.
+    """
+    extra = values.get("extra")
+    extra = {} if extra is None else extra
+    if not isinstance(extra, dict):
+        raise UserError(f"{where}: extra should be an object, not {str(extra)[:80]!r}")
+    problems = [
+        f"extra.{name}: {extra[name]!r} is not a str"
+        for name in ("source", "revision", "stage")
+        if not isinstance(extra.get(name), str | None)
+    ]
+    if extra.get("add_bos") not in (None, *typing.get_args(Bos)):
+        problems.append(f"extra.add_bos: {extra['add_bos']!r} is not one of {', '.join(typing.get_args(Bos))}")
+    length, stored = extra.get("training_length"), extra.get("eval")
+    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
+        problems.append(f"extra.training_length: {length!r} is not a number of tokens")
+    if not isinstance(stored, dict | None):
+        problems.append(f"extra.eval: {str(stored)[:80]!r} is not an object")
+    else:
+        known = {field.name for field in dataclasses.fields(EvalConfig)}
+        settings = {name: value for name, value in (stored or {}).items() if name in known}
+        problems += type_problems(from_dict(EvalConfig, settings), "extra.eval")
+    if problems:
+        raise UserError(f"{where}: {'; '.join(problems)}; correct the file, or remove these")
+    return extra
 
 
 def meaning(config: Any) -> Any:

@@ -97,6 +97,12 @@ def test_a_directory_of_an_adapter_is_a_source(source, tmp_path, capsys):
     one, two = (load_model(tmp_path / name, dtype="keep") for name in ("named", "given"))
     assert one.extra == {"source": str(source), "adapter": str(tmp_path / "a")}
     jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.NamedSharding(mesh, jax.P())
+    for options in ({}, {"base": str(source)}, {"shardings": lambda path: spread}):  # as generate and evaluate read it
+        read = load_model(tmp_path / "a", dtype="keep", **options)
+        assert read.extra == one.extra
+        jax.tree.map(np.testing.assert_array_equal, read.params, one.params)
     for arguments, message in (
         ({"base": str(source), "source": str(source)}, "--base goes with an adapter"),
         ({"adapter": str(source), "source": str(source)}, "no directory of a PEFT adapter"),

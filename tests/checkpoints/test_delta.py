@@ -87,6 +87,7 @@ def test_another_base_is_refused(made, tmp_path):
     students.write_teacher(tmp_path / "wider", wider)
     refused("mlp_size 64 instead of 48", lambda: open_checkpoint(small, base=str(tmp_path / "wider")))
     refused("--base goes with an adapter or a student's small file", lambda: load_model(made / "teacher", base="x"))
+    refused("--base goes with", lambda: evaluate_checkpoints(["asset:tiny_llama"], {}, base="asset:tiny_llama"))
     (tmp_path / "moved").mkdir()
     lone = tmp_path / "moved" / "s.safetensors"
     student = students.write_student(tmp_path / "student", teacher=Path("/nowhere/teacher"))
@@ -142,6 +143,7 @@ def test_damage_and_targets(made, tmp_path):
     convert(student, str(tmp_path / "y.safetensors"), to="delta", overwrite=True)
 
 
+@pytest.mark.slow
 def test_commands_take_it(tmp_path):
     teacher = load_model("asset:tiny_llama")
     attention = AttentionConfig(gate_rank=4)
@@ -153,8 +155,6 @@ def test_commands_take_it(tmp_path):
     found = find_checkpoint(small)
     assert found.extra == extra
     assert len(found.tokenizer) == len(find_checkpoint("asset:tiny_llama").tokenizer)
-    with pytest.raises(UserError, match="--base goes with a student's small file"):
-        evaluate_checkpoints(["asset:tiny_llama"], {}, base="asset:tiny_llama")
     config = Config(attention=attention)
     config.teacher.source, config.teacher.base = small, "asset:tiny_llama"
     opened = inputs.open_teacher(config)

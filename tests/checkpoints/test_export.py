@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from lawcat_jax import models
-from lawcat_jax.checkpoints.conversion import convert, student_logits
+from lawcat_jax.checkpoints.conversion import convert
 from lawcat_jax.checkpoints.hf.mapping import unflatten
+from lawcat_jax.checkpoints.logits import student_logits
 from lawcat_jax.checkpoints.model_dir import load_model, open_checkpoint, save_model
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig, RopeScaling
 from lawcat_jax.errors import UserError
@@ -60,7 +61,7 @@ def logits(model, ids, **options):
     return model(torch.as_tensor(ids), **options).logits.float().numpy()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lawcat", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
 def test_logits_and_text(exported, kind):
     bundle, model, _ = exported(kind)
     prompts = torch.as_tensor(tokens(2, 126))
@@ -184,6 +185,13 @@ def test_training_and_beams(exported):
     assert torch.equal(model.generate(ids[:1], **options), model.generate(ids[:1], use_cache=False, **options))
 
 
+@pytest.mark.slow
+def test_the_way_back_is_verified(exported, tmp_path):
+    students.write_student(tmp_path / "student")
+    convert(str(tmp_path / "student"), str(tmp_path / "out"), to="transformers")
+    convert(str(tmp_path / "out"), str(tmp_path / "back"), verify=True)
+
+
 def test_card_shards_and_refusals(exported, tmp_path):
     teacher = students.write_teacher(tmp_path / "teacher")
     run = tmp_path / "run"
@@ -207,7 +215,6 @@ def test_card_shards_and_refusals(exported, tmp_path):
     again = load_model(tmp_path / "out", dtype="keep")
     assert students.same_bits(again.params, load_model(run / "student", dtype="keep").params)
     convert(str(run), str(tmp_path / "out"), to="transformers", overwrite=True)
-    convert(str(tmp_path / "out"), str(tmp_path / "back"), verify=True)
 
     def refused(text, action):
         with pytest.raises(UserError, match=text) as caught:

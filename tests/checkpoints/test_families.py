@@ -15,13 +15,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from lawcat_jax import models
-from lawcat_jax.checkpoints.conversion import convert, teacher_logits
+from lawcat_jax.checkpoints.conversion import convert
 from lawcat_jax.checkpoints.hf import families
 from lawcat_jax.checkpoints.hf.config_map import model_config_from_hf, model_config_to_hf
 from lawcat_jax.checkpoints.hf.mapping import base_shapes, flatten, unflatten
 from lawcat_jax.checkpoints.hf.peft import write_adapter
 from lawcat_jax.checkpoints.hf.read import Checkpoint, read_hf
 from lawcat_jax.checkpoints.hf.write import write_hf
+from lawcat_jax.checkpoints.logits import teacher_logits
 from lawcat_jax.checkpoints.model_dir import load_model
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig, choices
 from lawcat_jax.errors import UserError

@@ -118,6 +118,7 @@ def test_the_switch_reads_what_has_changed_and_old_directories_are_read_unchecke
     load_model(copy)
 
 
+@pytest.mark.slow
 def test_sharded_and_cast_arrays_are_checked_too(copy, monkeypatch):
     mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     options = {"dtype": "bfloat16", "shardings": lambda path: jax.NamedSharding(mesh, jax.P())}

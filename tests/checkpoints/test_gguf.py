@@ -15,10 +15,11 @@ import pytest
 gguf = pytest.importorskip("gguf")
 
 from lawcat_jax.checkpoints import model_dir  # noqa: E402
-from lawcat_jax.checkpoints.conversion import convert, teacher_logits  # noqa: E402
+from lawcat_jax.checkpoints.conversion import convert  # noqa: E402
 from lawcat_jax.checkpoints.gguf.file import GgufFile, GgufTensor  # noqa: E402
 from lawcat_jax.checkpoints.gguf.read import find_gguf  # noqa: E402
 from lawcat_jax.checkpoints.hf.mapping import flatten  # noqa: E402
+from lawcat_jax.checkpoints.logits import teacher_logits  # noqa: E402
 from lawcat_jax.errors import UserError  # noqa: E402
 from tests.checkpoints import gguf_files  # noqa: E402
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lawcat_jax.checkpoints import model_dir
-from lawcat_jax.checkpoints.conversion import teacher_logits
 from lawcat_jax.checkpoints.hf.mapping import flatten, hf_slots
+from lawcat_jax.checkpoints.logits import teacher_logits
 from tests.checkpoints.test_gguf_tokenizer import lines
 
 pytestmark = pytest.mark.skipif(

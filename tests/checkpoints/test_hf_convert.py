@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from lawcat_jax import models
-from lawcat_jax.checkpoints.conversion import convert, teacher_logits
+from lawcat_jax.checkpoints.conversion import convert
 from lawcat_jax.checkpoints.hf.mapping import base_shapes, flatten, linearised_layers
 from lawcat_jax.checkpoints.hf.peft import lora_shapes, read_adapter, write_adapter
 from lawcat_jax.checkpoints.hf.read import Checkpoint, read_hf
 from lawcat_jax.checkpoints.hf.write import write_hf
+from lawcat_jax.checkpoints.logits import teacher_logits
 from lawcat_jax.checkpoints.model_dir import DTYPES, expected_shapes, load_model, save_model
 from lawcat_jax.config import AttentionConfig, LoraConfig
 from tests.checkpoints import hf_models

@@ -1,0 +1,92 @@
+"""Logits of a model here, and their comparison with those of ``transformers``."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+
+from lawcat_jax.checkpoints.model_dir import ModelBundle
+from lawcat_jax.config import ModelConfig
+from lawcat_jax.errors import UserError
+
+VERIFY_TOKENS = (2, 64)  # sequences, tokens: enough to see a wrong rotary scaling, cheap for 7B on a CPU
+
+
+def require_torch() -> None:
+    """Refuse a comparison that cannot be made here.
+
+    Raises:
+      UserError: torch or transformers is not installed.
+    """
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--verify needs {' and '.join(missing)}: pip install {' '.join(missing)}; or leave it out")
+
+
+def random_tokens(model: ModelConfig, seed: int = 0) -> np.ndarray:
+    """Tokens that a comparison of logits is made on, int32 [2, 64]."""
+    return np.random.default_rng(seed).integers(0, model.vocab_size, VERIFY_TOKENS).astype(np.int32)
+
+
+def compare_logits(
+    here: np.ndarray, reference: Path, tokens: np.ndarray, *, trust_remote_code: bool = False
+) -> dict[str, float]:
+    """Logits [B, T, V] of this project against ``transformers`` on ``reference`` (HF directory or GGUF file), in
+    float32.
+
+    Returns:
+      ``max_abs`` (largest absolute difference), ``scale`` (largest absolute logit), ``kl``
+      (KL(reference || ours), nats, mean over tokens) and ``tokens``.
+
+    Raises:
+      UserError: torch is not installed.
+    """
+    require_torch()
+    import torch
+    import transformers
+
+    where = (reference.parent, {"gguf_file": reference.name}) if reference.is_file() else (reference, {})
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        where[0],
+        **where[1],
+        dtype=torch.float32,
+        attn_implementation="eager",
+        trust_remote_code=trust_remote_code,
+    ).eval()
+    with torch.no_grad():
+        there = model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
+    log_p, log_q = _log_softmax(there), _log_softmax(here)
+    return {
+        "max_abs": float(np.max(np.abs(here - there))),
+        "scale": float(np.max(np.abs(there))),
+        "kl": float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1))),
+        "tokens": tokens.size,
+    }
+
+
+def teacher_logits(bundle: ModelBundle, tokens: np.ndarray) -> np.ndarray:
+    """float32 [B, T, V] logits of the softmax model for int32 [B, T] tokens."""
+    return _logits(bundle, tokens, as_teacher=True)
+
+
+def student_logits(bundle: ModelBundle, tokens: np.ndarray) -> np.ndarray:
+    """float32 [B, T, V] logits of the student for int32 [B, T] tokens."""
+    return _logits(bundle, tokens, as_teacher=False)
+
+
+def _logits(bundle: ModelBundle, tokens: np.ndarray, *, as_teacher: bool) -> np.ndarray:
+    import jax
+
+    from lawcat_jax import models
+
+    graphdef, _ = models.abstract(bundle.model, bundle.attention, bundle.lora)
+    with jax.default_matmul_precision("float32"):
+        forward = jax.jit(lambda params, x: models.bind(graphdef, params)(x, as_teacher=as_teacher))
+        return np.asarray(forward(bundle.params, tokens), np.float32)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
