@@ -6,9 +6,12 @@ import json
 
 import pytest
 
-from lawcat_jax.config import Config, DataConfig
+from lawcat_jax.config import Config, DataConfig, EvalConfig
 from lawcat_jax.data.pipeline import make_dataset
+from lawcat_jax.data.tokenize import set_bos_rule
 from lawcat_jax.errors import UserError
+from lawcat_jax.tasks.registry import task_named
+from lawcat_jax.training.identity import identity, refuse_another
 from lawcat_jax.training.metrics import Manifest
 from tests.data import tokenizers as small
 
@@ -47,3 +50,24 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_tokens(tmp_path):
     Manifest.open(tmp_path / "new", Config()).begin()
     Manifest.open(tmp_path / "new", fresh := Config())
     assert fresh.stage1.data.add_bos == "auto"
+
+
+def test_a_checkpoint_of_an_earlier_version_is_that_of_the_run_that_goes_on():
+    """Its metadata says true or false, the resumed run always or never."""
+    config, origin = Config(), {"model": {}, "dtype": "float32", "weights": None, "tokenizer": "a"}
+    config.stage1.data.add_bos, config.stage2.data.add_bos = "always", "never"
+    own = identity(config, origin)
+    old = json.loads(json.dumps(own))
+    old["config"]["stage1"]["data"]["add_bos"], old["config"]["stage2"]["data"]["add_bos"] = True, False
+    refuse_another(old, own, "there")
+    old["config"]["stage2"]["data"]["add_bos"] = True
+    with pytest.raises(UserError, match=r"config\.stage2\.data\.add_bos"):
+        refuse_another(old, own, "there")
+
+
+@pytest.mark.parametrize(("name", "length"), [("passkey", 400), ("niah_single_1", 600)])
+def test_prompts_of_an_evaluation_follow_the_rule(name, length):
+    settings, tokenizer = EvalConfig(samples=1), small.byte_level()
+    for rule, begins in (("always", True), ("never", False)):
+        (sample,) = task_named(name).samples(set_bos_rule(tokenizer, rule), length, settings)
+        assert (sample.prompt[0] == tokenizer.bos_token_id) == begins

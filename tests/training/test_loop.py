@@ -121,6 +121,7 @@ def test_checkpoints_without_a_digest_of_their_metadata_load(straight, tmp_path,
     file = run.directory / "8" / "meta" / "metadata"
     values = json.loads(file.read_text())
     del values["digest"]
+    values["format"] = 1
     file.write_text(json.dumps(values))
     assert_same(Run(tmp_path).go(), straight[0])
     assert "damaged" not in capsys.readouterr().out
