@@ -180,7 +180,7 @@ def expected(case: Case) -> dict[str, np.ndarray]:
     options = {"normalize": case.options["normalize"], "bound": case.options["gate_lower_bound"]}
     ids = case.options.get("segment_ids")
     if ids is None:
-        return oracle.gla(*arrays, state, **options, cotangents=[do, *dstate])
+        return oracle.gla(*arrays, state=state, **options, cotangents=[do, *dstate])
     rows = []
     for row, numbers in enumerate(np.asarray(ids)):
         one = slice(row, row + 1)
@@ -190,7 +190,7 @@ def expected(case: Case) -> dict[str, np.ndarray]:
             start = None if state is None or first else [x[one] for x in state]
             end = [x[one] if last == len(numbers) else np.zeros_like(x[one]) for x in dstate]
             part = [x[one, first:last] for x in arrays]
-            parts.append(oracle.gla(*part, start, **options, cotangents=[do[one, first:last], *end]))
+            parts.append(oracle.gla(*part, state=start, **options, cotangents=[do[one, first:last], *end]))
         along = {name: np.concatenate([p[name] for p in parts], axis=1) for name in ("o", "dq", "dk", "dv", "dlog_g")}
         rows.append(along | {n: parts[-1][n] for n in ("S", "z")} | {n: parts[0][n] for n in ("dS0", "dz0")})
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import io
 import os
 import re
 import sys
@@ -72,7 +73,7 @@ def foreign_error(problem: BaseException) -> str | None:
 def lenient_output() -> None:
     """Let standard output replace what its encoding does not have, instead of failing in the midst of a text."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
 
 
@@ -93,7 +94,7 @@ def output_problem(problem: OSError | None = None) -> int | None:
         raise problem  # the stream has dropped what it could not write, and works again
     except OSError as found:
         handle = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(handle, sys.stdout.fileno())  # or the interpreter would try once more, and complain
+        os.dup2(handle, 1)  # or the interpreter would try once more, and complain
         os.close(handle)
         if found.errno == errno.EPIPE:
             return 141

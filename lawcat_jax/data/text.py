@@ -181,7 +181,8 @@ def _tfds_documents(source: str, text_key: str) -> Iterator[str]:
             rows: Any = builder.as_data_source(split)
         else:
             online = network.answers("https://storage.googleapis.com")
-            tfds.core.utils.gcs_utils._is_gcs_disabled = not online  # it would try for minutes
+            core: Any = tfds.core
+            core.utils.gcs_utils._is_gcs_disabled = not online  # it would try for minutes
             rows = tfds.data_source(name, split=split, download=online)
     except (Exception, SystemExit) as problem:  # tfds raises many types: unknown name, split, file format, no network
         raise UserError(f"text source {source!r} cannot be opened: {_first_line(problem)}") from problem

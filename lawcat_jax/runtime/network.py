@@ -9,6 +9,7 @@ import sys
 import threading
 import urllib.parse
 import urllib.request
+from typing import Any
 
 SECONDS = 5.0  # a name that is not resolved and a packet that is dropped both take longer than anyone waits
 
@@ -49,10 +50,10 @@ def hub_or_offline() -> bool:
     if answers(os.environ.get("HF_ENDPOINT") or "https://huggingface.co"):
         return True
     os.environ["HF_HUB_OFFLINE"] = "1"
-    constants = sys.modules.get("huggingface_hub.constants")
+    constants: Any = sys.modules.get("huggingface_hub.constants")
     if constants is not None:  # it has read the variable already
         constants.HF_HUB_OFFLINE = True
-    config = sys.modules.get("datasets.config")
+    config: Any = sys.modules.get("datasets.config")
     if config is not None:
         config.HF_HUB_OFFLINE = True
     return False

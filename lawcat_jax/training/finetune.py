@@ -107,9 +107,13 @@ def chunked_token_sums(
 
     def one(piece: tuple) -> TokenSums:
         hidden, targets, weights, values = piece
-        counted = weights > 0 if values is None else (weights > 0) | (values[1] > 0)
+        counted = weights > 0
+        if values is not None:
+            counted |= values[1] > 0
         hidden = jnp.where(counted[..., None], hidden, 0)  # else NaN times a gradient of 0 reaches a head that trains
-        held = None if teacher is None else teacher._replace(values=head(values[0]), weights=values[1])
+        held = None
+        if teacher is not None and values is not None:
+            held = teacher._replace(values=head(values[0]), weights=values[1])
         return token_sums(head(hidden), targets, weights, held)
 
     length = hidden.shape[1]

@@ -200,7 +200,7 @@ class Prepared:
     """What a stage reads: its endless stream, and its validation split on the devices (maybe empty)."""
 
     batches: Iterator[Batch]
-    held_out: list[dict[str, Any]]
+    held_out: list[Batch]
 
 
 def prepare(stage: stages.Stage, student: Student, seed: int) -> Prepared:

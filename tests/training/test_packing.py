@@ -83,7 +83,7 @@ def check(attention, module, stage):
 
 
 @pytest.mark.parametrize(
-    "attention", [pytest.param(a, id=n, marks=[pytest.mark.slow] * (n != "hybrid")) for n, a in MIXERS.items()]
+    "attention", [pytest.param(a, id=n, marks=[pytest.mark.slow] * (n != "lawcat")) for n, a in MIXERS.items()]
 )
 def test_finetuning_packed_rows_equals_the_documents_alone(attention):
     check(attention, finetune, StageConfig(kl_weight=0.5))
