@@ -79,6 +79,7 @@ def check_lines(count):
         assert tokenizer(a).input_ids == reference(a).input_ids
 
 
+@pytest.mark.slow
 def test_tokenizer_equals_transformers_on_some_lines():
     check_lines(300)
 

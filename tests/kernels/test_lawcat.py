@@ -194,6 +194,7 @@ def test_padding_is_inert_whatever_it_holds(implementation, zero_padding):
 
 
 @pytest.mark.parametrize("implementation", ["scan", pytest.param("reference", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_packed_documents_equal_each_alone(implementation):
     """Outputs, final states and gradients, with a document that only the padding follows and ids that come again."""
     inputs = make_inputs(length=12)

@@ -85,6 +85,7 @@ def check(attention, module, stage):
 @pytest.mark.parametrize(
     "attention", [pytest.param(a, id=n, marks=[pytest.mark.slow] * (n != "lawcat")) for n, a in MIXERS.items()]
 )
+@pytest.mark.slow
 def test_finetuning_packed_rows_equals_the_documents_alone(attention):
     check(attention, finetune, StageConfig(kl_weight=0.5))
 

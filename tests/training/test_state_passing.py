@@ -162,6 +162,7 @@ def run_steps(stage: StageConfig, model, count: int = 3):
 
 
 @pytest.mark.parametrize("mode", ["shuffled", pytest.param("pieces", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_accumulation_passes_the_same_states(model, mode):
     at_once, dealt = (
         # A small rate, so that Adam does not make rounding as large as the gradient.
