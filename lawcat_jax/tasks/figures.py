@@ -175,6 +175,21 @@ def plot_family(
     _heat_maps(path, panels, rows, lengths, **names, scale=tasks[0].y_label)
 
 
+def plot_rows(path: str | os.PathLike, task: Task, results: Mapping[str, Mapping[int, Any]], *, title: str) -> None:
+    """PNG of accuracy by model (from the top) and length, ``results[label][length]``: for more models than curves can be
+    told apart.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    lengths = sorted({x for by_length in results.values() for x in by_length})
+    means = [
+        [task.point(by_length[x])[0] if x in by_length else None for x in lengths] for by_length in results.values()
+    ]
+    names = {"title": title, "x_label": task.x_label, "y_label": ""}
+    _heat_maps(path, {"": means}, list(results), lengths, **names, scale=task.y_label)
+
+
 def _heat_maps(
     path: str | os.PathLike,
     panels: Mapping[str, Sequence[Sequence[float | None]]],
