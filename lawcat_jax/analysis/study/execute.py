@@ -44,6 +44,7 @@ class Slot:
         values.setdefault(SWITCH, str(output / "programs"))
         if self.device is not None:
             values["CUDA_VISIBLE_DEVICES"] = self.device
+            values.pop("XLA_CLIENT_MEM_FRACTION", None)  # its newer name; jax refuses both together
             values["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{MEMORY_SHARE * self.share:.3f}"
         return values
 
@@ -135,7 +136,8 @@ def execute(
     """Run the jobs that are not finished, each when what it waits for is, the first ones first; those that failed before
     come last.
 
-    A job that fails holds up those that wait for it and no other. When ``stop`` has a reason, children are told to save
+    Whether an unfinished job may go on with what it finds, its own command decides; one that finished with other settings
+    counts as failed. A job that fails holds up those that wait for it and no other. When ``stop`` has a reason, children are told to save
     and end (SIGTERM). One line is printed for each start and end. The output of a job goes to ``<output>/logs``. ``held``
     is what :func:`alone` gave.
 
@@ -143,17 +145,17 @@ def execute(
       UserError: the folder cannot be written.
     """
     outcome = Outcome()
-    waiting = []
-    for job in sorted(jobs, key=lambda job: ledger.status(job) == FAILED):
-        if ledger.status(job) != FINISHED:
-            waiting.append(job)  # whether it may go on with what is there, its own command decides
-        elif changed := ledger.changed(job):
+    to_do = {job.name for job in ledger.left(jobs)}
+    waiting = [job for job in jobs if job.name in to_do]
+    for job in [job for job in jobs if job.name not in to_do]:
+        if changed := ledger.changed(job):
             outcome.failed.append(job.name)
             echo(
                 f"{_clock()} refused  {job.name}: it finished with other settings ({_listed(changed)}); use another --output"
             )
         else:
             outcome.finished.append(job.name)
+    waiting.sort(key=lambda job: ledger.status(job) == FAILED)
     children: list[_Child] = []
     free = list(slots)
     while waiting or children:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,20 @@ class Ledger:
 
     def status(self, job: Job) -> str:
         """``finished``, ``failed``, ``interrupted``, or "" where it has never begun. One that was running when the study
-        was killed is interrupted, and one whose products are gone has never begun."""
+        was killed is interrupted."""
         found = self.jobs.get(job.name, {}).get("status", "")
-        if found == FINISHED and not all(path.exists() for path in job.products):
-            return ""
         return INTERRUPTED if found == RUNNING else found
+
+    def left(self, jobs: Sequence[Job]) -> list[Job]:
+        """The jobs that have to be run. A model whose files are gone is made again only where an unfinished job reads
+        it: ``study.json`` and ``eval`` are enough to go on elsewhere."""
+        found: list[Job] = []
+        for job in reversed(jobs):  # those that read a model stand after the one that makes it
+            gone = not all(path.exists() for path in job.products)
+            needed = job.kind == "evaluate" or any(job.name in other.after for other in found)
+            if self.status(job) != FINISHED or (gone and needed):
+                found.insert(0, job)
+        return found
 
     def changed(self, job: Job) -> list[str]:
         """What is different now from what a begun job computes, one entry a field."""
@@ -96,11 +105,6 @@ class Ledger:
 
     def _write(self) -> None:
         write_json(self._path, {"jobs": self.jobs})
-
-
-def entries(output: Path) -> Mapping[str, Mapping[str, Any]]:
-    """The entries of a study's folder; none where nothing was run."""
-    return Ledger(output).jobs
 
 
 def _now() -> str:

@@ -41,8 +41,8 @@ def sections(results: Results) -> list[Section]:
     return found
 
 
-def markdown(results: Results, pictures: str = "") -> str:
-    """The tables, from level-3 headings down. ``pictures`` is put before the pictures' names."""
+def markdown(results: Results, folder: str = "") -> str:
+    """The tables, from level-3 headings down. ``folder`` is put before the pictures' names."""
     lines: list[str] = []
     for title, word, rows in sections(results):
         shown = [(key, measure) for key, measure in results["measures"].items() if _has(measure, rows)]
@@ -54,15 +54,25 @@ def markdown(results: Results, pictures: str = "") -> str:
         for key, measure in shown:
             lines += [f"**{measure['title']}**", "", *_table(measure, rows), ""]
             if len(_filled(measure, rows)) > 1:
-                lines += [f"![{measure['title']}]({pictures}{_picture(results, word, key)})", ""]
+                lines += [f"![{measure['title']}]({folder}{_picture(results, word, key)})", ""]
     lines += _seeds(results)
     if results["claims"]:
         lines += ["### Claims", "", _RULE, "", *_claims(results), ""]
     if results["costs"]:
         lines += ["### What it took", "", *_costs(results), ""]
     if missing := [row["title"] for row in results["rows"] if not _measured(results, row)]:
-        lines += [f"Not run: {', '.join(missing)}.", ""]
+        lines += [f"Not run: {'; '.join(missing)}.", ""]
     return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def pictures(results: Results) -> list[str]:
+    """Names of the pictures that :func:`markdown` names."""
+    return [
+        _picture(results, word, key)
+        for _, word, rows in sections(results)
+        for key, measure in results["measures"].items()
+        if len(_filled(measure, rows)) > 1
+    ]
 
 
 def draw(results: Results, folder: Path) -> list[str]:

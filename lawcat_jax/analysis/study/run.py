@@ -12,8 +12,8 @@ from typing import Any
 
 from lawcat_jax.analysis.study import report
 from lawcat_jax.analysis.study.execute import EXIT_INTERRUPTED, Outcome, Stop, alone, execute, make_slots
-from lawcat_jax.analysis.study.ledger import Ledger
-from lawcat_jax.analysis.study.plan import Plan, make_plan
+from lawcat_jax.analysis.study.ledger import FINISHED, Ledger
+from lawcat_jax.analysis.study.plan import Job, Plan, make_plan
 from lawcat_jax.analysis.study.results import collect
 from lawcat_jax.analysis.study.table import load_study
 from lawcat_jax.errors import UserError
@@ -68,10 +68,12 @@ def list_study(options: Options) -> int:
     """Print every job with its status and what it waits for; returns 0."""
     plan = _plan(options, len(make_slots(options.devices, options.runs_per_device)))
     ledger = Ledger(options.output)
-    for job in plan.needed(options.only):
+    jobs = plan.needed(options.only)
+    left = {job.name for job in ledger.left(jobs)}
+    for job in jobs:
         after = f"  after {', '.join(job.after)}" if job.after else ""
         steps = f"  {job.steps:,} steps" if job.steps else ""
-        print(f"{ledger.status(job) or 'to do':<12} {job.name}{steps}{after}")
+        print(f"{_status(ledger, job, job.name in left):<12} {job.name}{steps}{after}")
     return 0
 
 
@@ -154,6 +156,11 @@ def _plan(options: Options, slots: int) -> Plan:
     if workers is None:
         workers = max(1, (os.cpu_count() or 1) // slots)
     return make_plan(study, get_config, config=options.config, output=options.output, workers=workers)
+
+
+def _status(ledger: Ledger, job: Job, left: bool) -> str:
+    status = ledger.status(job) or "to do"
+    return "to do again" if left and status == FINISHED else status
 
 
 def _in_words(outcome: Outcome, count: int) -> str:
