@@ -31,6 +31,10 @@ _LOCK_SECONDS = 90.0
 _STOP = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGINT, 128 + signal.SIGTERM, EXIT_INTERRUPTED)
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Slot:
     """A place for one job at a time: a share of a device, or (``device`` None) whatever jax finds."""
@@ -131,7 +135,7 @@ def execute(
     output: Path,
     stop: Stop,
     held: int | None = None,
-    echo: Callable[[str], None] = print,
+    echo: Callable[[str], None] = _say,
 ) -> Outcome:
     """Run the jobs that are not finished, each when what it waits for is, the first ones first; those that failed before
     come last.
@@ -248,7 +252,7 @@ def _end_all(children: Sequence[_Child]) -> Iterator[_Child]:
 
 
 @contextlib.contextmanager
-def alone(output: Path, echo: Callable[[str], None] = print) -> Iterator[int | None]:
+def alone(output: Path, echo: Callable[[str], None] = _say) -> Iterator[int | None]:
     """The lock of a study's folder, created when missing. Children inherit it: after a study that was killed, it is free when
     they have saved, for which this waits.
 

@@ -143,8 +143,28 @@ class Study:
             ]
         for claim in self.claims:
             found += choice_problems(claim, f"claim {claim.text!r}")
-            found += [f"claim {claim.text!r}: no row {name!r}" for name in (claim.a, claim.b) if name not in names]
+            for name in (claim.a, claim.b):
+                found += (
+                    self._never_judged(claim, self.row(name))
+                    if name in names
+                    else [f"claim {claim.text!r}: no row {name!r}"]
+                )
         return found
+
+    def _never_judged(self, claim: Claim, row: Row) -> Iterable[str]:
+        """Cells of a claim that no evaluation of the row measures, or that have no right answers."""
+        for cells in claim.cells:
+            if cells.task.startswith("perplexity"):
+                yield f"claim {claim.text!r}: {cells.task} has no right answers to count"
+            measured = {
+                length
+                for each in self.evaluations
+                if each.applies(row) and cells.task in each.tasks
+                if cells.task != "passkey" or each.passkey_form == cells.passkey_form
+                for length in each.lengths
+            }
+            if missing := sorted(set(cells.lengths) - measured):
+                yield f"claim {claim.text!r}: row {row.name!r} is not measured by {cells.task} at {missing} tokens"
 
     def _repeated(self) -> Iterable[tuple[str, str]]:
         for kind, items in (("row", self.rows), ("evaluation", self.evaluations)):

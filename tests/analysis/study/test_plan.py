@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lawcat_jax.analysis.study import Claim, Evaluation, Row
+from lawcat_jax.analysis.study import Cells, Claim, Evaluation, Row
 from lawcat_jax.analysis.study.plan import make_plan, run_facts
 from lawcat_jax.analysis.study.table import load_study
 from lawcat_jax.config import Config
@@ -120,18 +120,39 @@ def test_students_of_two_teachers_are_no_study():
     ("changes", "message"),
     [
         ({"rows": (*STUDY.rows, STUDY.rows[1])}, "row 'lawcat' is there twice"),
-        ({"rows": (Row("a", "a", "ablation"),), "claims": ()}, "name the reference of this ablation"),
-        ({"rows": (Row("a", "a", "other"),), "claims": ()}, "'other' is not one of 'headline'"),
-        ({"rows": (Row("a_seed1", "a", "headline"),), "claims": ()}, "a name is small letters"),
-        ({"rows": (Row("a", "a", "headline", seeds=()),), "claims": ()}, "name at least one seed"),
+        ({"rows": (Row("a", "a", "ablation"),)}, "name the reference of this ablation"),
+        ({"rows": (Row("a", "a", "other"),)}, "'other' is not one of 'headline'"),
+        ({"rows": (Row("a_seed1", "a", "headline"),)}, "a name is small letters"),
+        ({"rows": (Row("a", "a", "headline", seeds=()),)}, "name at least one seed"),
         ({"claims": (Claim("x", "y", "lawcat", "nobody", ()),)}, "claim 'x': no row 'nobody'"),
+        (
+            {
+                "claims": (Claim("x", "y", "lawcat", "long", (Cells("passkey", (128, 512)),)),),
+                "evaluations": STUDY.evaluations,
+            },
+            "claim 'x': row 'long' is not measured by passkey at [512] tokens",
+        ),
+        (
+            {
+                "claims": (Claim("x", "y", "long", "lawcat", (Cells("passkey", (128,), "train"),)),),
+                "evaluations": STUDY.evaluations,
+            },
+            "claim 'x': row 'long' is not measured by passkey at [128] tokens",
+        ),
+        (
+            {
+                "claims": (Claim("x", "y", "long", "teacher", (Cells("perplexity", (128,)),)),),
+                "evaluations": STUDY.evaluations,
+            },
+            "claim 'x': perplexity has no right answers to count",
+        ),
         ({"evaluations": (Evaluation("e", ("passkey",), (), rows=("lawcat",)),)}, "name at least one length"),
         ({"evaluations": (Evaluation("e", ("passkey",), (8,), rows=("nobody",)),)}, "evaluation 'e': no row 'nobody'"),
         ({"evaluations": (Evaluation("e", ("perplexity",), (8,)),)}, "name a text"),
     ],
 )
 def test_problems_of_a_table(changes, message):
-    problems = dataclasses.replace(STUDY, **{"evaluations": (), **changes}).problems()
+    problems = dataclasses.replace(STUDY, **{"evaluations": (), "claims": (), **changes}).problems()
     assert any(message in problem for problem in problems), problems
     assert STUDY.problems() == []
 
