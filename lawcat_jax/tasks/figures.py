@@ -204,7 +204,8 @@ def _heat_maps(
     """One panel a model: ``panels[label][row][column]`` is a share in [0, 1], or None where nothing was measured."""
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure = _figure(1.6 + columns * max(2.6, 0.62 * len(lengths)), 0.9 + lines * (1.2 + 0.27 * len(rows)))
+    margin = max(1.6, 0.8 + 0.09 * max(map(len, rows)))
+    figure = _figure(margin + columns * max(2.6, 0.62 * len(lengths)), 0.9 + lines * (1.2 + 0.27 * len(rows)))
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     image = None
     for number, (label, means) in enumerate(panels.items()):

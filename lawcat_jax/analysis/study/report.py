@@ -16,7 +16,7 @@ from lawcat_jax.tasks.registry import task_named
 Results = Mapping[str, Any]
 Row = Mapping[str, Any]
 Section = tuple[str, str, list[Row]]
-"""(title, a word for file names, rows): each is a table, and a picture, of every task that its rows are measured by."""
+"""(title, a word for file names, rows): a table of every task that its rows are measured by, and pictures of some."""
 
 BEGIN, END = "<!-- study:begin {} -->", "<!-- study:end -->"
 _BLOCK = re.compile(r"<!-- study:begin (\S+) -->\n(.*?)<!-- study:end -->", re.DOTALL)
@@ -53,7 +53,7 @@ def markdown(results: Results, folder: str = "") -> str:
             lines += [*notes, ""]
         for key, measure in shown:
             lines += [f"**{measure['title']}**", "", *_table(measure, rows), ""]
-            if len(_filled(measure, rows)) > 1:
+            if _drawn(measure, rows):
                 lines += [f"![{measure['title']}]({folder}{_picture(results, word, key)})", ""]
     lines += _seeds(results)
     if results["claims"]:
@@ -71,7 +71,7 @@ def pictures(results: Results) -> list[str]:
         _picture(results, word, key)
         for _, word, rows in sections(results)
         for key, measure in results["measures"].items()
-        if len(_filled(measure, rows)) > 1
+        if _drawn(measure, rows)
     ]
 
 
@@ -84,9 +84,9 @@ def draw(results: Results, folder: Path) -> list[str]:
     names = []
     for title, word, rows in sections(results):
         for key, measure in results["measures"].items():
-            filled = _filled(measure, rows)
-            if len(filled) < 2:
+            if not _drawn(measure, rows):
                 continue
+            filled = _filled(measure, rows)
             names.append(_picture(results, word, key))
             task = task_named(measure["task"])
             values = {
@@ -140,6 +140,11 @@ def _has(measure: Mapping[str, Any], rows: Iterable[Row]) -> bool:
 
 def _filled(measure: Mapping[str, Any], rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if measure["rows"].get(row["name"], {}).get("pooled")]
+
+
+def _drawn(measure: Mapping[str, Any], rows: Iterable[Row]) -> bool:
+    """Whether there is something to compare; tasks of a family have tables only, or there would be ten pictures."""
+    return len(_filled(measure, rows)) > 1 and not task_named(measure["task"]).family
 
 
 def _measured(results: Results, row: Row) -> bool:

@@ -65,15 +65,15 @@ def straight(tmp_path_factory) -> Path:
 
 
 def lasting(output: Path) -> tuple[dict, dict]:
-    """Ledger and results without times and places."""
+    """Ledger and results without times and places, and without the commit, which an edit in the meantime would change."""
     ledger = json.loads((output / "study.json").read_text().replace(str(output), "OUT"))["jobs"]
     for entry in ledger.values():
-        for name in ("started", "finished", "minutes", "starts"):
+        for name in ("started", "finished", "minutes", "starts", "commit"):
             entry.pop(name)
     results = json.loads((output / "results.json").read_text().replace(str(output), "OUT"))
     results.pop("date")
     for cost in results["costs"]:
-        for name in ("started", "minutes", "evaluation_minutes"):
+        for name in ("started", "minutes", "evaluation_minutes", "commit"):
             cost.pop(name)
     return ledger, results
 
