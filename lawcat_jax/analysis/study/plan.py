@@ -17,7 +17,8 @@ from lawcat_jax.config.tree import nearest
 from lawcat_jax.errors import UserError
 from lawcat_jax.training.identity import HARMLESS
 
-Kind = Literal["convert", "stage1", "train", "evaluate"]
+Does = Literal["convert", "stage1", "train", "evaluate"]
+"""What a job does: make the teacher's directory, train a stage 1 that several runs share, train a run, measure a model."""
 
 TEACHER = "teacher"
 """Name of the job that converts the teacher, and of the folder that it fills."""
@@ -34,7 +35,7 @@ class Job:
     """
 
     name: str
-    kind: Kind
+    does: Does
     module: str
     arguments: tuple[str, ...]
     products: tuple[Path, ...]
@@ -266,7 +267,7 @@ def _training(
 
 def _train(
     name: str,
-    kind: Kind,
+    does: Does,
     workdir: Path,
     arguments: Sequence[str],
     after: tuple[str, ...],
@@ -274,7 +275,7 @@ def _train(
 ) -> Job:
     return Job(
         name,
-        kind,
+        does,
         "lawcat_jax.train",
         (*arguments, f"--workdir={workdir}"),
         (workdir / "student" / "model.json",),

@@ -196,7 +196,7 @@ def test_a_finished_job_with_other_settings_is_refused_and_the_others_go_on(fold
 def test_a_model_is_made_again_only_where_something_unfinished_reads_it(folder):
     import dataclasses
 
-    jobs = [dataclasses.replace(program(folder, "model"), kind="train"), program(folder, "measured", after=("model",))]
+    jobs = [dataclasses.replace(program(folder, "model"), does="train"), program(folder, "measured", after=("model",))]
     go(folder, jobs)
     (folder / "model.done").unlink()
     assert Ledger(folder).left(jobs) == []
