@@ -15,6 +15,7 @@ from lawcat_jax.errors import UserError
 
 # Fields that change neither parameters nor data: a run may be resumed with other values.
 HARMLESS = ("workdir", "dry_run", "max_bad_steps", "mesh", "checkpoint", "log", "eval")
+# The same in the data of a stage: batches and their order do not depend on them.
 HARMLESS_OF_DATA = ("num_workers", "num_processes")
 
 
