@@ -43,15 +43,15 @@ ATTENTION = {
 }
 
 ROWS = (
-    Row("teacher", "teacher", "teacher"),
+    Row("lawcat", "LAWCAT, long", "headline", seeds=(0, 1, 2)),
     Row("lawcat_short", "LAWCAT", "reference"),
+    Row("teacher", "teacher", "teacher"),
     Row("lolcats_terraced", "LoLCATs, terraced window", "baseline", reference="lawcat_short"),
     Row("no_conv", "no convolution", "ablation", reference="lawcat_short"),
     Row("plain_linear", "linear attention, neither gate nor convolution", "baseline", reference="lawcat_short"),
     Row("no_normalizer", "no normaliser", "ablation", reference="lawcat_short"),
     Row("rope", "RoPE on the linear branch", "ablation", reference="lawcat_short"),
     Row("lolcats_sliding", "LoLCATs, sliding window", "baseline", reference="lawcat_short"),
-    Row("lawcat", "LAWCAT, long", "headline", seeds=(0, 1, 2)),
     Row("window", "with a window of 64", "ablation", reference="lawcat_short"),
     Row("passkey_only", "passkey data alone, in many wordings", "ablation", reference="lawcat_short"),
     Row("one_wording", "the same mixture, one wording a task", "ablation", reference="lawcat_short"),
