@@ -20,7 +20,7 @@ from lawcat_jax.analysis.study import Cells, Claim, Evaluation, Row, Study
 from lawcat_jax.config import AttentionConfig, Config, DataConfig
 
 HEADLINE = (4000, 4000)  # steps of stage 1 and stage 2
-ABLATION = (1400, 1400)
+ABLATION = (1000, 1000)
 RANK = 32
 HYBRID = (9, 19)  # evenly spread over the 30 layers; not chosen by what replacing a layer costs
 
@@ -43,15 +43,15 @@ ATTENTION = {
 }
 
 ROWS = (
-    Row("teacher", "teacher", "teacher"),
+    Row("lawcat", "LAWCAT, long", "headline", seeds=(0, 1, 2)),
     Row("lawcat_short", "LAWCAT", "reference"),
+    Row("teacher", "teacher", "teacher"),
     Row("lolcats_terraced", "LoLCATs, terraced window", "baseline", reference="lawcat_short"),
     Row("no_conv", "no convolution", "ablation", reference="lawcat_short"),
     Row("plain_linear", "linear attention, neither gate nor convolution", "baseline", reference="lawcat_short"),
     Row("no_normalizer", "no normaliser", "ablation", reference="lawcat_short"),
     Row("rope", "RoPE on the linear branch", "ablation", reference="lawcat_short"),
     Row("lolcats_sliding", "LoLCATs, sliding window", "baseline", reference="lawcat_short"),
-    Row("lawcat", "LAWCAT, long", "headline", seeds=(0, 1, 2)),
     Row("window", "with a window of 64", "ablation", reference="lawcat_short"),
     Row("passkey_only", "passkey data alone, in many wordings", "ablation", reference="lawcat_short"),
     Row("one_wording", "the same mixture, one wording a task", "ablation", reference="lawcat_short"),
@@ -120,7 +120,7 @@ def get_study() -> Study:
         title="What makes a SmolLM2-135M student retrieve beyond its training length",
         rows=ROWS,
         evaluations=(
-            Evaluation("passkey_short", ("passkey",), LENGTHS, samples=50, groups=compared),
+            Evaluation("passkey_short", ("passkey",), LENGTHS, samples=100, groups=compared),
             Evaluation("passkey", ("passkey",), (*LENGTHS, 22528, 32768, 65536), samples=100, **headline),
             Evaluation("passkey_teacher", ("passkey",), CONTEXT, samples=100, **teacher),
             Evaluation("passkey_train", ("passkey",), CONTEXT, samples=100, passkey_form="train", **headline),

@@ -15,7 +15,7 @@ from lawcat_jax.checkpoints.gguf.read import PACKAGE, is_gguf
 from lawcat_jax.config import Config, to_dict
 from lawcat_jax.config.tree import nearest
 from lawcat_jax.errors import UserError
-from lawcat_jax.training.identity import HARMLESS
+from lawcat_jax.training.identity import HARMLESS, HARMLESS_OF_DATA
 
 Does = Literal["convert", "stage1", "train", "evaluate"]
 """What a job does: make the teacher's directory, train a stage 1 that several runs share, train a run, measure a model."""
@@ -217,7 +217,8 @@ def _shared(configs: Mapping[str, Config]) -> dict[str, str]:
 
 def _stage1_facts(config: Config) -> dict[str, Any]:
     values = to_dict(config)
-    values["stage1"]["data"].pop("num_workers")  # changes no batch
+    for name in HARMLESS_OF_DATA:
+        values["stage1"]["data"].pop(name)
     return json.loads(json.dumps({name: values[name] for name in ("seed", "teacher", "attention", "stage1")}))
 
 
@@ -245,8 +246,9 @@ def _training(
     assert own is not None  # the teacher is not trained
     common = [f"--config={config}:{run.name}", "--config.eval.enabled=False"]
     for name, stage in own.stages():
-        if workers is not None and stage.data.num_workers and stage.data.num_workers != workers:
-            common.append(f"--config.{name}.data.num_workers={workers}")
+        for field in HARMLESS_OF_DATA:
+            if workers is not None and getattr(stage.data, field) not in (0, workers):
+                common.append(f"--config.{name}.data.{field}={workers}")
     reads = _reads(own)
     start = [] if teacher == own.teacher.source else [f"--config.teacher.source={teacher}"]
     jobs = []
