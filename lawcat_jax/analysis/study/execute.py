@@ -261,7 +261,7 @@ def _end_all(children: Sequence[_Child]) -> Iterator[_Child]:
         try:
             child.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            child.process.kill()
+            os.killpg(child.process.pid, signal.SIGKILL)  # with the processes that prepare its data
             child.process.wait()
         yield child
 
