@@ -116,7 +116,7 @@ def make_plan(study: Study, get_config: GetConfig, *, config: str, output: Path,
     Args:
       config: the study's file, as the commands name it.
       output: the folder of everything.
-      workers: threads that a run prepares its batches with, where its configuration has some; None leaves them as they
+      workers: threads, and processes, that prepare a run's batches, where its configuration has some; None leaves them as they
         are. They change neither the batches nor their order.
 
     Raises:
