@@ -111,7 +111,8 @@ def get_study() -> Study:
     """Rows, evaluations and claims."""
     folder = os.environ.get("LAWCAT_DATA", "data")
     sources = {"haystack": f"{folder}/books/test", "babi": f"{folder}/babi/en-10k"}
-    tasks = (*(f"niah_single_{number}" for number in (1, 2, 3)), *(f"babilong_qa{number}" for number in range(1, 6)))
+    niah = tuple(f"niah_single_{number}" for number in (1, 2, 3))
+    babilong = tuple(f"babilong_qa{number}" for number in range(1, 6))
     text = {"text": f"{folder}/books/test", "samples": 8, "batch_size": 8}
     compared = ("reference", "ablation", "baseline")
     headline, teacher = {"groups": ("headline",)}, {"groups": ("teacher",)}
@@ -124,8 +125,11 @@ def get_study() -> Study:
             Evaluation("passkey", ("passkey",), (*LENGTHS, 22528, 32768, 65536), samples=100, **headline),
             Evaluation("passkey_teacher", ("passkey",), CONTEXT, samples=100, **teacher),
             Evaluation("passkey_train", ("passkey",), CONTEXT, samples=100, passkey_form="train", **headline),
-            Evaluation("tasks", tasks, (*LENGTHS, 32768), samples=100, **sources, **headline),
-            Evaluation("tasks_teacher", tasks, CONTEXT, samples=100, **sources, **teacher),
+            Evaluation("niah", niah, (*LENGTHS, 32768), samples=100, haystack=sources["haystack"], **headline),
+            Evaluation("babilong_qa1_to_3", babilong[:3], CONTEXT, samples=100, **sources, **headline),
+            Evaluation("babilong_qa4_and_5", babilong[3:], CONTEXT, samples=100, **sources, **headline),
+            Evaluation("babilong_long", babilong, (16384, 32768), samples=100, **sources, **headline),
+            Evaluation("tasks_teacher", (*niah, *babilong), CONTEXT, samples=100, **sources, **teacher),
             Evaluation("perplexity", ("perplexity_by_position",), (32768,), position_block=4096, **text, **headline),
             Evaluation(
                 "perplexity_teacher", ("perplexity_by_position",), (8192,), position_block=4096, **text, **teacher
