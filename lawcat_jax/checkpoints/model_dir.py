@@ -241,6 +241,13 @@ def takes_base(source: str | os.PathLike) -> bool:
         return is_delta(source) or is_adapter(Path(source).expanduser())
 
 
+def is_remote(source: str | os.PathLike) -> bool:
+    """Whether ``source`` can only be a repository of the Hugging Face hub: nothing here has that name."""
+    text = os.fspath(source)
+    with read_in_one_line(text):
+        return not text.startswith((PACKAGE, "asset:")) and not Path(text).expanduser().exists()
+
+
 def open_checkpoint(
     source: str | os.PathLike, revision: str | None = None, base: str | os.PathLike | None = None
 ) -> OpenedCheckpoint:
@@ -254,8 +261,8 @@ def open_checkpoint(
       base: the model that a student's small file or an adapter belongs to; by default the one that it names.
 
     Raises:
-      UserError: nothing there, a configuration that is damaged or not supported, tensors that do not fit it, or a
-        ``base`` that is missing, superfluous, or of another architecture.
+      UserError: nothing there, a configuration that is damaged or not supported, tensors that do not fit it, a
+        ``base`` that is missing, superfluous, or of another architecture, or a ``revision`` of what is no repository.
     """
     if takes_base(source):
         base = None if base is None else os.fspath(base)
@@ -264,6 +271,8 @@ def open_checkpoint(
         return _open_adapter(os.fspath(source), revision, base)
     if base is not None:
         raise UserError(f"--base goes with an adapter or a student's small file, and {source} is neither")
+    if revision is not None and not is_remote(source):
+        raise UserError(f"revision {revision!r} goes with a hub repository, and {source} is on this machine")
     directory = locate(source, revision)
     if (directory / MODEL_JSON).is_file():
         stated = model_json.read(directory)
@@ -283,7 +292,9 @@ def _open_delta(delta: Delta, revision: str | None, base: str | None) -> OpenedC
     if source is None:
         raise UserError(f"{delta.path} does not say which teacher it belongs to; name it with --base")
     try:
-        opened = open_checkpoint(source, (None if base else delta.revision) or revision)
+        # The recorded revision is that of the repository; a folder that has its name by now has none.
+        recorded = delta.revision if base is None and is_remote(source) else None
+        opened = open_checkpoint(source, recorded or revision)
     except UserError as problem:
         if base:
             raise

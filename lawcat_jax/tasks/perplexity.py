@@ -33,6 +33,10 @@ class Perplexity(LikelihoodTask):
         """Of a local text also the size and time of its files: a text that was changed is measured anew."""
         return super().identity(settings) | {"files": file_stamp(settings.text)}
 
+    def reads(self, settings: EvalConfig) -> set[str]:
+        """Without ``prefill_chunk``: a sequence is read at once."""
+        return super().reads(settings) - {"prefill_chunk"}
+
     def check(self, settings: EvalConfig, tokenizer: Tokenizer) -> None:
         super().check(settings, tokenizer)
         if not settings.text:

@@ -25,6 +25,10 @@ class PositionPerplexity(Perplexity):
     settings = ("samples", "text", "text_key", "position_block")
     x_label = "position (tokens)"
 
+    def reads(self, settings: EvalConfig) -> set[str]:
+        """With ``prefill_chunk``: a sequence is read in chunks."""
+        return super().reads(settings) | {"prefill_chunk"}
+
     def lengths(self, settings: EvalConfig) -> list[int]:
         return [max(settings.lengths)]
 

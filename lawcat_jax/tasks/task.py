@@ -130,6 +130,12 @@ class Task(abc.ABC):
         """What makes two evaluations of a model the same, as JSON values: an interrupted one resumes if it is equal."""
         return {name: getattr(settings, name) for name in self.settings}
 
+    def reads(self, settings: EvalConfig) -> set[str]:
+        """The fields of ``EvalConfig``, ``lengths`` and ``batch_size`` apart, that have an effect on it where the others are
+        as in ``settings``."""
+        del settings
+        return {*self.settings, "prefill_chunk"}
+
     def lengths(self, settings: EvalConfig) -> list[int]:
         """Lengths in tokens that are measured one after the other, each a cell of the table that is kept when done."""
         return sorted(set(settings.lengths))
