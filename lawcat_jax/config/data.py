@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lawcat_jax.config.choices import (
     TEXT_SUFFIXES,
@@ -193,11 +194,13 @@ def _unread_problems(data: DataConfig | MixtureSource, path: str) -> list[str]:
     problems = []
     for field in dataclasses.fields(data):
         reads, kinds = _READ_BY.get(field.name, (None, ""))
-        value = getattr(data, field.name)
+        value: Any = getattr(data, field.name)
         unset = value == field.default or (field.name == "passkey_words" and value == 0)  # what other kinds do anyway
         if reads is None or unset or reads(data):
             continue
-        shown = f"{len(value)} source(s)" if field.name == "mixture" else repr(value)
+        shown = (
+            f"{len(data.mixture)} source(s)" if isinstance(data, DataConfig) and value is data.mixture else repr(value)
+        )
         has_own = data.kind == "mixture" and field.name in MixtureSource.__dataclass_fields__
         instead = "; a mixture's sources have their own" if has_own else ""
         problems.append(f"{path}.{field.name}: {shown} is not read by kind {data.kind!r}, only by {kinds}{instead}")

@@ -95,11 +95,14 @@ def write_report(
     if not replace and (any(others) or (several and (output / f"{stem}.json").exists())):
         lengths = sorted({x for model in measured for x in model.results})
         span = "-".join(map(str, dict.fromkeys((lengths[0], lengths[-1]))))
-        stem = f"{task.name}_{task.variant(settings)}_n{settings.samples}_{span}"
+        stem = f"{task.name}_{task.variant(settings)}_n{documents[0]['samples']}_{span}"
     by_label = {model.label: model.results for model in measured}
     title = task.title(settings)
     heading = title if several else f"{title}, {measured[0].name}"
-    echo(table(heading, by_label, task.cell))  # first: what was measured is not lost to a folder that cannot be written
+    fewer = _fewer(task, settings, by_label)
+    echo(
+        table(heading, by_label, task.cell) + (f"\n{fewer}" if fewer else "")
+    )  # first: what was measured is not lost to a folder that cannot be written
     for name, document in zip(names, documents, strict=True):
         write_document(output / f"{stem}{name}.json", document)
     plot_lengths(output / f"{stem}.png", task, by_label, title=title, training_length=training_length)
@@ -210,7 +213,7 @@ def _document(task: Task, settings: EvalConfig, model: Measured, labels: Sequenc
         "table": list(labels),  # all models of the table and the figure that this one is in
         "wording": task.wording(settings),
         "seed": task.seed(settings),
-        "samples": settings.samples,
+        "samples": max(map(task.samples_of, model.results.values()), default=0),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": _versions(),
         "results": results,
@@ -226,7 +229,7 @@ def _markdown(
     document: Mapping[str, Any],
 ) -> str:
     head, *body = _cells(results, task.cell)
-    facts = [f"{settings.samples} samples of each length"]
+    facts = [_fewer(task, settings, results) or f"{settings.samples} samples of each length"]
     facts += [f"{name} {getattr(settings, name)!r}" for name in task.settings if name != "samples"]
     facts.append("in brackets: 95 % interval (Wilson)" if task.percent else "natural logarithms")
     lines = [
@@ -240,6 +243,15 @@ def _markdown(
         *(f"![{heading}]({picture})" for picture in pictures),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _fewer(task: Task, settings: EvalConfig, results: Mapping[str, Mapping[int, Any]]) -> str:
+    """How many samples there were, where these are fewer than were asked for; else nothing."""
+    counts = {task.samples_of(result) for by_x in results.values() for result in by_x.values()}
+    if counts <= {settings.samples}:
+        return ""
+    had = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    return f"{had} samples of a length, and not the {settings.samples} that were asked for: there are no more"
 
 
 def _differs(path: Path, new: Mapping[str, Any]) -> bool:
