@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from lawcat_jax import models
 from lawcat_jax.checkpoints import model_dir
+from lawcat_jax.checkpoints.gguf.read import PACKAGE
 from lawcat_jax.checkpoints.model_dir import OpenedCheckpoint, open_checkpoint
 from lawcat_jax.config import Config, ModelConfig, StageConfig, to_dict
 from lawcat_jax.data.batch import Batch
@@ -82,18 +83,46 @@ def _refuse_to_drop_adapters(config: Config, teacher: OpenedCheckpoint) -> None:
         )
 
 
-def architecture(config: Config) -> ModelConfig:
-    """The architecture that the experiment file declares, else that of its teacher, whose weights are not read.
+def teacher_at_hand(config: Config) -> OpenedCheckpoint | None:
+    """As :func:`open_teacher`, but None where the experiment file declares the architecture and there is no teacher on
+    this machine to compare it with, or none that would be read (pretraining draws it).
 
     Raises:
-      UserError: none is declared and the teacher cannot be opened.
+      UserError: as :func:`open_teacher`; or no architecture is declared and the teacher cannot be opened.
     """
-    if config.teacher.architecture is not None:
-        return config.teacher.architecture
+    source, declared = config.teacher.source, config.teacher.architecture is not None
+    if config.pretrain.enabled or (declared and not _is_here(source)):
+        return None
     try:
-        return open_checkpoint(config.teacher.source, config.teacher.revision, config.teacher.base).model
+        return open_teacher(config)
     except UserError as problem:
+        if declared or _is_here(source):
+            raise
         raise UserError(f"{problem}; or declare config.teacher.architecture to do without it") from problem
+
+
+def _is_here(source: str) -> bool:
+    """Whether a teacher, right or damaged, is on this machine; a package may be another one that is not installed."""
+    if source.startswith(PACKAGE):
+        try:
+            model_dir.locate(source)
+        except UserError:
+            return False
+    return not model_dir.is_remote(source)
+
+
+def architecture(config: Config) -> ModelConfig:
+    """The architecture of the teacher (whose weights are not read) or, where it is not on this machine, that which the
+    experiment file declares.
+
+    Raises:
+      UserError: as :func:`teacher_at_hand`.
+    """
+    opened = teacher_at_hand(config)
+    if opened is not None:
+        return opened.model
+    assert config.teacher.architecture is not None  # Config.validate asks pretraining for it
+    return config.teacher.architecture
 
 
 def check_architecture(declared: ModelConfig | None, loaded: ModelConfig, source: str) -> None:

@@ -29,8 +29,8 @@ from lawcat_jax.config import (
 )
 from lawcat_jax.data.train_tokenizer import passkey_sentences, save_tokenizer, train_tokenizer
 from lawcat_jax.errors import UserError
-from lawcat_jax.runtime import sharding
-from lawcat_jax.training import identity, inputs, loop, optim, run
+from lawcat_jax.runtime import network, sharding
+from lawcat_jax.training import dry_run, identity, inputs, loop, optim, run
 
 LENGTH = 128
 
@@ -287,6 +287,48 @@ def test_dry_run_writes_nothing(teacher, tmp_path, capsys):
     assert "all checks passed" in out
     assert "compiled in" in out
     assert not (tmp_path / "none").exists()
+
+
+@pytest.fixture
+def quick_dry_run(monkeypatch):
+    """Without compiling, which the test above does."""
+    monkeypatch.setattr(dry_run, "_compiled", lambda built: "not compiled")
+
+
+def test_dry_run_compares_a_declared_architecture_with_the_teacher(teacher, tmp_path, capsys, quick_dry_run):
+    config = make_config(teacher, tmp_path, dry_run=True)
+    config.teacher.architecture = dataclasses.replace(model_json.read(teacher).model, num_layers=3)
+    with pytest.raises(UserError, match="num_layers: declared 3, found 2"):
+        run.run(config)
+    config.teacher.architecture.num_layers = 2
+    assert run.run(config) == 0
+    out = capsys.readouterr().out
+    assert "read from its files, as declared in the config" in out
+    assert out.endswith("dry run: all checks passed\n")
+
+
+@pytest.mark.parametrize("source", ["nobody/at-home", "/nowhere/at/all", "package:nothing_of_that_name"])
+def test_dry_run_says_that_a_missing_teacher_was_not_checked(
+    source, teacher, tmp_path, capsys, quick_dry_run, monkeypatch
+):
+    monkeypatch.setattr(network, "hub_or_offline", lambda: False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = make_config(teacher, tmp_path, dry_run=True)
+    config.teacher.source = source
+    with pytest.raises(UserError, match=r"or declare config\.teacher\.architecture|no module|package"):
+        run.run(config)
+    config.teacher.architecture = model_json.read(teacher).model
+    config.teacher.tokenizer = str(teacher / "tokenizer")
+    assert run.run(config) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"dry run: no mistake found; not checked: the teacher (there is no {source} on this machine)"
+
+
+def test_dry_run_checks_the_evaluation_too(teacher, tmp_path, quick_dry_run):
+    config = make_config(teacher, tmp_path, dry_run=True)
+    config.eval = EvalConfig(tasks=("perplexity",), text=str(tmp_path / "nothing.txt"), lengths=(LENGTH,))
+    with pytest.raises(UserError, match=r"nothing\.txt"):
+        run.run(config)
 
 
 def test_pretraining_writes_a_hugging_face_teacher(teacher, tmp_path):
