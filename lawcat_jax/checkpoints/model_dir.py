@@ -18,11 +18,11 @@ import numpy as np
 from lawcat_jax.checkpoints import model_json
 from lawcat_jax.checkpoints.delta import Delta, cast, is_delta, is_trained
 from lawcat_jax.checkpoints.exported import ExportedCheckpoint, is_exported
-from lawcat_jax.checkpoints.fingerprints import fingerprint
+from lawcat_jax.checkpoints.fingerprints import file_digests, fingerprint
 from lawcat_jax.checkpoints.gguf.read import PACKAGE, GgufCheckpoint, find_gguf, is_gguf
 from lawcat_jax.checkpoints.hf.mapping import base_shapes, flatten, unflatten
 from lawcat_jax.checkpoints.hf.merge import base_of, is_adapter, merge_adapter
-from lawcat_jax.checkpoints.hf.read import TOKENIZER_FILES, Checkpoint, Progress, Shardings, resolve_source
+from lawcat_jax.checkpoints.hf.read import GENERATION, TOKENIZER_FILES, Checkpoint, Progress, Shardings, resolve_source
 from lawcat_jax.checkpoints.hf.write import check_leaves, copy_tokenizer
 from lawcat_jax.checkpoints.model_json import MODEL_JSON, TOKENIZER, ModelJson
 from lawcat_jax.checkpoints.orbax_arrays import restore_arrays, save_arrays
@@ -127,7 +127,8 @@ def save_model(
                 path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sum": fingerprint(np.asarray(leaf))}
                 for path, leaf in leaves.items()
             }
-            write_json(directory / MODEL_JSON, model_json.as_json(model, attention, lora, extra or {}, stored))
+            files = file_digests(directory / TOKENIZER, but=[GENERATION])
+            write_json(directory / MODEL_JSON, model_json.as_json(model, attention, lora, extra or {}, stored, files))
     distributed.barrier("save_model")
 
 
