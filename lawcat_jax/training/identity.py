@@ -67,6 +67,27 @@ def refuse_other_config(old: dict, new: dict, where: str) -> None:
         raise UserError(f"{where} holds a run with another configuration ({_listed(differing)}); use another --workdir")
 
 
+def refuse_other_evaluation(found: Any, config: Config, where: str) -> None:
+    """Compare the settings of the evaluation of a finished run (``eval`` of the configuration in its manifest) with those of
+    ``config``, where it asks for one: it is not done again.
+
+    Raises:
+      UserError: naming the fields that differ.
+    """
+    if not isinstance(found, dict) or not config.eval.enabled:
+        return
+    new, defaults = _plain(config.eval), _plain(Config().eval)
+    kept = {
+        name: value for name, value in new.items() if name not in ("batch_size", "prefill_chunk")
+    }  # change no result
+    old = {name: value for name, value in found.items() if name in kept}
+    if differing := differences(old, kept, defaults, "config.eval"):
+        raise UserError(
+            f"{where} holds a finished run, evaluated with other settings ({_listed(differing)}); measure it anew with "
+            f"python -m lawcat_jax.evaluate --checkpoint={where}"
+        )
+
+
 def _plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(to_dict(config)))
 

@@ -175,8 +175,8 @@ class Loop:
 
         Raises:
           InterruptedRunError: a signal came; everything is saved.
-          TrainingError: too many bad steps in a row, or the data ended, or the stage learned nothing: all of its steps
-            were bad, or its last validation loss or its parameters are not finite.
+          TrainingError: too many bad steps in a row, or the data ended, or the stage learned nothing: more than half of its
+            steps were bad, or its last validation loss or its parameters are not finite.
           UserError: checkpoints that do not load, cannot be written or belong to another run.
         """
         self._restore()
@@ -238,8 +238,9 @@ class Loop:
     def _refuse_nothing_learned(self) -> None:
         stage, bad = self._stage, int(self._state.bad_total)
         what = None
-        if self._step and bad >= self._step:
-            what = f"all {bad} steps were bad (loss or gradient not finite, or a spike), so nothing was learned"
+        if 2 * bad > self._step:
+            share = f"all {bad}" if bad >= self._step else "most"
+            what = f"{share} steps were bad (loss or gradient not finite, or a spike), so little or nothing was learned"
         elif self._last_loss is not None and not math.isfinite(self._last_loss):
             what = f"the last validation loss is {self._last_loss}"
         elif not _all_finite(self._result()):

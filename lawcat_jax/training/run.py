@@ -28,7 +28,7 @@ from lawcat_jax.training import inputs, optim, stages
 from lawcat_jax.training.checkpoint import Checkpointer
 from lawcat_jax.training.dry_run import dry_run
 from lawcat_jax.training.identity import identity as identify
-from lawcat_jax.training.identity import refuse_another
+from lawcat_jax.training.identity import refuse_another, refuse_other_evaluation
 from lawcat_jax.training.inputs import Student
 from lawcat_jax.training.loop import EXIT_INTERRUPTED, InterruptedRunError, Loop, StageRun, StopSignal
 from lawcat_jax.training.metrics import Manifest, MetricsWriter
@@ -62,6 +62,7 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
     manifest = Manifest.open(folder.local, config, primary=distributed.is_primary())
     again = manifest.finished  # and yet here: the result is made once more
     if again:
+        refuse_other_evaluation(manifest.values["config"].get("eval"), config, folder.name)
         if problem := missing_result(folder, config):
             say(f"{folder.name}: this run is finished, but {problem}; exporting it again from the last checkpoint")
             put_aside(folder.local / _result(config))
@@ -119,8 +120,16 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
     manifest.update(status="finished", model=target, results=results)
     folder.sync(now=True)
     distributed.barrier("finished")  # jax's own farewell gives the slowest process little time
-    say(f"finished: {target}")
+    say(f"finished: {target}{_bad_steps(manifest.values['stages'])}")
     return 0
+
+
+def _bad_steps(summaries: dict[str, Any]) -> str:
+    """What the last line says of stages with bad steps."""
+    told = [
+        f"{done['bad_steps']} of {done['steps']} in {name}" for name, done in summaries.items() if done.get("bad_steps")
+    ]
+    return f" (bad steps, which were skipped: {', '.join(told)})" if told else ""
 
 
 def run_stage(

@@ -14,6 +14,7 @@ from training_doubles import STEPS, Run
 
 from lawcat_jax.config import StageConfig
 from lawcat_jax.errors import UserError
+from lawcat_jax.training import run as run_module
 from lawcat_jax.training.loop import InterruptedRunError, TrainingError
 from lawcat_jax.training.workdir import Workdir
 
@@ -86,6 +87,23 @@ def test_a_stage_whose_steps_were_all_bad_fails(tmp_path):
         run.go()
     with pytest.raises(TrainingError, match=f"all {STEPS} steps were bad"):  # and is not finished afterwards either
         Run(tmp_path, poison=tuple(range(STEPS)), max_bad_steps=99).go()
+
+
+@pytest.mark.parametrize(("poison", "fails"), [((1, 3, 5, 7, 8, 10, 11), True), ((1, 3, 5, 7, 8, 10), False)])
+def test_a_stage_fails_when_more_than_half_of_its_steps_were_bad(tmp_path, poison, fails):
+    run = Run(tmp_path, poison=poison, max_bad_steps=99)
+    if fails:
+        with pytest.raises(TrainingError, match=r"most steps were bad .* \(7 of 12 steps bad\)"):
+            run.go()
+    else:
+        run.go()
+        assert run.loop.summary["bad_steps"] == 6
+
+
+def test_the_last_line_of_a_run_tells_of_bad_steps():
+    summaries = {"stage1": {"steps": 9, "bad_steps": 0}, "stage2": {"steps": 12, "bad_steps": 5}, "old": {}}
+    assert run_module._bad_steps(summaries) == " (bad steps, which were skipped: 5 of 12 in stage2)"
+    assert run_module._bad_steps({"stage1": {"steps": 9, "bad_steps": 0}}) == ""
 
 
 @pytest.mark.parametrize("last", [math.nan, math.inf])

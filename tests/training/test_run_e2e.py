@@ -150,6 +150,19 @@ def test_finished_run_exits_at_once(straight, teacher, capsys):
     assert (straight / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_finished_run_is_not_evaluated_with_other_settings(straight, teacher):
+    config = make_config(teacher, straight)
+    config.eval.batch_size = 1  # changes no result
+    assert run.run(config) == 0
+    config.eval.samples = 5
+    with pytest.raises(
+        UserError, match=r"finished run, evaluated with other settings \(config\.eval\.samples: 2 there, 5"
+    ):
+        run.run(config)
+    config.eval.enabled = False
+    assert run.run(config) == 0
+
+
 def test_interrupted_run_resumes_bit_for_bit(straight, teacher, tmp_path, monkeypatch):
     running: list[str] = []
     inner = loop.Loop.run
