@@ -80,8 +80,8 @@ class DataConfig(Node):
     """[share] Below 1, the length of each passkey sample is drawn between this share of the full length and all of
     it."""
     num_samples: int = 10_000
-    """[sequences] Size of a passkey set, and how many sequences of a remote text are read (local text is read
-    whole)."""
+    """[sequences] Size of a generated set or a mixture, and how many sequences of a remote text, or rows of remote
+    instructions, are read (local ones are read whole)."""
     wording: Wording = "paper"
     """Passkey and the other generated kinds: wording of training samples. ``varied`` samples fill ``seq_length``."""
     validation_wording: ValidationWording = ""
@@ -228,6 +228,14 @@ def data_problems(data: DataConfig, path: str) -> list[str]:
         if getattr(data, name) < 0:
             problems.append(f"{path}.{name}: {getattr(data, name)} must not be negative")
     return problems
+
+
+def is_counted(data: DataConfig) -> bool:
+    """Whether a pass over the stream has as many rows as its sources give (or, packed, fill), which only reading them tells;
+    else it has ``num_samples``."""
+    if data.pieces or (data.kind == "text" and data.passkey_fraction == 1):
+        return False
+    return data.pack or data.kind in ("text", "instruction")
 
 
 def suffix_problems(source: str, path: str, suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> list[str]:

@@ -5,7 +5,7 @@ import math
 import re
 
 from lawcat_jax.config.choices import Divergence, LossDenominator, Remat, Schedule, StatePassing
-from lawcat_jax.config.data import DataConfig, data_problems, weight_problems
+from lawcat_jax.config.data import DataConfig, data_problems, is_counted, weight_problems
 from lawcat_jax.config.tree import Node, choice_problems, limit_problems
 
 
@@ -16,9 +16,10 @@ class StageConfig(Node):
     enabled: bool = True
     """Run this stage."""
     steps: int = 0
-    """[optimizer steps] Length of the stage; 0 derives it from ``epochs`` and ``data.num_samples``."""
+    """[optimizer steps] Length of the stage; 0 derives it from ``epochs``."""
     epochs: float = 1.0
-    """[passes over the data] Used when ``steps`` is 0."""
+    """[passes over the data] Used when ``steps`` is 0. A pass over text or instructions has the sequences that there are,
+    one over generated samples or a mixture ``data.num_samples``."""
     batch_size: int = 8
     """[sequences] In one optimizer step, over all devices."""
     seq_length: int = 1024
@@ -120,7 +121,9 @@ def stage_problems(stage: StageConfig, path: str) -> list[str]:
         problems.append(f"{path}.grad_accum: {stage.grad_accum} does not divide batch_size {stage.batch_size}")
     if stage.steps < 0:
         problems.append(f"{path}.steps: {stage.steps} must not be negative (0 = from epochs)")
-    if stage.steps == 0 and stage.epochs * stage.data.num_samples < stage.batch_size:
+    if stage.steps == 0 and stage.epochs <= 0:
+        problems.append(f"{path}.epochs: {stage.epochs} must be positive where steps is 0")
+    elif stage.steps == 0 and not is_counted(stage.data) and stage.epochs * stage.data.num_samples < stage.batch_size:
         problems.append(f"{path}.epochs: {stage.epochs} of {stage.data.num_samples} samples make no batch")
     if stage.learning_rate <= 0:
         problems.append(f"{path}.learning_rate: {stage.learning_rate} must be positive")

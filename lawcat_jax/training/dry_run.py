@@ -47,8 +47,9 @@ def dry_run(config: Config, mesh: Mesh) -> int:
         unchecked.append("the tokenizer, the data and the evaluation")
     elif config.eval.enabled:
         check_settings(config.eval, tokenizer)
+    rows = {} if tokenizer is None else inputs.rows_of_a_pass(config, lambda: tokenizer)
     for name, stage in config.stages():
-        built = stages.build(name, config, model, mesh, dtype=dtype)
+        built = stages.build(name, config, model, mesh, dtype=dtype, rows=rows.get(name))
         print(
             f"{name}: {built.steps} steps of {stage.batch_size} x {stage.seq_length} tokens, "
             f"{stage.grad_accum} micro-batch(es); trains {_millions(built.state.params)} of "
@@ -90,10 +91,11 @@ def _data(stage: StageConfig, tokenizer: Tokenizer | None, seed: int, model: Mod
     top = int(batch["tokens"].max())
     if top >= model.vocab_size:
         raise UserError(f"the data has token {top}, the model knows tokens below {model.vocab_size}")
+    corpus = "" if stage.data.pieces else f"\n  corpus: {inputs.training_rows(stage, tokenizer, seed).described()}"
     weighted = float((batch["loss_weights"] > 0).sum(axis=1).mean())
     return (
         f"{stage.data.kind}, first batch in {seconds:.1f} s, {batch['lengths'].min()} to {batch['lengths'].max()} "
-        f"tokens a row, {weighted:.1f} of them in the loss of stage 2"
+        f"tokens a row, {weighted:.1f} of them in the loss of stage 2{corpus}"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -16,8 +16,9 @@ from lawcat_jax.checkpoints import model_dir
 from lawcat_jax.checkpoints.gguf.read import PACKAGE
 from lawcat_jax.checkpoints.model_dir import OpenedCheckpoint, open_checkpoint
 from lawcat_jax.config import Config, ModelConfig, StageConfig, to_dict
+from lawcat_jax.config.data import is_counted
 from lawcat_jax.data.batch import Batch
-from lawcat_jax.data.pipeline import make_dataset
+from lawcat_jax.data.pipeline import Samples, make_dataset
 from lawcat_jax.data.tokenize import Tokenizer, encode, fit_embedding, load_tokenizer
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import sharding
@@ -157,10 +158,7 @@ def load_student(config: Config, mesh: Mesh, teacher: OpenedCheckpoint) -> Stude
     Raises:
       UserError: weights or a tokenizer that do not load, or do not fit the model.
     """
-    path = config.teacher.tokenizer or teacher.tokenizer_path
-    if path is None:
-        raise UserError(f"{config.teacher.source} has no tokenizer; name one with config.teacher.tokenizer")
-    tokenizer = checked_tokenizer(path, teacher.model)
+    path, tokenizer = tokenizer_of(config, teacher, teacher.model)
     shapes = teacher.shapes
     loaded = teacher.params(
         dtype=config.teacher.dtype,
@@ -199,11 +197,9 @@ def draw_teacher(config: Config, mesh: Mesh) -> Student:
     Raises:
       UserError: no tokenizer is named, or it does not load or fit.
     """
-    model, path = config.teacher.architecture, config.teacher.tokenizer
+    model = config.teacher.architecture
     assert model is not None  # Config.validate asks for it
-    if path is None:
-        raise UserError("config.teacher.tokenizer: pretraining needs one (a directory, asset:<name> or a hub id)")
-    tokenizer = checked_tokenizer(path, model)
+    path, tokenizer = tokenizer_of(config, None, model)
     model = dataclasses.replace(
         model,
         bos_token_id=tokenizer.bos_token_id,
@@ -213,6 +209,40 @@ def draw_teacher(config: Config, mesh: Mesh) -> Student:
     params = models.init_params(model, None, None, seed=config.seed)
     dtype = frozen_dtype(config)
     return Student(model, stages.place(params, mesh), tokenizer, path, dtype, _origin(model, dtype, tokenizer, None))
+
+
+def tokenizer_of(config: Config, teacher: OpenedCheckpoint | None, model: ModelConfig) -> tuple[str, Tokenizer]:
+    """(where it comes from, the tokenizer) of a run; ``teacher`` is None where one is pretrained.
+
+    Raises:
+      UserError: none is named, or it does not load or fit.
+    """
+    path = config.teacher.tokenizer or (None if teacher is None else teacher.tokenizer_path)
+    if path is None and teacher is None:
+        raise UserError("config.teacher.tokenizer: pretraining needs one (a directory, asset:<name> or a hub id)")
+    if path is None:
+        raise UserError(f"{config.teacher.source} has no tokenizer; name one with config.teacher.tokenizer")
+    return path, checked_tokenizer(path, model)
+
+
+def rows_of_a_pass(config: Config, tokenizer: Callable[[], Tokenizer]) -> dict[str, int]:
+    """Rows of one pass over the data of every stage whose length follows from them; ``tokenizer()`` is called where sources
+    have to be read for that.
+
+    Raises:
+      UserError: a source that cannot be read.
+    """
+    rows = {}
+    for name, stage in config.stages():
+        if stage.steps == 0:
+            counted = is_counted(stage.data)
+            rows[name] = len(training_rows(stage, tokenizer(), config.seed)) if counted else stage.data.num_samples
+    return rows
+
+
+def training_rows(stage: StageConfig, tokenizer: Tokenizer, seed: int) -> Samples:
+    """The rows of one pass over the training data, in their stored order."""
+    return Samples(stage.data, tokenizer, seq_length=stage.seq_length, seed=seed, split="train")
 
 
 def checked_tokenizer(path: str, model: ModelConfig) -> Tokenizer:

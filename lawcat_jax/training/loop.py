@@ -358,6 +358,7 @@ class Loop:
         meta = {
             "stage": self._stage.name,
             "finished": self._finished,
+            "steps": self._stage.steps,
             "iterator": self._stage.batches.get_state(),
             "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
             "best_step": self._best_step,
@@ -391,6 +392,11 @@ class Loop:
             raise ValueError(f"it is one of {meta['stage']!r}")
         if self._identity is not None:
             refuse_another(meta.get("run"), self._identity, f"the checkpoint of {meta['stage']} at step {meta['step']}")
+        if (steps := meta.get("steps", self._stage.steps)) != self._stage.steps:
+            raise UserError(
+                f"the checkpoint of {self._stage.name} at step {meta['step']} is of a stage of {steps} steps, which now has "
+                f"{self._stage.steps}: its data is longer or shorter than it was; restore it, or use another --workdir"
+            )
         finished, best, last = bool(meta["finished"]), meta["best_loss"], meta.get("last_loss")
         best_loss, plateau = math.inf if best is None else float(best), meta["plateau"]
         restored = float(plateau["best"]), int(plateau["waited"]), float(plateau["scale"])

@@ -187,6 +187,8 @@ class Manifest:
     def __init__(self, path: Path, values: dict[str, Any], *, primary: bool = True):
         self._path, self.values, self._primary = path, values, primary
         self._begun = False
+        self.counts_rows = True
+        """Whether a pass over text has the sequences that there are; in runs begun by earlier versions it has ``num_samples``."""
 
     @classmethod
     def open(cls, workdir: Path, config: Config, *, primary: bool = True) -> Manifest:
@@ -225,9 +227,10 @@ class Manifest:
             refuse_other_config(old_config, new["config"], str(workdir))
             new["started"] = old.get("started", new["started"])
             new["resumed"] = [*resumed, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")]
-            new |= {name: old[name] for name in ("teacher", "notes", "stages", "results") if name in old}
-            if old.get("status") == "finished":
-                return cls(path, old, primary=primary)
+            new |= {name: old[name] for name in ("teacher", "notes", "stages", "results", "steps") if name in old}
+            manifest = cls(path, old if old.get("status") == "finished" else new, primary=primary)
+            manifest.counts_rows = "steps" in old
+            return manifest
         return cls(path, new, primary=primary)
 
     @property

@@ -73,7 +73,10 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
     # Load. The stages are built first: what does not fit shows before any weight is read.
     teacher = None if config.pretrain.enabled else inputs.open_teacher(config)
     model, dtype = teacher.model if teacher else inputs.architecture(config), inputs.frozen_dtype(config)
-    built = [stages.build(name, config, model, mesh, dtype=dtype) for name, _ in config.stages()]
+    rows = {}
+    if manifest.counts_rows:
+        rows = inputs.rows_of_a_pass(config, lambda: inputs.tokenizer_of(config, teacher, model)[1])
+    built = [stages.build(name, config, model, mesh, dtype=dtype, rows=rows.get(name)) for name, _ in config.stages()]
     if teacher is None:
         student = inputs.draw_teacher(config, mesh)
     else:
@@ -84,6 +87,7 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
     identity = identify(config, student.origin)
     refuse_another({"teacher": manifest.values.get("teacher")}, identity, folder.name)
     manifest.values |= {"teacher": identity["teacher"], "notes": list(student.notes)}
+    manifest.values |= {"steps": {stage.name: stage.steps for stage in built}} if manifest.counts_rows else {}
 
     # Whatever a later stage, the export or the evaluation would stumble over shows before the first stage has begun.
     prepared = [inputs.prepare(stage, student, config.seed) for stage in built]

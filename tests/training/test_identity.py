@@ -49,6 +49,12 @@ def test_checkpoint_of_another_run_is_refused(begun, changes, message):
     assert sorted(path.name for path in begun.rglob("*")) == before
 
 
+def test_a_stage_of_another_length_is_refused(begun):
+    """As after a change of the text whose passes its steps are."""
+    with pytest.raises(UserError, match=r"at step 2 is of a stage of 12 steps, which now has 20: its data is longer"):
+        Run(begun, steps=20, options={"identity": OWN}).go()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_are_compared_in_one_number_format(begun, dtype):
     teacher = {**TEACHER, "dtype": dtype, "weights": "a" if dtype == "float32" else "c"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from lawcat_jax.data.train_tokenizer import passkey_sentences, save_tokenizer, t
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import network, sharding
 from lawcat_jax.training import dry_run, identity, inputs, loop, optim, run
+from lawcat_jax.training.metrics import Manifest
 
 LENGTH = 128
 
@@ -342,6 +344,40 @@ def test_dry_run_checks_the_evaluation_too(teacher, tmp_path, quick_dry_run):
     config.eval = EvalConfig(tasks=("perplexity",), text=str(tmp_path / "nothing.txt"), lengths=(LENGTH,))
     with pytest.raises(UserError, match=r"nothing\.txt"):
         run.run(config)
+
+
+def test_epochs_are_passes_over_the_text(teacher, tmp_path, capsys, quick_dry_run, monkeypatch):
+    """A text of some 40 sequences makes 2 x 40 / 4 steps, however large ``num_samples`` is."""
+    monkeypatch.setenv("LAWCAT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.txt").write_text("The sky is blue. Here we go. " * 300)
+    config = make_config(teacher, tmp_path / "run", dry_run=True)
+    config.stage1.data = DataConfig(kind="text", source=str(tmp_path / "a.txt"), validation_samples=3)
+    config.stage1.steps, config.stage1.epochs, config.stage2.enabled = 0, 2.0, False
+    assert run.run(config) == 0
+    out = capsys.readouterr().out
+    rows = int(re.search(r"a pass has (\d+) rows", out)[1])
+    assert 10 < rows < 100
+    assert f"stage1: {2 * rows // 4} steps of 4 x {LENGTH} tokens" in out
+    assert re.search(
+        rf"corpus: 1 document\(s\) of [\d,]+ tokens, {rows} sequences of {LENGTH} for training; a pass", out
+    )
+    config.stage1.epochs = 0.01
+    with pytest.raises(UserError, match=rf"config\.stage1\.epochs: 0\.01 of {rows} sequences make no batch of 4"):
+        run.run(config)
+
+
+def test_runs_of_earlier_versions_keep_their_steps(straight, teacher, tmp_path):
+    """They took an epoch to be ``num_samples`` sequences, whatever the text."""
+    manifest = json.loads((straight / "manifest.json").read_text())
+    assert manifest["steps"] == {"stage1": 4, "stage2": 4}
+    config = make_config(teacher, tmp_path)
+    assert Manifest.open(tmp_path, config).counts_rows
+    for status in ("running", "finished"):
+        old = {name: value for name, value in manifest.items() if name != "steps"} | {"status": status}
+        (tmp_path / "manifest.json").write_text(json.dumps(old))
+        assert not Manifest.open(tmp_path, config).counts_rows
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert Manifest.open(tmp_path, config).counts_rows
 
 
 def test_pretraining_writes_a_hugging_face_teacher(teacher, tmp_path):
