@@ -118,6 +118,9 @@ class DataConfig(Node):
     """Text for validation, written as ``source``."""
     num_workers: int = 0
     """[threads] Prepare batches ahead; 0 prepares them in the training loop."""
+    num_processes: int = 0
+    """[processes] Make generated samples in so many processes of their own, where threads are too slow for the accelerator; 0 makes
+    them in the threads. Changes no sample."""
     add_bos: Bos = "auto"
     """Beginning-of-sequence token at the beginning of sequences. Generation and evaluation of the student follow the last
     stage."""
@@ -127,8 +130,8 @@ class DataConfig(Node):
             self.add_bos = "always" if self.add_bos else "never"
 
 
-_LIMITS = {"num_samples": 2**31 - 1, "validation_samples": 2**24, "num_workers": 1024, "passkey_words": 2**26}
-_LIMITS |= {"pieces": 2**20}
+_LIMITS = {"num_samples": 2**31 - 1, "validation_samples": 2**24, "num_workers": 1024, "num_processes": 1024}
+_LIMITS |= {"passkey_words": 2**26, "pieces": 2**20}
 
 
 def _passkeys(data: DataConfig | MixtureSource) -> bool:
@@ -224,7 +227,7 @@ def data_problems(data: DataConfig, path: str) -> list[str]:
     if data.pieces == 1 or (data.pieces and data.pack):
         problems.append(f"{path}.pieces: {data.pieces} must be 0 (off) or at least 2, and does not go with pack")
     problems += limit_problems(data, path, _LIMITS)
-    for name in ("validation_samples", "passkey_words", "num_workers", "pieces"):
+    for name in ("validation_samples", "passkey_words", "num_workers", "num_processes", "pieces"):
         if getattr(data, name) < 0:
             problems.append(f"{path}.{name}: {getattr(data, name)} must not be negative")
     return problems
