@@ -109,6 +109,13 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
                 done = manifest.values.get("stages", {}) | {stage.name: summary}
                 manifest.update(stage=stage.name, stages=done)
                 folder.sync(now=True)
+
+        # Export, evaluate, report.
+        target = folder.child(export(config, student, folder.local).name)
+        results = manifest.values.get("results", {}) if again else None
+        if results is None:
+            results = evaluate(config, student, folder) if config.eval.enabled else {}
+            writer.write_results(results)
     except InterruptedRunError as interruption:
         manifest.update(status="interrupted")
         say(f"{interruption}; run the same command again to go on")
@@ -116,11 +123,6 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
     finally:
         writer.close()
 
-    # Export, evaluate, report.
-    target = folder.child(export(config, student, folder.local).name)
-    results = manifest.values.get("results", {}) if again else None
-    if results is None:
-        results = evaluate(config, student, folder) if config.eval.enabled else {}
     manifest.update(status="finished", model=target, results=results)
     folder.sync(now=True)
     distributed.barrier("finished")  # jax's own farewell gives the slowest process little time

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import json
 import re
@@ -95,7 +96,7 @@ def make_config(teacher: Path, workdir: Path, **changes) -> Config:
 
 
 def numbers(workdir: Path) -> list[dict]:
-    skip = {"tokens_per_second", "first_step_seconds", "mfu"}  # what the clock says
+    skip = {"time", "tokens_per_second", "first_step_seconds", "mfu"}  # what the clock says
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in skip} for line in lines if "first_step_seconds" not in line]
 
@@ -143,6 +144,26 @@ def test_losses_fall_and_are_logged(straight):
     first = next(line for line in lines if line["stage"] == "stage1" and "relative_mse" in line)
     assert len(first["relative_mse"]) == 2
     assert any("kl" in line for line in lines if line["stage"] == "stage2")
+
+
+def test_every_number_has_its_time_and_is_in_the_documentation(straight):
+    lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    times = [datetime.datetime.fromisoformat(line["time"]) for line in lines]
+    assert times == sorted(times)
+    table = (Path(__file__).parents[2] / "docs" / "training.md").read_text().partition("## Metrics")[2]
+    named = set(re.findall(r"`([\w/<>]+)`", table.partition("## What resuming")[0]))
+    names = {name for line in lines if line["stage"] != "eval" for name in line} - {"stage", "step"}
+    names = {re.sub("^(validation|diagnostics)/", "", name) for name in names}
+    names = {re.sub("^(grad_norm)/.*", r"\1/<group>", name).split("/mixers/")[0] for name in names}
+    assert not names - named, f"not in docs/training.md: {names - named}"
+
+
+def test_results_are_curves_too(straight):
+    lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    (found,) = [line for line in lines if line["stage"] == "eval"]
+    results = json.loads((straight / "manifest.json").read_text())["results"]["passkey"]["student"][str(LENGTH)]
+    assert found["step"] == LENGTH
+    assert {name.removeprefix("passkey/student/"): found[name] for name in found if "/" in name} == results
 
 
 def test_finished_run_exits_at_once(straight, teacher, capsys):
