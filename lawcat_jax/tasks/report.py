@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -45,6 +46,8 @@ class Measured:
     name: str
     role: str
     results: Mapping[int, Any]
+    weights: str = ""
+    """A fingerprint of the model; "" where it is unknown."""
 
 
 def rows(results: Mapping[str, Mapping[str, Mapping[int, Any]]]) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
@@ -76,7 +79,8 @@ def write_report(
       output: folder, created when missing.
       training_length: in tokens, marked in the figure.
       replace: False keeps a report of another wording, seed, number of samples or lengths that is there already: the
-        new files then carry these in their names, e.g. ``passkey_train_seed7_n50_256-1024.json``.
+        new files then carry these in their names, e.g. ``passkey_train_seed7_n50_256-1024.json``. A report of another
+        model (of other weights under the same name) is kept as well; the new files end in a part of its fingerprint.
       echo: receives the table, then the files' names.
 
     Returns:
@@ -91,11 +95,17 @@ def write_report(
     several = len({_base(model.label) for model in measured} - {"student", "teacher"}) > 0
     names = [_suffix(model.label) if several or number else "" for number, model in enumerate(measured)]
     stem = task.name
-    others = [_differs(output / f"{stem}{name}.json", new) for name, new in zip(names, documents, strict=True)]
-    if not replace and (any(others) or (several and (output / f"{stem}.json").exists())):
+
+    def taken(stem: str) -> bool:
+        pairs = zip(names, documents, strict=True)
+        return any(_differs(output / f"{stem}{name}.json", new) for name, new in pairs)
+
+    if not replace and (taken(stem) or (several and (output / f"{stem}.json").exists())):
         lengths = sorted({x for model in measured for x in model.results})
         span = "-".join(map(str, dict.fromkeys((lengths[0], lengths[-1]))))
         stem = f"{task.name}_{task.variant(settings)}_n{documents[0]['samples']}_{span}"
+        if taken(stem):
+            stem += f"_{hashlib.sha256(repr([model.weights for model in measured]).encode()).hexdigest()[:8]}"
     by_label = {model.label: model.results for model in measured}
     title = task.title(settings)
     heading = title if several else f"{title}, {measured[0].name}"
@@ -111,8 +121,9 @@ def write_report(
         pictures.append(f"{stem}_depth.png")
     with atomic_file(output / f"{stem}.md") as out:
         out.write(_markdown(task, settings, heading, by_label, pictures, documents[0]))
-    files = ", ".join(str(output / f"{stem}{name}.json") for name in names)
-    echo(f"wrote {files}, {output / stem}.md and {' and '.join(str(output / picture) for picture in pictures)}")
+    files = [*(f"{stem}{name}.json" for name in names), f"{stem}.md", *pictures]
+    *first, last = [str(output / file) for file in files]
+    echo(f"wrote {', '.join(first)} and {last}")
     return stem.removeprefix(task.name)
 
 
@@ -210,6 +221,7 @@ def _document(task: Task, settings: EvalConfig, model: Measured, labels: Sequenc
         "task": task.name,
         "model": model.name,
         "role": model.role,
+        "weights": model.weights,
         "table": list(labels),  # all models of the table and the figure that this one is in
         "wording": task.wording(settings),
         "seed": task.seed(settings),
@@ -262,6 +274,7 @@ def _differs(path: Path, new: Mapping[str, Any]) -> bool:
     try:
         old = read_json(path)
         same = all(old[key] == new[key] for key in ("wording", "seed", "samples", "role") if key in old)
+        same = same and (not old.get("weights") or not new["weights"] or old["weights"] == new["weights"])
         same = same and set(old.get("table", ())) <= set(new["table"])
         return not (same and old["results"].keys() == new["results"].keys())
     except (UserError, KeyError, AttributeError):

@@ -195,7 +195,7 @@ class Loop:
         progress = self._progress = Progress(
             stage.name, stage.steps, self._step, self._log.progress, primary=primary, every=self._log.every_steps
         )
-        progress.say(f"{stage.name}: {stage.steps} steps, compiling")
+        progress.say(f"{stage.name}: compiling" if self._step else f"{stage.name}: {stage.steps} steps, compiling")
         try:
             while self._step < stage.steps:
                 with self._profiled():
