@@ -123,14 +123,23 @@ def has_decode(implementation: str) -> bool:
 # Choice
 
 
+def platform_of(implementation: str | None, platform: str) -> str | None:
+    """The platform that an implementation needs and that is not ``platform``, as ``target_platform`` names them; else None.
+
+    Raises ValueError for an unknown name.
+    """
+    check_name(implementation)
+    needed = None if implementation is None else BACKENDS[implementation].platform
+    return None if needed == platform or interpret_mode() else needed
+
+
 def refusal(op: str, implementation: str, platform: str, *args: Any, **options: Any) -> str | None:
     """Why an implementation cannot take a call of ``op`` on ``platform``, as the end of a sentence, or None if it can.
 
     ``args`` and ``options`` are those of the backend's ``supports`` (``kernels_pallas.contract``); arrays may be
     ShapeDtypeStructs.
     """
-    needed = BACKENDS[implementation].platform
-    if needed not in (None, platform) and not interpret_mode():
+    if needed := platform_of(implementation, platform):
         return f"it runs on {needed} and this call is for {platform}"
     try:
         module = forward_module(op, implementation)

@@ -20,7 +20,7 @@ from lawcat_jax.config import Config, to_dict
 from lawcat_jax.data.tokenize import set_bos_rule
 from lawcat_jax.data.train_tokenizer import save_tokenizer
 from lawcat_jax.errors import UserError
-from lawcat_jax.files import check_target
+from lawcat_jax.files import check_target, remove_leftovers
 from lawcat_jax.runtime import distributed, sharding
 from lawcat_jax.tasks import report
 from lawcat_jax.tasks.runner import check_settings, evaluate_model
@@ -123,6 +123,9 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
     finally:
         writer.close()
 
+    if distributed.is_primary():  # by processes that were killed: here is only this run
+        remove_leftovers(folder.local)
+        remove_leftovers(folder.local / "eval")
     manifest.update(status="finished", model=target, results=results)
     folder.sync(now=True)
     distributed.barrier("finished")  # jax's own farewell gives the slowest process little time

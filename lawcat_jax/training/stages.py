@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from kernels_pallas.common import platform_name
+from kernels_pallas.dispatch import platform_of
 from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig, Config, LoraConfig, ModelConfig, StageConfig
 from lawcat_jax.data.batch import batch_shapes
@@ -130,6 +132,12 @@ def build(
                 f"config.{name}.{field}: {getattr(stage, field)} does not fit the teacher, which has "
                 f"{model.max_position_embeddings} positions"
             )
+    platform, wanted = platform_name(mesh.devices.flat[0].platform), config.attention.implementation
+    if name != "pretrain" and (needed := platform_of(wanted, platform)):
+        raise UserError(
+            f"config.attention.implementation: {wanted!r} runs on {needed}, and the devices of this run are {platform}; None "
+            "takes the best one that there is"
+        )
     steps = stage_steps(stage, rows)
     if steps < 1:
         raise UserError(f"config.{name}.epochs: {stage.epochs} of {rows} sequences make no batch of {stage.batch_size}")
