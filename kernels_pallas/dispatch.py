@@ -48,8 +48,8 @@ _local = threading.local()
 
 
 def check_name(implementation: str | None) -> None:
-    """Raises ValueError for a name that is not in the table."""
-    if implementation is not None and implementation not in BACKENDS:
+    """Raises ValueError for what is no name in the table."""
+    if implementation is not None and (not isinstance(implementation, str) or implementation not in BACKENDS):
         raise ValueError(f"implementation: unknown {implementation!r}, choose one of {', '.join(BACKENDS)} or None")
 
 
