@@ -19,6 +19,7 @@ from lawcat_jax.config import Config, ModelConfig, StageConfig, to_dict
 from lawcat_jax.config.data import is_counted
 from lawcat_jax.data.batch import Batch
 from lawcat_jax.data.pipeline import Samples, make_dataset
+from lawcat_jax.data.text import is_remote, local_files
 from lawcat_jax.data.tokenize import Tokenizer, encode, fit_embedding, load_tokenizer
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import sharding
@@ -238,6 +239,23 @@ def rows_of_a_pass(config: Config, tokenizer: Callable[[], Tokenizer]) -> dict[s
             counted = is_counted(stage.data)
             rows[name] = len(training_rows(stage, tokenizer(), config.seed)) if counted else stage.data.num_samples
     return rows
+
+
+def data_files(config: Config) -> dict[str, dict[str, list[list[Any]]]]:
+    """Stage -> source -> [name, size in bytes] of each of its files, of every source on this machine that the stages read.
+
+    Raises:
+      UserError: a source that is not there.
+    """
+    fields = ("source", "validation_source", "hay_source", "babi_source")
+    found = {}
+    for name, stage in config.stages():
+        only_passkeys = stage.data.kind == "text" and stage.data.passkey_fraction == 1  # its source is not opened
+        parts = () if only_passkeys else (stage.data, *stage.data.mixture)
+        sources = {getattr(part, field) for part in parts for field in fields} - {""}
+        local = sorted(source for source in sources if not is_remote(source))
+        found[name] = {source: [[file.name, file.stat().st_size] for file in local_files(source)] for source in local}
+    return found
 
 
 def training_rows(stage: StageConfig, tokenizer: Tokenizer, seed: int) -> Samples:

@@ -246,7 +246,9 @@ class Manifest:
             refuse_other_config(old_config, new["config"], str(workdir))
             new["started"] = old.get("started", new["started"])
             new["resumed"] = [*resumed, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")]
-            new |= {name: old[name] for name in ("teacher", "notes", "stages", "results", "steps") if name in old}
+            new |= {
+                name: old[name] for name in ("teacher", "data", "notes", "stages", "results", "steps") if name in old
+            }
             manifest = cls(path, old if old.get("status") == "finished" else new, primary=primary)
             manifest.counts_rows = "steps" in old
             return manifest

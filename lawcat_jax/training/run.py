@@ -84,9 +84,9 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
         student = inputs.load_student(config, mesh, teacher)
         for note in student.notes:
             say(note)
-    identity = identify(config, student.origin)
-    refuse_another({"teacher": manifest.values.get("teacher")}, identity, folder.name)
-    manifest.values |= {"teacher": identity["teacher"], "notes": list(student.notes)}
+    identity = identify(config, student.origin, inputs.data_files(config))
+    refuse_another({name: manifest.values.get(name) for name in ("teacher", "data")}, identity, folder.name)
+    manifest.values |= {"teacher": identity["teacher"], "data": identity["data"], "notes": list(student.notes)}
     manifest.values |= {"steps": {stage.name: stage.steps for stage in built}} if manifest.counts_rows else {}
 
     # Whatever a later stage, the export or the evaluation would stumble over shows before the first stage has begun.

@@ -81,7 +81,9 @@ def check_op(call: OpCall) -> None:
 
 def test_some_hostile_arguments_of_the_ops():
     """Those that are refused without computing anything."""
-    quick = [call for call in OP_CALLS if any(word in call.name for word in ("float64", "dtype float16", "object", "list"))]
+    quick = [
+        call for call in OP_CALLS if any(word in call.name for word in ("float64", "dtype float16", "object", "list"))
+    ]
     assert len(quick) > 60
     for call in quick:
         check_op(call)

@@ -12,15 +12,17 @@ from pathlib import Path
 import pytest
 from training_doubles import STEPS, Run
 
-from lawcat_jax.config import StageConfig
+from lawcat_jax.config import Config, DataConfig, MixtureSource, StageConfig
 from lawcat_jax.errors import UserError
+from lawcat_jax.training import inputs
 from lawcat_jax.training import run as run_module
 from lawcat_jax.training.loop import InterruptedRunError, TrainingError
 from lawcat_jax.training.workdir import Workdir
 
 ROOT = Path(__file__).parents[2]
 TEACHER = {"model": {"rope_theta": 1e4}, "dtype": "float32", "weights": "a", "tokenizer": "b"}
-OWN = {"config": {"seed": 0, "stage1": {"learning_rate": 0.1}}, "teacher": TEACHER}
+FILES = {"stage1": {"books/*.txt": [["a.txt", 70], ["b.txt", 80]]}}
+OWN = {"config": {"seed": 0, "stage1": {"learning_rate": 0.1}}, "teacher": TEACHER, "data": FILES}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,10 @@ def begun(tmp_path_factory) -> Path:
         ({"config": {**OWN["config"], "seed": 1}}, "another configuration (config.seed: 0 there, 1 here)"),
         ({"teacher": {**TEACHER, "weights": "x"}}, "another teacher (its weights have changed)"),
         ({"teacher": {**TEACHER, "tokenizer": "x"}}, "another teacher (the tokenizer has changed)"),
+        (
+            {"data": {"stage1": {"books/*.txt": [["a.txt", 70], ["b.txt", 81]]}}},
+            "began with other data: the files of books/*.txt have other names or sizes now",
+        ),
         ({"teacher": {**TEACHER, "model": {"rope_theta": 5e5}}}, "rope_theta: 10000.0 there, 500000.0 here"),
     ],
 )
@@ -47,6 +53,20 @@ def test_checkpoint_of_another_run_is_refused(begun, changes, message):
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in begun.rglob("*")) == before
+
+
+def test_files_of_the_data_are_part_of_a_run(tmp_path):
+    for name, words in (("a.txt", "one"), ("b.txt", "two words")):
+        (tmp_path / name).write_text(words)
+    part = MixtureSource(kind="niah", hay="books", hay_source=str(tmp_path / "a.txt"))
+    config = Config(
+        stage1=StageConfig(data=DataConfig(kind="text", source=f"{tmp_path}/*.txt", validation_source="hf:a")),
+        stage2=StageConfig(data=DataConfig(kind="mixture", mixture=(part,))),
+    )
+    assert inputs.data_files(config) == {
+        "stage1": {f"{tmp_path}/*.txt": [["a.txt", 3], ["b.txt", 9]]},
+        "stage2": {str(tmp_path / "a.txt"): [["a.txt", 3]]},
+    }
 
 
 def test_a_stage_of_another_length_is_refused(begun):
