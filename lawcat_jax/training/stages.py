@@ -132,12 +132,8 @@ def build(
                 f"config.{name}.{field}: {getattr(stage, field)} does not fit the teacher, which has "
                 f"{model.max_position_embeddings} positions"
             )
-    platform, wanted = platform_name(mesh.devices.flat[0].platform), config.attention.implementation
-    if name != "pretrain" and (needed := platform_of(wanted, platform)):
-        raise UserError(
-            f"config.attention.implementation: {wanted!r} runs on {needed}, and the devices of this run are {platform}; None "
-            "takes the best one that there is"
-        )
+    if name != "pretrain" and isinstance(mesh, Mesh):  # an abstract one has no devices
+        _check_implementation(config.attention.implementation, mesh)
     steps = stage_steps(stage, rows)
     if steps < 1:
         raise UserError(f"config.{name}.epochs: {stage.epochs} of {rows} sequences make no batch of {stage.batch_size}")
@@ -164,6 +160,15 @@ def build(
     )
     batch = global_batch(stage, mesh)
     return Stage(name, stage, steps, graphdef, state, frozen, batch, train_step, eval_step, mesh)
+
+
+def _check_implementation(implementation: str | None, mesh: Mesh) -> None:
+    platform = platform_name(mesh.devices.flat[0].platform)
+    if needed := platform_of(implementation, platform):
+        raise UserError(
+            f"config.attention.implementation: {implementation!r} runs on {needed}, and the devices of this run are {platform}; "
+            "None takes the best one that there is"
+        )
 
 
 def _carry_shapes(graphdef: Any, shapes: optim.Params, stage: StageConfig) -> state_passing.Carry:
