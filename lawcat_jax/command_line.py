@@ -160,8 +160,14 @@ class _ConfigFile(flags.ArgumentParser):
                 config = self._inner.parse(argument)
             except SystemExit as problem:
                 raise UserError(f"--config={path}: the file ends the program ({problem.code!r})") from problem
-        if type(config).__name__ == "_ErrorConfig":  # config_flags keeps a missing file until its first use
-            raise UserError(f"--config={path}: no such file, or it cannot be read")
+            except (SyntaxError, ValueError) as problem:
+                if "null bytes" not in str(problem):
+                    raise
+                raise UserError(f"--config={path}: {problem}") from None  # Python names no file here
+        if type(config).__name__ == "_ErrorConfig":  # config_flags keeps an OSError until the first use
+            if path.is_file() and os.access(path, os.R_OK):  # of something else, which the file opens
+                _raise_kept(config)
+            raise UserError(f"--config={argument}: no such file, or it cannot be read")
         if not isinstance(config, Config):
             raise UserError(f"--config={path}: {_WRONG_RESULT}, not {type(config).__name__}")
         if problems := [problem for problem in type_problems(config, "config") if _is_structural(problem, config)]:
@@ -171,6 +177,14 @@ class _ConfigFile(flags.ArgumentParser):
 
     def flag_type(self) -> str:
         return self._inner.flag_type()
+
+
+def _raise_kept(config: Any) -> None:
+    """Raise the error that config_flags keeps instead of a configuration."""
+    try:
+        config.anything  # noqa: B018
+    except OSError as problem:
+        raise problem.__cause__ or problem from None
 
 
 _WRONG_RESULT = "get_config() must return a lawcat_jax.config.Config"
@@ -256,7 +270,8 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
             told = _unknown_field(problem)
         elif told is None and isinstance(problem, OSError):  # at the first override of a file that is not there
             told = "--config: no such file, or it cannot be read"
-        raise UserError(told or _one_line(problem)) from problem
+        # absl puts the name of the file before a message that has it.
+        raise UserError(told or re.sub(r"^flag --config=\S*: (?=--config)", "", _one_line(problem))) from problem
     for name in flag_values:
         value = flag_values[name].value
         if isinstance(value, int) and abs(value) >= 1 << 63:

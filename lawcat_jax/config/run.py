@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 from lawcat_jax.config.attention import AttentionConfig, LoraConfig, attention_problems, lora_problems
 from lawcat_jax.config.choices import Distributed, Dtype, PasskeyForm, Progress, TaskName
+from lawcat_jax.config.data import suffix_problems
 from lawcat_jax.config.model import ModelConfig, model_problems
-from lawcat_jax.config.stage import StageConfig, stage_problems, suffix_problems
+from lawcat_jax.config.stage import StageConfig, stage_problems
 from lawcat_jax.config.tree import ConfigError, Node, choice_problems, limit_problems, type_problems, unshare
 
 

@@ -111,6 +111,10 @@ class Samples:
     def __len__(self) -> int:
         return self._length
 
+    def described(self) -> str:
+        """What the rows are made of, and how many there are, for people."""
+        return f"{'; '.join(source.described() for source, _ in self._parts)}; a pass has {len(self):,} rows"
+
     def __getitem__(self, index: int) -> Row:
         if index >= len(self):
             blank = self[0]

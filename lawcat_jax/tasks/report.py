@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -45,6 +46,8 @@ class Measured:
     name: str
     role: str
     results: Mapping[int, Any]
+    weights: str = ""
+    """A fingerprint of the model; "" where it is unknown."""
 
 
 def rows(results: Mapping[str, Mapping[str, Mapping[int, Any]]]) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
@@ -76,7 +79,8 @@ def write_report(
       output: folder, created when missing.
       training_length: in tokens, marked in the figure.
       replace: False keeps a report of another wording, seed, number of samples or lengths that is there already: the
-        new files then carry these in their names, e.g. ``passkey_train_seed7_n50_256-1024.json``.
+        new files then carry these in their names, e.g. ``passkey_train_seed7_n50_256-1024.json``. A report of another
+        model (of other weights under the same name) is kept as well; the new files end in a part of its fingerprint.
       echo: receives the table, then the files' names.
 
     Returns:
@@ -91,15 +95,24 @@ def write_report(
     several = len({_base(model.label) for model in measured} - {"student", "teacher"}) > 0
     names = [_suffix(model.label) if several or number else "" for number, model in enumerate(measured)]
     stem = task.name
-    others = [_differs(output / f"{stem}{name}.json", new) for name, new in zip(names, documents, strict=True)]
-    if not replace and (any(others) or (several and (output / f"{stem}.json").exists())):
+
+    def taken(stem: str) -> bool:
+        pairs = zip(names, documents, strict=True)
+        return any(_differs(output / f"{stem}{name}.json", new) for name, new in pairs)
+
+    if not replace and (taken(stem) or (several and (output / f"{stem}.json").exists())):
         lengths = sorted({x for model in measured for x in model.results})
         span = "-".join(map(str, dict.fromkeys((lengths[0], lengths[-1]))))
-        stem = f"{task.name}_{task.variant(settings)}_n{settings.samples}_{span}"
+        stem = f"{task.name}_{task.variant(settings)}_n{documents[0]['samples']}_{span}"
+        if taken(stem):
+            stem += f"_{hashlib.sha256(repr([model.weights for model in measured]).encode()).hexdigest()[:8]}"
     by_label = {model.label: model.results for model in measured}
     title = task.title(settings)
     heading = title if several else f"{title}, {measured[0].name}"
-    echo(table(heading, by_label, task.cell))  # first: what was measured is not lost to a folder that cannot be written
+    fewer = _fewer(task, settings, by_label)
+    echo(
+        table(heading, by_label, task.cell) + (f"\n{fewer}" if fewer else "")
+    )  # first: what was measured is not lost to a folder that cannot be written
     for name, document in zip(names, documents, strict=True):
         write_document(output / f"{stem}{name}.json", document)
     plot_lengths(output / f"{stem}.png", task, by_label, title=title, training_length=training_length)
@@ -108,8 +121,9 @@ def write_report(
         pictures.append(f"{stem}_depth.png")
     with atomic_file(output / f"{stem}.md") as out:
         out.write(_markdown(task, settings, heading, by_label, pictures, documents[0]))
-    files = ", ".join(str(output / f"{stem}{name}.json") for name in names)
-    echo(f"wrote {files}, {output / stem}.md and {' and '.join(str(output / picture) for picture in pictures)}")
+    files = [*(f"{stem}{name}.json" for name in names), f"{stem}.md", *pictures]
+    *first, last = [str(output / file) for file in files]
+    echo(f"wrote {', '.join(first)} and {last}")
     return stem.removeprefix(task.name)
 
 
@@ -207,10 +221,11 @@ def _document(task: Task, settings: EvalConfig, model: Measured, labels: Sequenc
         "task": task.name,
         "model": model.name,
         "role": model.role,
+        "weights": model.weights,
         "table": list(labels),  # all models of the table and the figure that this one is in
         "wording": task.wording(settings),
         "seed": task.seed(settings),
-        "samples": settings.samples,
+        "samples": max(map(task.samples_of, model.results.values()), default=0),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": _versions(),
         "results": results,
@@ -226,7 +241,7 @@ def _markdown(
     document: Mapping[str, Any],
 ) -> str:
     head, *body = _cells(results, task.cell)
-    facts = [f"{settings.samples} samples of each length"]
+    facts = [_fewer(task, settings, results) or f"{settings.samples} samples of each length"]
     facts += [f"{name} {getattr(settings, name)!r}" for name in task.settings if name != "samples"]
     facts.append("in brackets: 95 % interval (Wilson)" if task.percent else "natural logarithms")
     lines = [
@@ -242,6 +257,15 @@ def _markdown(
     return "\n".join(lines) + "\n"
 
 
+def _fewer(task: Task, settings: EvalConfig, results: Mapping[str, Mapping[int, Any]]) -> str:
+    """How many samples there were, where these are fewer than were asked for; else nothing."""
+    counts = {task.samples_of(result) for by_x in results.values() for result in by_x.values()}
+    if counts <= {settings.samples}:
+        return ""
+    had = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    return f"{had} samples of a length, and not the {settings.samples} that were asked for: there are no more"
+
+
 def _differs(path: Path, new: Mapping[str, Any]) -> bool:
     """Whether the report at ``path`` is of another evaluation: of other settings, or with models that are not measured
     now. What an old report does not say is taken to be equal."""
@@ -250,6 +274,7 @@ def _differs(path: Path, new: Mapping[str, Any]) -> bool:
     try:
         old = read_json(path)
         same = all(old[key] == new[key] for key in ("wording", "seed", "samples", "role") if key in old)
+        same = same and (not old.get("weights") or not new["weights"] or old["weights"] == new["weights"])
         same = same and set(old.get("table", ())) <= set(new["table"])
         return not (same and old["results"].keys() == new["results"].keys())
     except (UserError, KeyError, AttributeError):

@@ -71,7 +71,7 @@ def run_evaluation(
             check_settings(settings, checked)
         for task in tasks:
             results = measure(task, model, settings, cells=cells, show=write)
-            measured[task.name].append(Measured(model.label, model.name, model.role, results))
+            measured[task.name].append(Measured(model.label, model.name, model.role, results, model.fingerprint))
         del model  # its weights make room for the next one's
     if write:
         endings = []

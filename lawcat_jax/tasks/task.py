@@ -9,8 +9,8 @@ from __future__ import annotations
 import abc
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -23,6 +23,16 @@ from lawcat_jax.tasks.results import Accuracy, Likelihood
 Generate = Callable[[list[list[int]], int, bool], list[list[int]]]
 """(prompts as token ids, max_new_tokens, whether an answer ends with the model's end token) -> the new tokens of each
 prompt, in order."""
+
+
+class Rows(Protocol):
+    """Sequences to be scored: row ``index`` has the arrays ``tokens``, ``targets``, ``loss_weights`` and ``lengths`` of a
+    :class:`lawcat_jax.data.batch.Batch` without its axis B; one at or beyond ``len()`` has weight zero."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, np.ndarray]: ...
+
 
 NllSum = Callable[[Mapping[str, np.ndarray]], tuple[float, float]]
 """A batch as of :func:`lawcat_jax.data.pipeline.make_dataset` -> (weighted sum of negative log-likelihoods in nats,
@@ -130,6 +140,12 @@ class Task(abc.ABC):
         """What makes two evaluations of a model the same, as JSON values: an interrupted one resumes if it is equal."""
         return {name: getattr(settings, name) for name in self.settings}
 
+    def reads(self, settings: EvalConfig) -> set[str]:
+        """The fields of ``EvalConfig``, ``lengths`` and ``batch_size`` apart, that have an effect on it where the others are
+        as in ``settings``."""
+        del settings
+        return {*self.settings, "prefill_chunk"}
+
     def lengths(self, settings: EvalConfig) -> list[int]:
         """Lengths in tokens that are measured one after the other, each a cell of the table that is kept when done."""
         return sorted(set(settings.lengths))
@@ -158,6 +174,10 @@ class Task(abc.ABC):
 
         ``prepared`` is what :meth:`prepare` gave for the same tokenizer, length and settings, or None.
         """
+
+    @abc.abstractmethod
+    def samples_of(self, result: Any) -> int:
+        """How many samples the result is of: at most those asked for."""
 
     @abc.abstractmethod
     def cell(self, result: Any) -> str:
@@ -235,6 +255,9 @@ class GenerationTask(Task):
         count = len(records)
         return {length: Accuracy(hits / count, count, tokens / count, tuple(records))}
 
+    def samples_of(self, result: Accuracy) -> int:
+        return result.n
+
     def cell(self, result: Accuracy) -> str:
         low, high = result.interval
         return f"{100 * result.accuracy:.1f} % [{100 * low:.0f}, {100 * high:.0f}] (n={result.n})"
@@ -258,7 +281,7 @@ class GenerationTask(Task):
 class LikelihoodTask(Task):
     """Text is scored by its negative log-likelihood per token; the result is the mean over all tokens of a length.
 
-    A subclass gives ``name``, ``heading``, ``settings``, ``wording``, ``variant`` and ``batches``.
+    A subclass gives ``name``, ``heading``, ``settings``, ``wording``, ``variant`` and ``sequences``.
     """
 
     y_label = "perplexity"
@@ -266,12 +289,30 @@ class LikelihoodTask(Task):
     result = Likelihood
 
     @abc.abstractmethod
-    def batches(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> Iterable[Mapping[str, np.ndarray]]:
-        """Batches of ``settings.batch_size`` sequences of ``length`` tokens; rows of weight zero fill the last one up.
+    def sequences(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> Rows:
+        """Up to ``settings.samples`` sequences of ``length`` tokens, as many as there are.
 
         Raises:
           UserError: the source cannot be read, or is shorter than one sequence.
         """
+
+    def batches(
+        self, model: Model, length: int, settings: EvalConfig, progress: Progress | None = None
+    ) -> Iterator[tuple[int, Mapping[str, np.ndarray]]]:
+        """(sequences in it, batch) of one size, as equal as they can be; rows of weight zero fill the last one up.
+        ``progress`` is told of a batch when the next one is asked for.
+        """
+        rows = self.sequences(model.tokenizer, length, settings)
+        total = len(rows)
+        most = model.together(dataclasses.replace(settings, samples=total))
+        size = -(-total // -(-total // most))
+        size = -(-size // model.devices) * model.devices
+        for start in range(0, total, size):
+            batch = [rows[index] for index in range(start, start + size)]
+            names = ("tokens", "targets", "loss_weights", "lengths")
+            yield min(size, total - start), {name: np.stack([row[name] for row in batch]) for name in names}
+            if progress is not None:
+                progress(length, min(start + size, total), total)
 
     def measure(
         self,
@@ -282,20 +323,20 @@ class LikelihoodTask(Task):
         prepared: Ahead | None = None,
     ) -> dict[int, Likelihood]:
         del prepared
-        total = weight = 0.0
-        settings = dataclasses.replace(settings, batch_size=model.together(settings))
-        for number, batch in enumerate(self.batches(model.tokenizer, length, settings), 1):
+        total, weight, samples = 0.0, 0.0, 0
+        for count, batch in self.batches(model, length, settings, progress):
             batch_total, batch_weight = model.nll(batch)
-            total, weight = total + batch_total, weight + batch_weight
-            if progress is not None:
-                progress(length, min(number * settings.batch_size, settings.samples), settings.samples)
-        return {length: Likelihood(total / weight, round(weight))}
+            total, weight, samples = total + batch_total, weight + batch_weight, samples + count
+        return {length: Likelihood(total / weight, round(weight), samples)}
+
+    def samples_of(self, result: Likelihood) -> int:
+        return result.samples
 
     def cell(self, result: Likelihood) -> str:
         return f"{result.perplexity:.3f} ({result.nats:.4f} nats)"
 
     def row(self, result: Likelihood) -> dict[str, Any]:
-        return {"perplexity": result.perplexity, "nats": result.nats, "n": result.n}
+        return {"perplexity": result.perplexity, "nats": result.nats, "n": result.n, "samples": result.samples}
 
     def point(self, result: Likelihood) -> tuple[float, float, float]:
         return result.perplexity, result.perplexity, result.perplexity

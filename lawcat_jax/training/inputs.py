@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -13,10 +13,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from lawcat_jax import models
 from lawcat_jax.checkpoints import model_dir
+from lawcat_jax.checkpoints.gguf.read import PACKAGE
 from lawcat_jax.checkpoints.model_dir import OpenedCheckpoint, open_checkpoint
 from lawcat_jax.config import Config, ModelConfig, StageConfig, to_dict
+from lawcat_jax.config.data import is_counted
 from lawcat_jax.data.batch import Batch
-from lawcat_jax.data.pipeline import make_dataset
+from lawcat_jax.data.pipeline import Samples, make_dataset
+from lawcat_jax.data.text import is_remote, local_files
 from lawcat_jax.data.tokenize import Tokenizer, encode, fit_embedding, load_tokenizer
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import sharding
@@ -84,18 +87,46 @@ def _refuse_to_drop_adapters(config: Config, teacher: OpenedCheckpoint) -> None:
         )
 
 
-def architecture(config: Config) -> ModelConfig:
-    """The architecture that the experiment file declares, else that of its teacher, whose weights are not read.
+def teacher_at_hand(config: Config) -> OpenedCheckpoint | None:
+    """As :func:`open_teacher`, but None where the experiment file declares the architecture and there is no teacher on
+    this machine to compare it with, or none that would be read (pretraining draws it).
 
     Raises:
-      UserError: none is declared and the teacher cannot be opened.
+      UserError: as :func:`open_teacher`; or no architecture is declared and the teacher cannot be opened.
     """
-    if config.teacher.architecture is not None:
-        return config.teacher.architecture
+    source, declared = config.teacher.source, config.teacher.architecture is not None
+    if config.pretrain.enabled or (declared and not _is_here(source)):
+        return None
     try:
-        return open_checkpoint(config.teacher.source, config.teacher.revision, config.teacher.base).model
+        return open_teacher(config)
     except UserError as problem:
+        if declared or _is_here(source):
+            raise
         raise UserError(f"{problem}; or declare config.teacher.architecture to do without it") from problem
+
+
+def _is_here(source: str) -> bool:
+    """Whether a teacher, right or damaged, is on this machine; a package may be another one that is not installed."""
+    if source.startswith(PACKAGE):
+        try:
+            model_dir.locate(source)
+        except UserError:
+            return False
+    return not model_dir.is_remote(source)
+
+
+def architecture(config: Config) -> ModelConfig:
+    """The architecture of the teacher (whose weights are not read) or, where it is not on this machine, that which the
+    experiment file declares.
+
+    Raises:
+      UserError: as :func:`teacher_at_hand`.
+    """
+    opened = teacher_at_hand(config)
+    if opened is not None:
+        return opened.model
+    assert config.teacher.architecture is not None  # Config.validate asks pretraining for it
+    return config.teacher.architecture
 
 
 def check_architecture(declared: ModelConfig | None, loaded: ModelConfig, source: str) -> None:
@@ -130,10 +161,7 @@ def load_student(config: Config, mesh: Mesh, teacher: OpenedCheckpoint) -> Stude
     Raises:
       UserError: weights or a tokenizer that do not load, or do not fit the model.
     """
-    path = config.teacher.tokenizer or teacher.tokenizer_path
-    if path is None:
-        raise UserError(f"{config.teacher.source} has no tokenizer; name one with config.teacher.tokenizer")
-    tokenizer = checked_tokenizer(path, teacher.model)
+    path, tokenizer = tokenizer_of(config, teacher, teacher.model)
     shapes = teacher.shapes
     loaded = teacher.params(
         dtype=config.teacher.dtype,
@@ -184,11 +212,9 @@ def draw_teacher(config: Config, mesh: Mesh) -> Student:
     Raises:
       UserError: no tokenizer is named, or it does not load or fit.
     """
-    model, path = config.teacher.architecture, config.teacher.tokenizer
+    model = config.teacher.architecture
     assert model is not None  # Config.validate asks for it
-    if path is None:
-        raise UserError("config.teacher.tokenizer: pretraining needs one (a directory, asset:<name> or a hub id)")
-    tokenizer = checked_tokenizer(path, model)
+    path, tokenizer = tokenizer_of(config, None, model)
     model = dataclasses.replace(
         model,
         bos_token_id=tokenizer.bos_token_id,
@@ -198,6 +224,57 @@ def draw_teacher(config: Config, mesh: Mesh) -> Student:
     params = models.init_params(model, None, None, seed=config.seed)
     dtype = frozen_dtype(config)
     return Student(model, stages.place(params, mesh), tokenizer, path, dtype, _origin(model, dtype, tokenizer, None))
+
+
+def tokenizer_of(config: Config, teacher: OpenedCheckpoint | None, model: ModelConfig) -> tuple[str, Tokenizer]:
+    """(where it comes from, the tokenizer) of a run; ``teacher`` is None where one is pretrained.
+
+    Raises:
+      UserError: none is named, or it does not load or fit.
+    """
+    path = config.teacher.tokenizer or (None if teacher is None else teacher.tokenizer_path)
+    if path is None and teacher is None:
+        raise UserError("config.teacher.tokenizer: pretraining needs one (a directory, asset:<name> or a hub id)")
+    if path is None:
+        raise UserError(f"{config.teacher.source} has no tokenizer; name one with config.teacher.tokenizer")
+    return path, checked_tokenizer(path, model)
+
+
+def rows_of_a_pass(config: Config, tokenizer: Callable[[], Tokenizer]) -> dict[str, int]:
+    """Rows of one pass over the data of every stage whose length follows from them; ``tokenizer()`` is called where sources
+    have to be read for that.
+
+    Raises:
+      UserError: a source that cannot be read.
+    """
+    rows = {}
+    for name, stage in config.stages():
+        if stage.steps == 0:
+            counted = is_counted(stage.data)
+            rows[name] = len(training_rows(stage, tokenizer(), config.seed)) if counted else stage.data.num_samples
+    return rows
+
+
+def data_files(config: Config) -> dict[str, dict[str, list[list[Any]]]]:
+    """Stage -> source -> [name, size in bytes] of each of its files, of every source on this machine that the stages read.
+
+    Raises:
+      UserError: a source that is not there.
+    """
+    fields = ("source", "validation_source", "hay_source", "babi_source")
+    found = {}
+    for name, stage in config.stages():
+        only_passkeys = stage.data.kind == "text" and stage.data.passkey_fraction == 1  # its source is not opened
+        parts = () if only_passkeys else (stage.data, *stage.data.mixture)
+        sources = {getattr(part, field) for part in parts for field in fields} - {""}
+        local = sorted(source for source in sources if not is_remote(source))
+        found[name] = {source: [[file.name, file.stat().st_size] for file in local_files(source)] for source in local}
+    return found
+
+
+def training_rows(stage: StageConfig, tokenizer: Tokenizer, seed: int) -> Samples:
+    """The rows of one pass over the training data, in their stored order."""
+    return Samples(stage.data, tokenizer, seq_length=stage.seq_length, seed=seed, split="train")
 
 
 def checked_tokenizer(path: str, model: ModelConfig) -> Tokenizer:

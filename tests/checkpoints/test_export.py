@@ -244,6 +244,54 @@ def test_card_shards_and_refusals(exported, tmp_path):
     refused("tensors do not fit config.json: .*gate_down.kernel is", lambda: open_checkpoint(tmp_path / "out"))
 
 
+def test_what_has_changed_in_an_exported_directory_is_refused(tmp_path, monkeypatch):
+    """Arrays and files of the tokenizer until transformers saves it anew, the configuration for good."""
+    source = write(tmp_path / "s", AttentionConfig(gate_rank=4), LoraConfig(rank=2), students.MODEL)
+    tokenizer = tmp_path / "s" / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    out = tmp_path / "out"
+    convert(str(source), str(out), to="transformers")
+    good = load_model(out, dtype="keep").params
+    weights = out / "model.safetensors"
+    content = weights.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    for place in np.linspace(start, len(content) - 1, 12).astype(int):
+        spoilt = bytearray(content)
+        spoilt[place] ^= 1
+        weights.write_bytes(spoilt)
+        with pytest.raises(UserError, match="have changed since they were written; get a fresh copy"):
+            load_model(out)
+    monkeypatch.setenv("LAWCAT_VERIFY_WEIGHTS", "off")
+    assert not students.same_bits(load_model(out, dtype="keep").params, good)
+    monkeypatch.delenv("LAWCAT_VERIFY_WEIGHTS")
+    weights.write_bytes(content)
+    (out / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    with pytest.raises(UserError, match=r"tokenizer_config\.json has changed since it was written"):
+        open_checkpoint(out)
+    torch_model(out).save_pretrained(tmp_path / "again")  # without the tokenizer, which may be another one now
+    assert students.same_bits(load_model(tmp_path / "again", dtype="keep").params, good)
+    for directory, field, value in (
+        (out, "model", ("rope_theta", 1e5)),
+        (tmp_path / "again", "extra", ("add_bos", "never")),
+    ):
+        values = json.loads((directory / "config.json").read_text())
+        values["lawcat"][field].update([value])
+        (directory / "config.json").write_text(json.dumps(values))
+        with pytest.raises(UserError, match=r"config\.json: lawcat: changed since it was written"):
+            open_checkpoint(directory)
+
+
+def test_arrays_of_a_hugging_face_directory_written_here_are_checked(tmp_path):
+    convert(str(students.write_teacher(tmp_path / "t")), str(tmp_path / "hf"), to="hf")
+    weights = tmp_path / "hf" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match="have changed since they were written; get a fresh copy"):
+        load_model(tmp_path / "hf")
+
+
 def write(directory, attention, lora, model):
     params = students.base_params(model) | students.student_params(attention, lora, model)
     save_model(directory, model=model, attention=attention, lora=lora, params=unflatten(params))

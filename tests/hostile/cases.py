@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from tests.hostile.driver import ASSET, ROOT, Case
+from tests.hostile.driver import ASSET, EITHER, ROOT, Case
+from tests.hostile.launch import launch_cases
 
 WRONG: tuple[Any, ...] = (None, "x", -1, 0, 1.5, [], {}, [None], True, 10**30, float("inf"), "\ud800")
 GENERATE = ["generate", "--prompt=The sky", "--max_new_tokens=2"]
-EITHER = (0, 2)
 
 
 def cut(part: int) -> Callable[[bytes], bytes]:
@@ -285,7 +285,7 @@ def generation_cases() -> Iterator[Case]:
         yield Case("generation", f"convert {flag}", fixed("convert", "--source=asset:tiny_llama", *flag.split()))
 
 
-def op_cases() -> Iterator[Case]:
+def size_cases() -> Iterator[Case]:
     """Sizes and topologies of the commands that compute nothing."""
     tiny = f"--config={ROOT / 'configs' / 'tiny.py'}"
     for topology in (
@@ -301,12 +301,12 @@ def op_cases() -> Iterator[Case]:
         "h200:²",
         "h200:0",
     ):
-        yield Case("ops", f"aot {topology}", lambda f, m, t=topology: ["aot", tiny, f"--topology={t}"])
+        yield Case("sizes", f"aot {topology}", lambda f, m, t=topology: ["aot", tiny, f"--topology={t}"])
     for value in ("x", "stage1,nothing", "²"):
-        yield Case("ops", f"aot stages {value}", lambda f, m, v=value: ["aot", tiny, f"--stages={v}"])
+        yield Case("sizes", f"aot stages {value}", lambda f, m, v=value: ["aot", tiny, f"--stages={v}"])
     for name in ("prefill_length", "prefill_batch", "decode_batch"):
         for value in ("-1", "x", "9" * 30, "²"):
-            yield Case("ops", f"aot {name}={value[:5]}", lambda f, m, n=name, v=value: ["aot", tiny, f"--{n}={v}"])
+            yield Case("sizes", f"aot {name}={value[:5]}", lambda f, m, n=name, v=value: ["aot", tiny, f"--{n}={v}"])
 
 
 def environment_cases() -> Iterator[Case]:
@@ -359,6 +359,7 @@ def header_cases() -> Iterator[Case]:
 def all_cases() -> list[Case]:
     """Every case, in a fixed order."""
     makers = (
-        config_cases, run_cases, data_cases, generation_cases, environment_cases, op_cases, model_cases, header_cases,
+        config_cases, run_cases, data_cases, generation_cases, environment_cases, size_cases, model_cases, header_cases,
+        launch_cases,
     )  # fmt: skip
     return [case for make in makers for case in make()]

@@ -206,6 +206,53 @@ def test_settings_of_an_evaluation():
         chosen_settings({}, {"tasks": ("x",)})
 
 
+@pytest.mark.parametrize(
+    ("given", "options", "told"),
+    [
+        ({"tasks": ("passkey",), "text": "book.txt"}, {}, r"^--text: not read by --tasks=passkey with --form=landmark"),
+        ({"seed": 3, "sample_seed": 3}, {}, "^--seed: not read by --tasks=passkey with --form=landmark"),
+        ({"tasks": ("passkey",), "haystack": "x", "babi": "y"}, {}, "^--haystack, --babi: not read by"),
+        (
+            {"tasks": ("perplexity",), "text": "t", "passkey_form": "train"},
+            {},
+            "^--form: not read by --tasks=perplexity;",
+        ),
+        ({"tasks": ("perplexity",), "text": "t", "prefill_chunk": 8}, {}, "^--prefill_chunk: not read by"),
+        ({"tasks": ("perplexity",), "text": "t", "position_block": 8}, {}, "^--position_block: not read by"),
+        ({"text_key": "body"}, {}, "^--text_key: not read by"),
+        ({"tasks": ("babilong_qa1",), "babi": "y", "haystack": "x", "lengths": (0,)}, {}, "^--haystack: not read by"),
+        ({"teacher": True}, {}, "^--teacher evaluates the teacher of a student .* no --checkpoint is a student$"),
+        ({}, {"revision": "main"}, "^--revision goes with a hub repository, and no --checkpoint is one$"),
+        ({}, {"base": "asset:tiny_llama"}, "^--base goes with a student's small file"),
+    ],
+)
+def test_a_flag_that_nothing_reads_is_refused(given, options, told, tmp_path):
+    from lawcat_jax.tasks.compare import evaluate_checkpoints
+
+    with pytest.raises(UserError, match=told):
+        evaluate_checkpoints(
+            ["asset:tiny_llama"], {"lengths": (150,), **given}, output=str(tmp_path / "out"), **options
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_flags_that_a_task_reads_are_taken():
+    from lawcat_jax.tasks.registry import tasks
+
+    every = set().union(*(task.reads(EvalConfig(passkey_form="train")) for task in tasks().values()))
+    assert every >= {"text", "text_key", "haystack", "babi", "seed", "sample_seed", "position_block", "prefill_chunk"}
+    assert all(set(task.settings) >= task.reads(EvalConfig()) - {"prefill_chunk"} for task in tasks().values())
+    assert "text_key" in tasks()["niah_single_2"].identity(EvalConfig())  # another field of the rows is another hay
+
+
+def test_a_revision_goes_with_a_repository(student):
+    from lawcat_jax.checkpoints.model_dir import open_checkpoint
+
+    for source in ("asset:tiny_llama", str(student)):
+        with pytest.raises(UserError, match=r"^revision 'main' goes with a hub repository, and .* is on this machine"):
+            open_checkpoint(source, "main")
+
+
 def test_the_fingerprint_of_a_model_is_of_its_weights(student):
     import jax
 

@@ -244,6 +244,28 @@ def test_another_evaluation_does_not_replace_a_report(tmp_path):
     assert (tmp_path / "passkey.json").read_bytes() != first
 
 
+def test_a_report_of_other_weights_is_kept(tmp_path):
+    """Two models of one name, as /a/student and /b/student have in the current folder; and the same one again."""
+    tokenizer, said = small.byte_level(), []
+
+    def run(weights, **settings):
+        subject = model(tokenizer, Oracle(tokenizer), fingerprint=weights)
+        options = {"output": tmp_path, "replace": False, "echo": said.append}
+        run_evaluation(EvalConfig(lengths=(250,), samples=2, **settings), [subject], **options)
+        return {file.name for file in tmp_path.glob("*.json")}
+
+    assert run("first") == {"passkey.json"}
+    before = (tmp_path / "passkey.json").read_bytes()
+    assert json.loads(before)["weights"] == "first"
+    files = run("second")
+    assert files == {"passkey.json", "passkey_landmark_n2_250.json"}
+    assert run("second") == files
+    assert len(run("third")) == 3  # where a report with the same settings in its name is of the second
+    assert len(run("third")) == 3
+    assert (tmp_path / "passkey.json").read_bytes() == before
+    assert re.fullmatch(r"wrote \S+\.json, \S+\.md, \S+\.png and \S+_depth\.png", said[1]), said[1]
+
+
 def test_a_model_has_its_colour_by_its_name():
     alone = figures.looks(["mine"])["mine"]
     assert alone["color"] == figures._COLOURS[zlib.crc32(b"mine") % len(figures._COLOURS)]
