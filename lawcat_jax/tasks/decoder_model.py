@@ -107,8 +107,6 @@ def greedy(
             prompts,
             max_new_tokens=max_new_tokens,
             eos_ids=tuple(eos_ids) if ends else (),
-            temperature=0.0,
-            seed=0,
             as_teacher=as_teacher,
             batch_size=rows,
             prefill_chunk=prefill_chunk,
