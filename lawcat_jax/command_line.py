@@ -368,6 +368,7 @@ def _described(problem: BaseException) -> str:
 _RAW = (
     (re.compile(r"invalid literal for int\(\) with base \d+: .*"), "must be a whole number"),
     (re.compile(r"could not convert string to float: .*"), "must be a number"),
+    (re.compile(r"\('Non-boolean argument to boolean flag', .*\)"), "must be true or false"),
 )
 """Python's own words for a value of the wrong type, and plain ones."""
 

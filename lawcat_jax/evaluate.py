@@ -14,7 +14,6 @@ for any other model (``--output`` names another folder). Interrupted and run aga
 from __future__ import annotations
 
 import typing
-from collections.abc import Sequence
 
 from absl import flags
 
@@ -86,22 +85,12 @@ def _length(item: str) -> int:
     return length
 
 
-def split_tasks(items: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(tasks of this program, tasks of lm-evaluation-harness) of ``--tasks``: what follows an ``lm_eval:<name>`` and is
-    no task of this program is one of the harness."""
-    own, harness = [], []
-    for item in (item.strip() for item in items):
-        if item.startswith("lm_eval:"):
-            harness.append(item.removeprefix("lm_eval:"))
-        elif item:
-            (harness if harness and item not in typing.get_args(TaskName) else own).append(item)
-    return tuple(own), tuple(harness)
-
-
 def main(argv: list[str]) -> None:
     no_arguments(argv)
     not_empty("--tasks", _TASKS.value)
     not_empty("--lengths", _LENGTHS.value)
+    from lawcat_jax.tasks.compare import evaluate_checkpoints, split_tasks
+
     tasks, harness = (None, None) if _TASKS.value is None else split_tasks(_TASKS.value)
     settings = {
         "tasks": tasks,
@@ -124,8 +113,6 @@ def main(argv: list[str]) -> None:
         "sample_seed": _SEED.value,
         "prefill_chunk": _PREFILL_CHUNK.value,
     }
-    from lawcat_jax.tasks.compare import evaluate_checkpoints
-
     evaluate_checkpoints(
         _CHECKPOINT.value,
         settings,

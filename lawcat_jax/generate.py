@@ -36,7 +36,9 @@ _INPUT = flags.DEFINE_string(
 _OUTPUT = flags.DEFINE_string("output", None, "JSONL file for the answers to --input, which must not be there yet.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows of --input answered together.", lower_bound=1)
 _CHAT = flags.DEFINE_bool(
-    "chat", None, "Ask in the form of the model's chat template. Default: with --system, and in --interactive if it has one."
+    "chat",
+    None,
+    "Ask in the form of the model's chat template. Default: with --system, and in --interactive if it has one.",
 )
 _SYSTEM = flags.DEFINE_string("system", "", "System prompt of the conversation.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer(

@@ -12,7 +12,7 @@ from lawcat_jax.errors import UserError
 from lawcat_jax.files import atomic_file
 from lawcat_jax.inference.generation import generate
 from lawcat_jax.inference.loading import LoadedModel
-from lawcat_jax.inference.text import Request, chat_text, cut, prompt_tokens, stopped
+from lawcat_jax.inference.text import PLAIN, Request, chat_text, cut, prompt_tokens, stopped
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -55,7 +55,7 @@ def answer_file(
     model: LoadedModel,
     rows: list[dict[str, Any]],
     output: str | Path,
-    request: Request = Request(),
+    request: Request = PLAIN,
     *,
     chat: bool = False,
     system: str = "",

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lawcat_jax.errors import UserError
-from lawcat_jax.inference.sampling import Sampling, choose
+from lawcat_jax.inference.sampling import GREEDY, Sampling, choose
 from lawcat_jax.models import bind, num_linear
 from lawcat_jax.models.cache import Cache
 from lawcat_jax.models.finite import not_finite_error
@@ -143,9 +143,7 @@ def _decode_loop(
         return step + 1, logits, cache, done, _marked(seen, token), out
 
     out = jnp.full((batch, capacity), -1, jnp.int32)
-    _, logits, cache, done, seen, out = jax.lax.while_loop(
-        more, body, (jnp.int32(0), logits, cache, done, seen, out)
-    )
+    _, logits, cache, done, seen, out = jax.lax.while_loop(more, body, (jnp.int32(0), logits, cache, done, seen, out))
     return out, logits, cache, done, seen
 
 
@@ -231,7 +229,7 @@ def generate(
     *,
     max_new_tokens: int,
     eos_ids: Sequence[int] = (),
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     stop: Callable[[Sequence[int]], bool] | None = None,
     as_teacher: bool = False,
     batch_size: int = 8,
@@ -271,9 +269,7 @@ def generate(
         room = bucket(max(map(len, rows)) + max_new_tokens) if needs_room(graphdef, params, as_teacher) else 1
         with mesh_of(params):
             cache, logits = empty_cache(params, batch=len(rows), length=room, **options)
-        cache, logits = read_prompts(
-            graphdef, params, cache, logits, rows, chunk=prefill_chunk, as_teacher=as_teacher
-        )
+        cache, logits = read_prompts(graphdef, params, cache, logits, rows, chunk=prefill_chunk, as_teacher=as_teacher)
         done, seen = np.arange(batch_size) >= len(numbers), seen_tokens(params, rows, values)
         keys = sequence_keys(sampling.seed, [*numbers, *[0] * (batch_size - len(numbers))])
         for first in range(0, max_new_tokens, piece):

@@ -76,6 +76,9 @@ class Sampling:
         return {name: jnp.float32(value) for name, value in on.items()}
 
 
+GREEDY = Sampling()
+
+
 def penalized(
     logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, ""] | float
 ) -> Float[Array, "B V"]:

@@ -20,7 +20,7 @@ from lawcat_jax.inference.generation import (
     seen_tokens,
     sequence_keys,
 )
-from lawcat_jax.inference.sampling import Sampling
+from lawcat_jax.inference.sampling import GREEDY, Sampling
 from lawcat_jax.models.finite import not_finite_error
 from lawcat_jax.runtime.sharding import mesh_of
 
@@ -59,7 +59,7 @@ class Session:
         *,
         max_new_tokens: int,
         eos_ids: Sequence[int] = (),
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
     ) -> Iterator[int]:
         """Read ``tokens`` and yield the tokens of the continuation as they are made, the end token included: in a new
         session those that :func:`lawcat_jax.inference.generation.generate` gives for this prompt alone.

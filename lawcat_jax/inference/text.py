@@ -10,7 +10,7 @@ from typing import Any
 from lawcat_jax.data.tokenize import Tokenizer, bos_rule, decode, encode, encode_prompt, stream_text
 from lawcat_jax.errors import UserError
 from lawcat_jax.inference.loading import LoadedModel
-from lawcat_jax.inference.sampling import Sampling
+from lawcat_jax.inference.sampling import GREEDY, Sampling
 from lawcat_jax.inference.session import Session
 from lawcat_jax.models import bind
 
@@ -30,7 +30,7 @@ class Request:
     """
 
     max_new_tokens: int | None = None
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
     stop: tuple[str, ...] = ()
     teacher: bool = False
 
@@ -54,6 +54,9 @@ class Request:
                 f"{positions} positions; shorten the prompt or --max_new_tokens"
             )
         return wanted
+
+
+PLAIN = Request()
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
@@ -148,7 +151,7 @@ def _size(count: int) -> str:
 
 
 def continue_text(
-    model: LoadedModel, prompt: str, request: Request = Request(), *, session: Session | None = None
+    model: LoadedModel, prompt: str, request: Request = PLAIN, *, session: Session | None = None
 ) -> Answer:
     """The text that follows ``prompt``, in pieces as they are made, up to the model's end token.
 
@@ -215,7 +218,7 @@ class Conversation:
         differently afterwards.
     """
 
-    def __init__(self, model: LoadedModel, request: Request = Request(), *, system: str = ""):
+    def __init__(self, model: LoadedModel, request: Request = PLAIN, *, system: str = ""):
         self.messages = [{"role": "system", "content": system}] if system else []
         self.reread = 0
         self._model, self._request = model, request

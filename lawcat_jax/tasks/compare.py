@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lawcat_jax.config import Bos, ConfigError, EvalConfig, from_dict, type_problems
+from lawcat_jax.config import Bos, ConfigError, EvalConfig, TaskName, from_dict, type_problems
 from lawcat_jax.errors import UserError
 from lawcat_jax.inference.loading import FoundCheckpoint, find_checkpoint, load_for_inference
+from lawcat_jax.tasks.lm_eval import PREFIX
 from lawcat_jax.tasks.runner import Results, check_settings, run_evaluation
 from lawcat_jax.tasks.task import Model
 
@@ -36,6 +38,18 @@ def named_checkpoints(items: Sequence[str]) -> dict[str, str]:
             "--checkpoint is missing: a model directory, a Hugging Face directory or hub id, or asset:<name>"
         )
     return found
+
+
+def split_tasks(items: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(tasks of this program, tasks of lm-evaluation-harness) of ``--tasks``: what follows an ``lm_eval:<name>`` and is
+    no task of this program is one of the harness."""
+    own, harness = [], []
+    for item in (item.strip() for item in items):
+        if item.startswith(PREFIX):
+            harness.append(item.removeprefix(PREFIX))
+        elif item:
+            (harness if harness and item not in typing.get_args(TaskName) else own).append(item)
+    return tuple(own), tuple(harness)
 
 
 def chosen_settings(stored: Mapping[str, Any], given: Mapping[str, Any]) -> EvalConfig:

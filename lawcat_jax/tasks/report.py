@@ -97,7 +97,9 @@ def write_report(
     by_label = {model.label: model.results for model in measured}
     title = task.title(settings)
     heading = title if several else f"{title}, {measured[0].name}"
-    echo(table(heading, by_label, task.cell, task.axis))  # first: what was measured is not lost to a folder that cannot be written
+    echo(
+        table(heading, by_label, task.cell, task.axis)
+    )  # first: what was measured is not lost to a folder that cannot be written
     for name, document in zip(names, documents, strict=True):
         write_document(output / f"{stem}{name}.json", document)
     pictures = []

@@ -136,7 +136,9 @@ def _refuse_not_finite(task: Task, model: Model, rows: Mapping[int, Any]) -> Non
     for x, result in rows.items():
         odd = {k: v for k, v in task.row(result).items() if isinstance(v, float) and not math.isfinite(v)}
         if odd:
-            raise UserError(f"{task.name} of {model.label}, {task.axis} {x}, is no number ({odd}); no report is written")
+            raise UserError(
+                f"{task.name} of {model.label}, {task.axis} {x}, is no number ({odd}); no report is written"
+            )
 
 
 def evaluate_model(

@@ -113,6 +113,7 @@ def test_a_session_goes_on_as_if_everything_was_read_again(model, as_teacher):
     assert consumed == [[[answer[-1], 3, 4]]]  # nothing that was read before
 
 
+@pytest.mark.slow
 def test_answers_end_soon_after_a_stop(model):
     graphdef, params = model
     options = dict(max_new_tokens=80, batch_size=2, prefill_chunk=16)

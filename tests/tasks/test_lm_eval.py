@@ -18,7 +18,7 @@ import pytest
 
 from lawcat_jax.config import EvalConfig
 from lawcat_jax.errors import UserError
-from lawcat_jax.evaluate import split_tasks
+from lawcat_jax.tasks.compare import split_tasks
 from lawcat_jax.tasks.registry import task_named
 from tests.checkpoints import hf_models, students
 from tests.data import tokenizers as small
@@ -32,7 +32,24 @@ CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-WORDS = "the sky is blue and grass green here we go again sun yellow of times it was best worst".split()
+WORDS = (
+    "the",
+    "sky",
+    "is",
+    "blue",
+    "and",
+    "grass",
+    "green",
+    "here",
+    "we",
+    "go",
+    "again",
+    "of",
+    "times",
+    "worst",
+    "best",
+)
+
 
 TASKS = {
     "choices": {
@@ -134,6 +151,7 @@ def requests_of(model, name, folder, **options):
 def assert_same(ours, theirs):
     (our_requests, our_metrics), (their_requests, their_metrics) = ours, theirs
     assert len(our_requests) == len(their_requests) > 5
+    assert any(our_requests)  # not empty texts only
     for mine, other in zip(our_requests, their_requests, strict=True):
         if isinstance(mine, str):
             assert mine == other
@@ -224,9 +242,10 @@ def test_a_students_rolling_likelihood_is_one_pass(folder, tmp_path):
     """Texts longer than any chunk: the state is carried, and nothing is cut to the positions of the teacher."""
     import jax
 
+    from lawcat_jax.checkpoints.logits import student_logits
     from lawcat_jax.checkpoints.model_dir import load_model
     from lawcat_jax.inference import likelihood
-    from lawcat_jax.models import abstract, bind
+    from lawcat_jax.models import abstract
 
     bundle = load_model(students.write_student(tmp_path / "student"), dtype="float32")
     graphdef, _ = abstract(bundle.model, bundle.attention, bundle.lora)
@@ -245,10 +264,11 @@ def test_a_students_rolling_likelihood_is_one_pass(folder, tmp_path):
         progress=lambda *numbers: seen.append(numbers),
     )
     assert seen == [(1 + 1, 4), (4, 4)]
-    for (context, following), (total, greedy) in zip(rows, found, strict=True):
-        tokens = np.asarray([[*context, *following]], np.int32)
-        logits = bind(graphdef, bundle.params)(tokens[:, :-1])[0, len(context) - 1 :]
-        chances = np.asarray(jax.nn.log_softmax(logits))
+    whole = [[*context, *following] for context, following in rows]
+    padded = np.asarray([[*tokens, *[0] * (160 - len(tokens))] for tokens in whole], np.int32)  # causal: harmless
+    logits = student_logits(bundle, padded)
+    for (context, following), row, (total, greedy) in zip(rows, logits, found, strict=True):
+        chances = np.asarray(jax.nn.log_softmax(row[len(context) - 1 :][: len(following)]))
         assert abs(total - chances[np.arange(len(following)), following].sum()) < 1e-3
         assert greedy == (chances.argmax(-1) == following).all()
     best = int(chances[0].argmax())  # after the context of the last row
@@ -321,8 +341,8 @@ def test_mistakes_are_found_before_a_model_is_asked(folder, tmp_path):
     refused("lm_eval:bad", "has no chat template", lm_eval_chat=True)
     assert split_tasks(["lm_eval:a", " b", "passkey", "c", ""]) == (("passkey",), ("a", "b", "c"))
     assert split_tasks(["b", "lm_eval:passkey"]) == (("b",), ("passkey",))
+    short = fakes.model(tokenizer, positions=100, sample=fakes.unused, likelihoods=fakes.unused)
     with pytest.raises(UserError, match="asks for up to 256 new tokens"):
-        short = fakes.model(tokenizer, positions=100, sample=fakes.unused, likelihoods=fakes.unused)
         harness_model(short)._generate(["a"], {})
     with pytest.raises(UserError, match="generation_kwargs num_beams"):
         harness_model(fakes.model(tokenizer))._generate(["a"], {"num_beams": 4})

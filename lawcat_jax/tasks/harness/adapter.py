@@ -25,7 +25,13 @@ from lawcat_jax.tasks.task import Model, Progress
 NEW_TOKENS = 256
 """Tokens of an answer at most, where a task does not say; the harness' default."""
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "no_repeat_ngram_size": 0, "length_penalty": 1.0, "typical_p": 1.0}
+_NEUTRAL = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "no_repeat_ngram_size": 0,
+    "length_penalty": 1.0,
+    "typical_p": 1.0,
+}
 
 
 class HarnessModel(TemplateLM):

@@ -91,7 +91,7 @@ def measure(loaded: dict[str, Any], model: LM, *, limit: int | None, chat: bool)
 @contextlib.contextmanager
 def _seeded() -> Iterator[None]:
     """The harness' seeds; and no processes of its own for error bars, which would be forks of one with jax threads."""
-    states = random.getstate(), np.random.get_state()
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
     before = os.environ.get("DISABLE_MULTIPROC")
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)  # noqa: NPY002
