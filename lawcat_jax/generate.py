@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
         _say("this model has a chat template: --chat asks in its form; a plain text is continued, perhaps with nothing")
     if rows is not None:
         made = batch.answer_file(
-            model, rows, _OUTPUT.value, request, chat=chat, system=_SYSTEM.value, batch_size=_BATCH_SIZE.value
+            model, rows, _OUTPUT.value or "", request, chat=chat, system=_SYSTEM.value, batch_size=_BATCH_SIZE.value
         )
         _say(f"wrote {_OUTPUT.value}: {len(rows)} answers of {made} tokens together")
         return
@@ -132,7 +132,7 @@ def _check_flags() -> None:
     if _INPUT.value is not None:
         if _PROMPT.value is not None or _INTERACTIVE.value:
             raise UserError("--input has the prompts: leave --prompt and --interactive out")
-        if Path(_OUTPUT.value).exists():
+        if Path(_OUTPUT.value or "").exists():
             raise UserError(f"--output={_OUTPUT.value} is there already; name another file, or remove it")
     elif _PROMPT.value is None and not _INTERACTIVE.value:
         raise UserError("--prompt is missing: the text to continue, or - to read it from standard input")

@@ -117,11 +117,12 @@ class HarnessModel(TemplateLM):
         """The continuation of each request, before its first stop string."""
         del disable_tqdm
         texts = [""] * len(requests)
+        asked: list[tuple[Any, ...]] = [tuple(request.args) for request in requests]  # (context, generation_kwargs)
         groups: dict[str, list[int]] = {}
-        for number, request in enumerate(requests):
-            groups.setdefault(repr(request.args[1]), []).append(number)
+        for number, (_, options) in enumerate(asked):
+            groups.setdefault(repr(options), []).append(number)
         for numbers in groups.values():
-            answers = self._generate([requests[n].args[0] for n in numbers], requests[numbers[0]].args[1])
+            answers = self._generate([asked[number][0] for number in numbers], asked[numbers[0]][1])
             for number, text in zip(numbers, answers, strict=True):
                 texts[number] = text
         return texts
