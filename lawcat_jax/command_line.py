@@ -29,6 +29,8 @@ from lawcat_jax.config.tree import field_names, nearest, type_problems, unshare
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime.programs import keep_programs
 
+flags.disclaim_key_flags()  # --config is a flag of the command that defines it, and stands in its --help
+
 EXIT_USER_ERROR, EXIT_CRASH, EXIT_KEYBOARD = 2, 1, 130
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the command again
 GRACE_SECONDS = 3.0  # for threads that still work when a command has failed
@@ -44,7 +46,7 @@ def run_main(main: Callable[[list[str]], int | None], *, cache_programs: bool = 
     A :class:`UserError` or :class:`ConfigError`, also one about the flags, is printed as ``error: ...`` without a
     traceback and ends with 2; Ctrl-C ends with 130; any other exception is printed with its traceback and ends with 1. Where
     ``jax.distributed`` runs, the other processes are told of a failure and end as well. A reader of standard output that
-    goes away ends the process with 141, without a word.
+    goes away ends the process with 141, without a word. ``--help`` ends with 0.
     """
 
     def parse(argv: list[str]) -> list[str]:
@@ -56,6 +58,8 @@ def run_main(main: Callable[[list[str]], int | None], *, cache_programs: bool = 
         except UserError as problem:
             print(f"error: {problem}", file=sys.stderr, flush=True)
             sys.exit(EXIT_USER_ERROR)
+        except SystemExit as ended:  # --help and its kin end with 1 in absl
+            sys.exit(0 if ended.code == 1 else ended.code)
 
     if cache_programs:
         keep_programs()
@@ -376,7 +380,18 @@ def _described(problem: BaseException) -> str:
     return f"{type(problem).__name__}: {text}" if text else type(problem).__name__
 
 
+_RAW = (
+    (re.compile(r"invalid literal for int\(\) with base \d+: .*"), "must be a whole number"),
+    (re.compile(r"could not convert string to float: .*"), "must be a number"),
+    (re.compile(r"\('Non-boolean argument to boolean flag', .*\)"), "must be true or false"),
+)
+"""Python's own words for a value of the wrong type, and plain ones."""
+
+
 def _one_line(problem: Any) -> str:
+    if isinstance(problem, flags.IllegalFlagValueError):
+        for raw, plain in _RAW:
+            problem = raw.sub(plain, str(problem))
     lines = [line.strip() for line in str(problem).strip().splitlines() if line.strip()]
     if len(lines) > 1 and "Traceback" in str(problem):  # config_flags pastes the traceback into the message
         return f"{lines[0]} {lines[-1]}"

@@ -221,7 +221,7 @@ def _trace_generator(name: str, config: Config, model: ModelConfig, mesh: Any, o
             traced = generation.prefill_chunk.trace(*arguments, graphdef=graphdef, as_teacher=False)
         else:
             keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-            arguments = (params, cache, whole(batch), whole(), keys, whole(dtype=jnp.float32))
+            arguments = (params, cache, whole(batch), whole(), keys, {"temperature": whole(dtype=jnp.float32)}, None)
             traced = generation.decode_step.trace(*arguments, graphdef=graphdef, as_teacher=False)
     return traced, batch * length, length
 

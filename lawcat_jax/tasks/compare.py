@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lawcat_jax.checkpoints.model_dir import is_remote, open_checkpoint, takes_base
-from lawcat_jax.config import Bos, ConfigError, EvalConfig, from_dict, type_problems
+from lawcat_jax.config import Bos, ConfigError, EvalConfig, TaskName, from_dict, type_problems
 from lawcat_jax.errors import UserError
 from lawcat_jax.inference.loading import FoundCheckpoint, find_checkpoint, load_for_inference
+from lawcat_jax.tasks.lm_eval import PREFIX
 from lawcat_jax.tasks.registry import task_named
 from lawcat_jax.tasks.runner import Results, check_settings, run_evaluation
 from lawcat_jax.tasks.task import Model
@@ -38,6 +40,18 @@ def named_checkpoints(items: Sequence[str]) -> dict[str, str]:
             "--checkpoint is missing: a model directory, a Hugging Face directory or hub id, or asset:<name>"
         )
     return found
+
+
+def split_tasks(items: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(tasks of this program, tasks of lm-evaluation-harness) of ``--tasks``: what follows an ``lm_eval:<name>`` and is
+    no task of this program is one of the harness."""
+    own, harness = [], []
+    for item in (item.strip() for item in items):
+        if item.startswith(PREFIX):
+            harness.append(item.removeprefix(PREFIX))
+        elif item:
+            (harness if harness and item not in typing.get_args(TaskName) else own).append(item)
+    return tuple(own), tuple(harness)
 
 
 def chosen_settings(stored: Mapping[str, Any], given: Mapping[str, Any]) -> EvalConfig:
@@ -129,13 +143,14 @@ _FLAGS = {
     "haystack": "--haystack",
     "babi": "--babi",
     "prefill_chunk": "--prefill_chunk",
+    **{f"lm_eval_{name}": f"--lm_eval_{name}" for name in ("tasks_dir", "fewshot", "limit", "chat")},
 }
 """Field of EvalConfig -> the flag that sets it, of those that not every task reads. ``--seed`` sets ``sample_seed`` too."""
 
 
 def _refuse_unread(settings: EvalConfig, given: Mapping[str, Any]) -> None:
     """Raises a UserError for a flag that was given and that none of the tasks reads."""
-    tasks = [task_named(name) for name in dict.fromkeys(settings.tasks)]
+    tasks = [task_named(name) for name in settings.task_names()]
     read = {field for task in tasks for field in task.reads(settings)}
     read |= {"seed"} if "sample_seed" in read else set()
     unread = [flag for field, flag in _FLAGS.items() if given.get(field) is not None and field not in read]

@@ -41,6 +41,14 @@ sum of weights)."""
 PositionNll = Callable[[Mapping[str, np.ndarray]], tuple[np.ndarray, np.ndarray]]
 """A batch -> the same two sums over its rows for each position, float64 [T] both."""
 
+Likelihoods = Callable[..., list[tuple[float, bool]]]
+"""(pairs of token ids, a context and what follows it; optionally a :data:`Progress`) -> (log-likelihood of what follows
+in nats, whether it is the greedy continuation) of each pair."""
+
+Continue = Callable[..., list[list[int]]]
+"""(prompts as token ids, max_new_tokens, end tokens, a :class:`lawcat_jax.inference.sampling.Sampling`, what says that an
+answer need not go on or None) -> the new tokens of each prompt."""
+
 Progress = Callable[..., None]
 """Called as (length, samples done, samples of this length), and with the sum of the scores so far where there are
 scores."""
@@ -58,6 +66,10 @@ class Model:
       generate: greedy continuation of prompts.
       nll: likelihood of a batch.
       position_nll: likelihood of a batch by position.
+      likelihoods: log-likelihoods of continuations; None where it cannot be asked for them.
+      sample: continuation as a :class:`lawcat_jax.inference.sampling.Sampling` says, up to stop strings; likewise.
+      positions: tokens that it may be given at most; None is any number.
+      eos_ids: the tokens that end an answer.
       devices: over how many devices it splits the samples of a batch.
       fingerprint: differs for models that may answer differently; "" where unknown, and then nothing is resumed.
     """
@@ -69,6 +81,10 @@ class Model:
     generate: Generate
     nll: NllSum
     position_nll: PositionNll
+    likelihoods: Likelihoods | None = None
+    sample: Continue | None = None
+    positions: int | None = None
+    eos_ids: tuple[int, ...] = ()
     devices: int = 1
     fingerprint: str = ""
 
@@ -97,22 +113,27 @@ class Task(abc.ABC):
     A task has no state: what a user chooses is in the :class:`lawcat_jax.config.EvalConfig` that every method takes.
 
     Attributes:
-      name: of the task: its option in ``config.eval.tasks`` and the stem of its files.
+      name: of the task, its option in ``config.eval.tasks``.
       heading: the start of titles, e.g. "Passkey retrieval".
       family: a name for tasks that share a summary, e.g. "BABILong", with which their headings start; "" for none.
       settings: the fields of ``EvalConfig``, ``lengths`` and ``batch_size`` apart, that its results depend on.
-      x_label, y_label: of the plot.
+      packages: that its results depend on, beyond those of every task; their versions are in the report.
+      axis: what the rows of its tables are.
+      plotted: whether its results are plotted over that; if so, x_label and y_label are those of the plot.
       percent: whether the plotted value is a share in [0, 1], shown in percent.
       result: the dataclass of one result; its fields are JSON values.
     """
 
-    name: ClassVar[str]
-    heading: ClassVar[str]
+    name: str
+    heading: str
     family: ClassVar[str] = ""
     settings: ClassVar[tuple[str, ...]]
+    packages: ClassVar[tuple[str, ...]] = ()
+    axis: ClassVar[str] = "tokens"
+    plotted: ClassVar[bool] = True
     x_label: ClassVar[str] = "context length (tokens)"
-    y_label: ClassVar[str]
-    percent: ClassVar[bool]
+    y_label: ClassVar[str] = ""
+    percent: ClassVar[bool] = False
     result: ClassVar[type]
 
     @abc.abstractmethod
@@ -154,6 +175,25 @@ class Task(abc.ABC):
         """The seed of its samples, for the report."""
         return settings.seed
 
+    @property
+    def stem(self) -> str:
+        """The start of its files' names."""
+        return self.name
+
+    def ending(self, settings: EvalConfig, positions: Sequence[Any]) -> str:
+        """What tells its files from those of other settings: the end of their names."""
+        span = "-".join(map(str, dict.fromkeys((positions[0], positions[-1]))))
+        return f"_{self.variant(settings)}_n{settings.samples}_{span}"
+
+    def facts(self, settings: EvalConfig) -> list[str]:
+        """How it was measured, the number of samples apart, for the foot of its table."""
+        facts = [f"{name} {getattr(settings, name)!r}" for name in self.settings if name != "samples"]
+        return [*facts, "in brackets: 95 % interval (Wilson)" if self.percent else "natural logarithms"]
+
+    def position(self, text: str) -> Any:
+        """A position on the x axis, read back from JSON."""
+        return int(text)
+
     def prepare(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> Ahead | None:
         """Begin to make the inputs of a length on another thread, for a :meth:`measure` that comes later; None where
         there is nothing to be made ahead. Whoever does not measure closes it.
@@ -169,15 +209,15 @@ class Task(abc.ABC):
         settings: EvalConfig,
         progress: Progress | None = None,
         prepared: Ahead | None = None,
-    ) -> dict[int, Any]:
+    ) -> dict[Any, Any]:
         """Measure one length: position on the x axis (usually the length itself) -> result.
 
         ``prepared`` is what :meth:`prepare` gave for the same tokenizer, length and settings, or None.
         """
 
     @abc.abstractmethod
-    def samples_of(self, result: Any) -> int:
-        """How many samples the result is of: at most those asked for."""
+    def samples_of(self, result: Any) -> int | None:
+        """How many samples the result is of: at most those asked for; None where ``samples`` does not ask."""
 
     @abc.abstractmethod
     def cell(self, result: Any) -> str:
@@ -187,9 +227,9 @@ class Task(abc.ABC):
     def row(self, result: Any) -> dict[str, Any]:
         """The result in the JSON report."""
 
-    @abc.abstractmethod
     def point(self, result: Any) -> tuple[float, float, float]:
         """The result in a plot: (value, lower end, upper end of its 95 % interval)."""
+        raise NotImplementedError
 
     def records(self, result: Any) -> Sequence[tuple[float | None, float]]:
         """(depth, score) of single samples, from which a heat map is made; empty where there are none."""

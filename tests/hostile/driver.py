@@ -121,4 +121,4 @@ def check(case: Case, folder: Path, models: Path, commands: Commands) -> None:
 
 
 # What commands tell beside the error.
-NOTES = ("--prompt: ", "standard input: ", "JAX_ENABLE_X64 is ignored", "loading ")
+NOTES = ("--prompt: ", "standard input: ", "this model has a chat template", "JAX_ENABLE_X64 is ignored", "loading ")

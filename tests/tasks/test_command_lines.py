@@ -96,8 +96,9 @@ def test_evaluation_of_a_loaded_student(student, tmp_path):
 
 @pytest.mark.slow
 def test_every_task_with_the_teacher_and_generation(student, tmp_path):
-    from lawcat_jax.inference.generation import generate, stream
+    from lawcat_jax.inference.generation import generate
     from lawcat_jax.inference.loading import load_for_inference
+    from lawcat_jax.inference.session import Session
 
     model = load_for_inference(str(student))
     assert model.directory == student.parent
@@ -120,7 +121,8 @@ def test_every_task_with_the_teacher_and_generation(student, tmp_path):
     prompt = encode_prompt(model.tokenizer, "The sky is")
     options = {"max_new_tokens": 12, "eos_ids": model.eos_ids}
     (whole,) = generate(model.graphdef, model.params, [prompt], **options)
-    pieces = list(stream_text(model.tokenizer, stream(model.graphdef, model.params, prompt, **options), context=prompt))
+    tokens = Session(model.graphdef, model.params).stream(prompt, **options)
+    pieces = list(stream_text(model.tokenizer, tokens, context=prompt))
     assert "The sky is" + "".join(pieces) == decode(model.tokenizer, prompt + whole)
 
 
@@ -308,17 +310,17 @@ def test_error_lines(module, arguments, message, tmp_path):
 
 
 def test_prompts_that_cannot_be_run_are_refused_before_they_are(student, monkeypatch):
-    from lawcat_jax.inference import text
     from lawcat_jax.inference.loading import load_for_inference
+    from lawcat_jax.inference.session import Session
+    from lawcat_jax.inference.text import Request, continue_text
 
     model = load_for_inference(str(student))
-    monkeypatch.setattr(text, "stream", lambda *_args, **_options: iter(()))
+    monkeypatch.setattr(Session, "_stream", lambda *_args, **_options: iter(()))
     with pytest.raises(UserError, match="softmax attention was trained for 256 positions"):
-        text.continue_text(model, "The sky is blue. " * 60_000, max_new_tokens=4, teacher=True)
-    assert list(text.continue_text(model, "The sky is blue. " * 1000, max_new_tokens=4)) == []
-    monkeypatch.undo()
+        continue_text(model, "The sky is blue. " * 60_000, Request(4, teacher=True))
+    assert list(continue_text(model, "The sky is blue. " * 1000, Request(4))) == []
     with pytest.raises(UserError, match="more than can be run"):
-        list(text.continue_text(model, "The sky", max_new_tokens=2**40))
+        continue_text(model, "The sky", Request(2**40))
 
 
 def test_loading_errors(student, tmp_path):
