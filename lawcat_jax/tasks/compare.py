@@ -150,7 +150,7 @@ _FLAGS = {
 
 def _refuse_unread(settings: EvalConfig, given: Mapping[str, Any]) -> None:
     """Raises a UserError for a flag that was given and that none of the tasks reads."""
-    tasks = [task_named(name) for name in settings.task_names()]
+    tasks = [task_named(name) for name in settings.task_names]
     read = {field for task in tasks for field in task.reads(settings)}
     read |= {"seed"} if "sample_seed" in read else set()
     unread = [flag for field, flag in _FLAGS.items() if given.get(field) is not None and field not in read]
