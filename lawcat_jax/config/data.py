@@ -50,6 +50,9 @@ class MixtureSource(Node):
     """[weight per token] Loss weight of answers."""
     prompt_weight: float = 0.0
     """[weight per token] Loss weight of what precedes an answer."""
+    end_weight: float = 0.0
+    """[weight per token] Loss weight of the end-of-sequence token behind a generated sample's answer; above 0 a student learns
+    to end there. The paper's passkey loss leaves it out, its BABILong samples train it as the answer."""
     text_weight: float = 1.0
     """[weight per token] Loss weight of text."""
     kl_weight: float = 1.0
@@ -107,6 +110,9 @@ class DataConfig(Node):
     """[weight per token] Loss weight of answers."""
     prompt_weight: float = 0.0
     """[weight per token] Passkey: loss weight of the tokens in front of the answer when ``answer_only`` is on."""
+    end_weight: float = 0.0
+    """[weight per token] Loss weight of the end-of-sequence token behind a generated sample's answer; above 0 a student learns
+    to end there. The paper's passkey loss leaves it out, its BABILong samples train it as the answer."""
     text_weight: float = 1.0
     """[weight per token] Loss weight of text."""
     kl_weight: float = 1.0
@@ -153,6 +159,12 @@ def _surrounded(data: DataConfig | MixtureSource) -> bool:
     return data.kind == "niah" or (_passkeys(data) and varied)
 
 
+def _ends(data: DataConfig | MixtureSource) -> bool:
+    """Whether it is for the user to say what the end of a sample weighs; the paper's BABILong samples train it as the answer."""
+    paper = data.wording == "paper" and data.validation_wording in ("", "paper")
+    return _generated(data) and getattr(data, "answer_only", True) and not (data.kind == "babilong" and paper)
+
+
 def _from_source(data: DataConfig | MixtureSource) -> bool:
     return data.kind in ("text", "instruction")
 
@@ -185,6 +197,10 @@ _READ_BY: dict[str, tuple[Callable[[DataConfig | MixtureSource], bool], str]] = 
     "prompt_weight": (
         lambda data: _answers(data) and getattr(data, "answer_only", True),
         f"'instruction', {_GENERATED}, all with answer_only",
+    ),
+    "end_weight": (
+        _ends,
+        f"{_GENERATED}, all with answer_only, and 'babilong' not in the wording 'paper', which trains the end",
     ),
     "text_weight": (lambda data: data.kind == "text", "'text'"),
     "kl_weight": (lambda data: data.kind != "mixture", "all kinds but 'mixture'"),
@@ -281,7 +297,7 @@ def _source_problems(source: DataConfig | MixtureSource, path: str) -> list[str]
         problems.append(f"{path}.babi_tasks: name at least one task")
     if not 0 <= source.min_length_fraction <= 1:
         problems.append(f"{path}.min_length_fraction: {source.min_length_fraction} is outside [0, 1]")
-    for name in ("answer_weight", "prompt_weight", "text_weight", "kl_weight"):
+    for name in ("answer_weight", "prompt_weight", "end_weight", "text_weight", "kl_weight"):
         if getattr(source, name) < 0:
             problems.append(f"{path}.{name}: {getattr(source, name)} must not be negative")
     return problems

@@ -169,7 +169,8 @@ def _weighted(data: DataConfig, sample: Sample) -> Document:
     weights = np.full(len(sample.tokens), data.prompt_weight if data.answer_only else 1.0, np.float32)
     start, end = sample.label_span or (sample.answer_start, sample.answer_end)
     if data.answer_only:
-        weights[sample.answer_end :] = 0.0  # eos is not a label
+        weights[sample.answer_end :] = 0.0
+        weights[-1] = data.end_weight  # of eos
     weights[start:end] = data.answer_weight
     weights[0] = 0.0
     return Document(sample.tokens, weights, sample.needle_end, sample.question_start, kl_weight=data.kl_weight)

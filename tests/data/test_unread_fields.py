@@ -64,6 +64,7 @@ def other(field: str, data: DataConfig, folder) -> object:
         "answer_only": False,
         "answer_weight": 3.0,
         "prompt_weight": 0.5,
+        "end_weight": 0.5,
         "text_weight": 0.5,
         "kl_weight": 0.5,
     }[field]
