@@ -1,4 +1,4 @@
-"""The token rows that a student is inspected on: a text of the user's, or passkey prompts, which need no file."""
+"""The token rows that a student is measured on: a text of the user's, or passkey prompts, which need no file."""
 
 from __future__ import annotations
 
@@ -10,48 +10,56 @@ from lawcat_jax.data.text import load_tokens
 from lawcat_jax.data.tokenize import Tokenizer, bos_rule, opening, pad_id
 from lawcat_jax.errors import UserError
 
+LENGTH = 1024
+"""[tokens] Rows that student and teacher are compared on, unless the teacher has fewer positions."""
 
-def text_rows(tokenizer: Tokenizer, text: str, text_key: str, shapes: list[tuple[int, int]]) -> list[Batch]:
-    """Batches of the shapes [B, T], each cut from the beginning of ``text``; a row begins as the model's texts do.
+
+def compared_shape(positions: int, samples: int, length: int | None) -> tuple[int, int]:
+    """(rows, tokens) on which a student is compared with a teacher of so many ``positions``; ``length`` None is
+    :data:`LENGTH`, or as many tokens as fit.
+
+    Raises:
+      UserError: a ``length`` that the teacher does not have.
+    """
+    if length is not None and length > positions:
+        raise UserError(f"--length={length} does not fit the teacher, which has {positions} positions")
+    return samples, length or min(LENGTH, positions)
+
+
+def read_rows(tokenizer: Tokenizer, text: str | None, text_key: str, shapes: list[tuple[int, int]]) -> list[Batch]:
+    """Batches of the shapes [B, T], on each of which the model begins as on its training texts.
 
     Args:
       tokenizer: the model's.
-      text: ``tfds:<name>``, ``hf:<name>``, or a path (see :mod:`lawcat_jax.data.text`).
+      text: ``tfds:<name>``, ``hf:<name>``, or a path (see :mod:`lawcat_jax.data.text`), from whose beginning every batch is
+        cut; None for passkey prompts of the evaluation (``landmark``): row j is test j, as long as fits in T tokens.
       text_key: the field of the text in rows of a data set.
       shapes: rows and tokens of each batch.
 
     Raises:
-      UserError: a text that cannot be read, or has too few tokens.
+      UserError: a text that cannot be read, or has too few tokens; T is too short for a prompt.
     """
-    needed = max(rows * length for rows, length in shapes)
+    rule = bos_rule(tokenizer)
+    if text is None:
+        return [
+            _batch(
+                tokenizer, [landmark_sample_tokens(tokenizer, size, j, add_bos=rule).tokens for j in range(rows)], size
+            )
+            for rows, size in shapes
+        ]
+    needed = max(rows * size for rows, size in shapes)
     tokens = load_tokens(text, tokenizer, text_key=text_key, max_tokens=needed)
     if len(tokens) < needed:
         raise UserError(
-            f"--text={text} has {len(tokens)} tokens, {needed} are needed: give more text, or lower --max_length, "
-            "--length or --samples"
+            f"--text={text} has {len(tokens)} tokens, {needed} are needed: give more text, or ask for fewer or shorter rows"
         )
     batches = []
-    for rows, length in shapes:
-        first = opening(tokenizer, bos_rule(tokenizer), tokens[:1].tolist())
-        own = length - len(first)
+    for rows, size in shapes:
+        first = opening(tokenizer, rule, tokens[:1].tolist())
+        own = size - len(first)
         cut = np.asarray(tokens[: rows * own], np.int32).reshape(rows, own)
-        batches.append(_batch(tokenizer, [np.concatenate([np.asarray(first, np.int32), row]) for row in cut], length))
+        batches.append(_batch(tokenizer, [np.concatenate([np.asarray(first, np.int32), row]) for row in cut], size))
     return batches
-
-
-def passkey_rows(tokenizer: Tokenizer, shapes: list[tuple[int, int]]) -> list[Batch]:
-    """The same of the evaluation's passkey prompts (``landmark``): row j is test j, as long as fits in T tokens.
-
-    Raises:
-      UserError: T is too short for a prompt.
-    """
-    rule = bos_rule(tokenizer)
-    return [
-        _batch(
-            tokenizer, [landmark_sample_tokens(tokenizer, length, j, add_bos=rule).tokens for j in range(rows)], length
-        )
-        for rows, length in shapes
-    ]
 
 
 def _batch(tokenizer: Tokenizer, rows: list[np.ndarray], length: int) -> Batch:

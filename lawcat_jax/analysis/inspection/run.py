@@ -15,7 +15,7 @@ import numpy as np
 from lawcat_jax.analysis.inspection import passes, weights
 from lawcat_jax.analysis.inspection.figure import draw
 from lawcat_jax.analysis.inspection.report import as_markdown
-from lawcat_jax.analysis.inspection.rows import passkey_rows, text_rows
+from lawcat_jax.analysis.inspection.rows import compared_shape, read_rows
 from lawcat_jax.checkpoints.model_dir import in_run, open_checkpoint
 from lawcat_jax.config import Bos, to_dict
 from lawcat_jax.data.batch import Batch
@@ -25,8 +25,6 @@ from lawcat_jax.inference.loading import LoadedModel, load_for_inference
 from lawcat_jax.models import bind, num_linear
 from lawcat_jax.models.mixers.diagnostics import QUANTILES
 
-LENGTH = 1024
-"""[tokens] Rows that student and teacher are compared on, unless the teacher has fewer positions."""
 CHUNK = 512
 """[tokens] Distance of the positions at which states are looked at."""
 HYBRIDS = (1, 2, 4)
@@ -53,7 +51,8 @@ def inspect_checkpoint(
     Args:
       checkpoint: a student: model directory, folder of a run, small file.
       text, text_key: what it reads (see :mod:`lawcat_jax.data.text`); None for passkey prompts of the evaluation.
-      samples, length: rows and tokens of the comparison with the teacher; ``length`` None is :data:`LENGTH`.
+      samples, length: rows and tokens of the comparison with the teacher; see
+        :func:`lawcat_jax.analysis.inspection.rows.compared_shape`.
       max_length: tokens of the one row over which states are followed.
       output: folder; default ``inspect/`` in the folder of a run, ``./inspect_<name>/`` for any other model.
       revision, base, dtype, tokenizer, add_bos: see :func:`lawcat_jax.inference.loading.load_for_inference`.
@@ -69,18 +68,13 @@ def inspect_checkpoint(
     options: dict[str, Any] = {"revision": revision, "base": base, "tokenizer": tokenizer, "add_bos": add_bos}
     model = load_for_inference(checkpoint, dtype=dtype, **options)
     positions = bind(model.graphdef, model.params).config.max_position_embeddings
-    if length is not None and length > positions:
-        raise UserError(f"--length={length} does not fit the teacher, which has {positions} positions")
-    shapes = [(samples, length or min(LENGTH, positions)), (1, max_length)]
-    if text is None:
-        compared, followed = passkey_rows(model.tokenizer, shapes)
-    else:
-        compared, followed = text_rows(model.tokenizer, text, text_key, shapes)
+    shape = compared_shape(positions, samples, length)
+    compared, followed = read_rows(model.tokenizer, text, text_key, [shape, (1, max_length)])
     found = {
         "checkpoint": checkpoint,
         "text": text or "passkey prompts (landmark)",
         "samples": samples,
-        "length": shapes[0][1],
+        "length": shape[1],
         "training_length": model.extra.get("training_length"),
         "device": jax.devices()[0].device_kind,
         **measure(model, compared, followed),
