@@ -156,7 +156,7 @@ def test_what_cannot_be_edited(tmp_path):
         edit_checkpoint("asset:tiny_llama", str(tmp_path / "new"), softmax_layers=(1,))
     with pytest.raises(UserError, match="source and target are the same directory"):
         edit_checkpoint(path, path, softmax_layers=(1,), overwrite=True)
-    with pytest.raises(UserError, match="--softmax_layers: .* has no linearised layer 5"):
+    with pytest.raises(UserError, match=r"--softmax_layers: .* has no linearised layer 5"):
         edit_checkpoint(path, str(tmp_path / "new"), softmax_layers=(5,), samples=1, length=128)
     assert not (tmp_path / "new").exists()
 
