@@ -20,7 +20,8 @@ from lawcat_jax.errors import UserError
 from lawcat_jax.files import check_target
 from lawcat_jax.inference.loading import find_checkpoint
 from lawcat_jax.models import abstract, bind, num_linear
-from lawcat_jax.training.finetune import Teacher, chunked_token_sums
+from lawcat_jax.training.divergence import Teacher
+from lawcat_jax.training.finetune import chunked_token_sums
 
 _HEAD_CHUNK = 256  # tokens whose logits exist at once
 

@@ -20,7 +20,8 @@ from lawcat_jax.models import Decoder, bind
 from lawcat_jax.models.cache import Cache
 from lawcat_jax.models.finite import not_finite_error
 from lawcat_jax.training.attention_transfer import make_loss
-from lawcat_jax.training.finetune import Teacher, chunked_token_sums
+from lawcat_jax.training.divergence import Teacher
+from lawcat_jax.training.finetune import chunked_token_sums
 from lawcat_jax.training.step import StepInputs
 
 if TYPE_CHECKING:
@@ -50,8 +51,9 @@ def replacement_costs(graphdef: Any, params: dict[str, Any], batch: Batch) -> Fl
 
     The replaced layer is the student's, adapters included; all others are the teacher's.
     """
-    layers = linear_layers(bind(graphdef, params))
-    costs = [_replaced(params, batch, np.int32(number), graphdef=graphdef) for number in range(len(layers))]
+    wanted = _teacher_hidden(params, batch, graphdef=graphdef)
+    numbers = np.arange(len(linear_layers(bind(graphdef, params))), dtype=np.int32)
+    costs = [_replaced(params, batch, wanted, number, graphdef=graphdef) for number in numbers]
     return np.asarray(jax.device_get(costs), np.float64)
 
 
@@ -61,15 +63,18 @@ def linear_layers(decoder: Decoder) -> list[int]:
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
-def _replaced(params, batch: Batch, number: Int[Array, ""], *, graphdef: Any) -> Float[Array, ""]:
+def _teacher_hidden(params, batch: Batch, *, graphdef: Any) -> Float[Array, "B T D"]:
+    return bind(graphdef, params)(batch["tokens"], lengths=batch["lengths"], as_teacher=True, return_hidden=True)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _replaced(params, batch: Batch, wanted, number: Int[Array, ""], *, graphdef: Any) -> Float[Array, ""]:
     """The divergence with linearised layer ``number`` of M; one program serves all layers."""
     decoder = bind(graphdef, params)
     alone = jnp.arange(len(linear_layers(decoder))) == number
     if "lora" in params:  # the adapters of the others give nothing
         lora = jax.tree.map(lambda x: jnp.where(alone.reshape(-1, *[1] * (x.ndim - 1)), x, 0), params["lora"])
         decoder = bind(graphdef, {**params, "lora": lora})
-    options = {"lengths": batch["lengths"]}
-    wanted = decoder(batch["tokens"], as_teacher=True, return_hidden=True, **options)
     hidden = _with_one_layer(decoder, batch, jnp.asarray(linear_layers(decoder))[number])
     weights = jnp.asarray(batch["loss_weights"])
     head = functools.partial(decoder.head, kernel=decoder.head_kernel())
