@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -209,7 +213,10 @@ def test_a_page_shows_what_a_student_without_gates_has(tmp_path):
     assert "| layer | entropy of q features | window share | relative MSE | KL if replaced |" in markdown
     assert "| 3 | 1.50 | 0.500 | 0.5000 | 0.00e+00 |" in markdown
     assert "rank" not in markdown.split("## States")[0]
-    draw(tmp_path / "page.png", found)
+    assert "## States" in markdown
+    assert "## States" not in as_markdown({**found, "state_norm": None})
+    for states in (None, found["state_norm"]):
+        draw(tmp_path / "page.png", {**found, "state_norm": states})
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -230,6 +237,41 @@ def test_what_cannot_be_inspected(tmp_path):
         inspect_checkpoint(student, length=16)
     with pytest.raises(UserError, match="exists and is not a directory"):
         inspect_checkpoint(student, output=str(tmp_path / "file"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("inspect", [], "--checkpoint is missing"),
+        ("inspect", ["--checkpoint=asset:tiny_llama"], "has no linearised layers to inspect"),
+        ("inspect", ["--checkpoint=x", "--max_length=3"], "max_length"),
+        ("edit", ["--checkpoint=x", "--target=y", "--softmax_layers=one"], "'one' is not the number of a layer"),
+        ("edit", ["--checkpoint=x", "--target=y"], "nothing to do"),
+        ("teacher_logits", ["--config=configs/tiny.py"], "--target is missing"),
+        ("teacher_logits", ["--config=configs/tiny.py", "--target=y", "--k=100000"], "--k=100000: the vocabulary has"),
+    ],
+)
+def test_error_lines(module, arguments, message, tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            f"lawcat_jax.{module}",
+            *(item.replace("=configs", f"={root}/configs") for item in arguments),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert message in line
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

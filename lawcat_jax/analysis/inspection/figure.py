@@ -40,8 +40,9 @@ def draw(path: str | os.PathLike, found: Mapping[str, Any]) -> None:
     panels += [
         lambda axes: _curves(axes, layers, {"relative_mse": np.mean}, "relative MSE against the teacher's attention"),
         lambda axes: _curves(axes, layers, {"kl": np.mean}, "KL with this layer alone replaced (nats)", log=True),
-        lambda axes: _states(axes, found["state_norm"], found["training_length"]),
     ]
+    if found["state_norm"]:
+        panels.append(lambda axes: _states(axes, found["state_norm"], found["training_length"]))
     lines = math.ceil(len(panels) / _COLUMNS)
     figure = new_figure(13, 3.6 * lines)
     grid = list(figure.subplots(lines, _COLUMNS, squeeze=False).flat)

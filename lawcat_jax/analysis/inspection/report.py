@@ -53,12 +53,7 @@ def as_markdown(found: Mapping[str, Any]) -> str:
         "",
         *("| " + " | ".join(row) + " |" for row in rows),
         "",
-        "## States",
-        "",
-        "Frobenius norm of the state S, mean of a layer's heads, in one pass over one row.",
-        "",
-        *_state_table(found["state_norm"]),
-        "",
+        *(_states(found["state_norm"]) if found["state_norm"] else []),
         "## Which layers to keep as softmax attention",
     ]
     for cost, ranked in found["rankings"].items():
@@ -68,12 +63,13 @@ def as_markdown(found: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _state_table(states: Mapping[str, Any]) -> list[str]:
+def _states(states: Mapping[str, Any]) -> list[str]:
     positions, last = states["positions"], len(states["positions"]) - 1
     shown = [i for i, position in enumerate(positions) if i == last or (position & (position - 1)) == 0]
     rows = [["layer", *(str(positions[i]) for i in shown)], ["---"] * (len(shown) + 1)]
     rows += [[layer, *(f"{np.mean(norms[i]):.3g}" for i in shown)] for layer, norms in states["layers"].items()]
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    intro = "Frobenius norm of the state S, mean of a layer's heads, in one pass over one row."
+    return ["## States", "", intro, "", *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
 def _mean(values: list[float]) -> str:

@@ -20,7 +20,7 @@ from lawcat_jax.checkpoints.model_dir import in_run, open_checkpoint
 from lawcat_jax.config import Bos, to_dict
 from lawcat_jax.data.batch import Batch
 from lawcat_jax.errors import UserError
-from lawcat_jax.files import write_json
+from lawcat_jax.files import atomic_file, write_json
 from lawcat_jax.inference.loading import LoadedModel, load_for_inference
 from lawcat_jax.models import bind, num_linear
 from lawcat_jax.models.mixers.diagnostics import QUANTILES
@@ -83,7 +83,8 @@ def inspect_checkpoint(
     markdown = as_markdown(found)
     draw(folder / "inspection.png", found)
     write_json(folder / "inspection.json", found)
-    (folder / "inspection.md").write_text(markdown, encoding="utf-8")
+    with atomic_file(folder / "inspection.md") as out:
+        out.write(markdown)
     print(markdown)
     print(f"wrote {folder}/inspection.json, .md and .png")
     return found
@@ -123,24 +124,27 @@ def measure(model: LoadedModel, compared: Batch, followed: Batch) -> dict[str, A
         row |= {name: np.asarray(value[number], np.float64).tolist() for name, value in statistics.items()}
         row |= {f"{name}_drift": value[number].tolist() for name, value in drift.items()}
         rows.append(row)
-    length = int(followed["lengths"][0])
-    clock = _Clock(length)
-    positions, norms = passes.state_norms(
-        graphdef, params, followed["tokens"][:, :length], min(CHUNK, length), clock.tell
-    )
-    passes.check_finite(graphdef, params, followed, norms)
     rankings = {cost: rank(layers, [row[cost] for row in rows]) for cost in ("kl", "relative_mse")}
     return {
         "attention": to_dict(attention),
         "half_life_quantiles": list(QUANTILES),
         "layers": rows,
-        "state_norm": {
-            "positions": positions,
-            "layers": {str(layer): norms[:, number].tolist() for number, layer in enumerate(layers)},
-        },
+        "state_norm": _state_norm(graphdef, params, followed, layers),
         "rankings": rankings,
         "hybrids": {cost: hybrids(ranked, attention.softmax_layers) for cost, ranked in rankings.items()},
     }
+
+
+def _state_norm(graphdef: Any, params: dict[str, Any], followed: Batch, layers: Sequence[int]) -> dict[str, Any] | None:
+    """Positions, and the norm of each head's S there by layer; None for a mixer whose state has no S."""
+    if "S" not in jax.eval_shape(lambda: bind(graphdef, params).init_recurrent(1))["linear"]:
+        return None
+    length = int(followed["lengths"][0])
+    tokens, chunk = followed["tokens"][:, :length], min(CHUNK, length)
+    positions, norms = passes.state_norms(graphdef, params, tokens, chunk, _Clock(length).tell)
+    passes.check_finite(graphdef, params, followed, norms)
+    by_layer = {str(layer): norms[:, number].tolist() for number, layer in enumerate(layers)}
+    return {"positions": positions, "layers": by_layer}
 
 
 def rank(layers: Sequence[int], costs: Sequence[float]) -> list[int]:
