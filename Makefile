@@ -27,7 +27,7 @@ real: $(VENV)/.installed
 	$(VENV)/bin/python -m lawcat_jax.generate --checkpoint=$(STUDENT) --prompt='The capital of France is' --max_new_tokens=24
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 slow: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m pytest -m slow

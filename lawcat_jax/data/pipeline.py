@@ -16,7 +16,8 @@ import numpy as np
 from lawcat_jax.config import DataConfig
 from lawcat_jax.data.pieces import PieceStream
 from lawcat_jax.data.rows import Row, join_rows, make_row, pack
-from lawcat_jax.data.sources import Source, make_source
+from lawcat_jax.data.sample_processes import SampleProcesses
+from lawcat_jax.data.sources import GeneratedSource, Source, make_source
 from lawcat_jax.data.teacher_store import TeacherStore
 from lawcat_jax.data.tokenize import Tokenizer
 from lawcat_jax.errors import UserError
@@ -46,7 +47,8 @@ def make_dataset(
 
     Iterators have ``get_state()`` and ``set_state()``; the state does not depend on ``process_count``.
     Rows have the teacher's stored logits with ``teacher``, the store of these very samples.
-    ``data.num_workers`` threads prepare batches ahead (tokenizers leave Python's lock); 0 works in the caller.
+    ``data.num_workers`` threads prepare batches ahead; 0 works in the caller. With ``data.num_processes`` generated
+    samples of ``train`` are made in so many processes, and there are at least as many threads, which wait for them.
 
     Raises:
       UserError: a batch size that ``process_count`` does not divide, a length too short for its samples, or a
@@ -79,7 +81,7 @@ def make_dataset(
         return stored | {name: array for name, array in arrays.items() if name not in absent}
 
     dataset = dataset.map(row).batch(batch_size // process_count, drop_remainder=True)
-    workers = data.num_workers
+    workers = max(data.num_workers, data.num_processes)
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=workers, prefetch_buffer_size=2 * workers))
 
 
@@ -141,7 +143,7 @@ def _parts(
     data: DataConfig, tokenizer: Tokenizer, *, seq_length: int, seed: int, split: str
 ) -> list[tuple[Source, int]]:
     """(source, number of its documents) of a config of any kind."""
-    make = functools.partial(make_source, tokenizer=tokenizer, seq_length=seq_length, split=split)
+    make = functools.partial(_source, _processes(data, tokenizer, split), tokenizer, seq_length=seq_length, split=split)
     wanted = data.num_samples if split == "train" else data.validation_samples
     if data.kind == "mixture":
         parts = []
@@ -170,6 +172,15 @@ def _parts(
     return [(text, len(text)), (make(passkey, seed=seed), count)]
 
 
+def _processes(data: DataConfig, tokenizer: Tokenizer, split: str) -> SampleProcesses | None:
+    return SampleProcesses(tokenizer, data.num_processes) if data.num_processes and split == "train" else None
+
+
+def _source(processes: SampleProcesses | None, tokenizer: Tokenizer, data: DataConfig, **options) -> Source:
+    source = make_source(data, tokenizer, **options)
+    return processes.of(source) if processes and isinstance(source, GeneratedSource) else source
+
+
 def mixture_parts(data: DataConfig) -> list[tuple[float, DataConfig]]:
     """(share of the samples, config) of each source of a mixture; the shares sum to 1."""
     total = sum(source.weight for source in data.mixture)
@@ -195,12 +206,10 @@ def _source_seed(seed: int, number: int) -> int:
 
 def _piece_stream(data: DataConfig, tokenizer: Tokenizer, seq_length: int, batch_size: int, seed: int) -> PieceStream:
     parts = mixture_parts(data) if data.kind == "mixture" else [(1.0, data)]
+    make = functools.partial(
+        _source, _processes(data, tokenizer, "train"), tokenizer, seq_length=seq_length, split="train"
+    )
     sources = [
-        (
-            share,
-            make_source(part, tokenizer, seq_length=seq_length, seed=_source_seed(seed, number), split="train"),
-        )
-        for number, (share, part) in enumerate(parts)
-        if share > 0
+        (share, make(part, seed=_source_seed(seed, number))) for number, (share, part) in enumerate(parts) if share > 0
     ]
     return PieceStream(sources, tokenizer, pieces=data.pieces, seq_length=seq_length, batch_size=batch_size, seed=seed)

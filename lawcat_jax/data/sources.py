@@ -111,6 +111,11 @@ class GeneratedSource:
                 add_bos=add_bos,
             )
 
+    @property
+    def settings(self) -> tuple[DataConfig, int, int, str]:
+        """(data, seq_length, seed, split): with a tokenizer, all that the documents depend on."""
+        return self._data, self._seq_length, self._seed, self._split
+
     def __len__(self) -> int:
         return self._data.num_samples if self._split == "train" else self._data.validation_samples
 

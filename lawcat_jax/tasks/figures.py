@@ -175,6 +175,21 @@ def plot_family(
     _heat_maps(path, panels, rows, lengths, **names, scale=tasks[0].y_label)
 
 
+def plot_rows(path: str | os.PathLike, task: Task, results: Mapping[str, Mapping[int, Any]], *, title: str) -> None:
+    """PNG of accuracy by model (from the top) and length, ``results[label][length]``: for more models than curves can be
+    told apart.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    lengths = sorted({x for by_length in results.values() for x in by_length})
+    means = [
+        [task.point(by_length[x])[0] if x in by_length else None for x in lengths] for by_length in results.values()
+    ]
+    names = {"title": title, "x_label": task.x_label, "y_label": ""}
+    _heat_maps(path, {"": means}, list(results), lengths, **names, scale=task.y_label)
+
+
 def _heat_maps(
     path: str | os.PathLike,
     panels: Mapping[str, Sequence[Sequence[float | None]]],
@@ -189,7 +204,8 @@ def _heat_maps(
     """One panel a model: ``panels[label][row][column]`` is a share in [0, 1], or None where nothing was measured."""
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
-    figure = new_figure(1.6 + columns * max(2.6, 0.62 * len(lengths)), 0.9 + lines * (1.2 + 0.27 * len(rows)))
+    margin = max(1.6, 0.8 + 0.09 * max(map(len, rows)))
+    figure = new_figure(margin + columns * max(2.6, 0.62 * len(lengths)), 0.9 + lines * (1.2 + 0.27 * len(rows)))
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     image = None
     for number, (label, means) in enumerate(panels.items()):

@@ -22,6 +22,16 @@ def wilson_interval(hits: float, n: int) -> tuple[float, float]:
     return max(0.0, centre - half) if hits > 0 else 0.0, min(1.0, centre + half) if hits < n else 1.0
 
 
+def newcombe_interval(hits_a: float, n_a: int, hits_b: float, n_b: int) -> tuple[float, float]:
+    """Newcombe's hybrid score interval of 95 % for the difference a - b of two independent proportions, ``hits`` of ``n``
+    (R. G. Newcombe, Statistics in Medicine 17, 1998, method 10): the squared distances of both to the ends of their
+    Wilson intervals, added. No sample on a side gives (0, 1) there.
+    """
+    a, b = (hits / n if n else 0.5 for hits, n in ((hits_a, n_a), (hits_b, n_b)))
+    (low_a, high_a), (low_b, high_b) = wilson_interval(hits_a, n_a), wilson_interval(hits_b, n_b)
+    return a - b - math.hypot(a - low_a, high_b - b), a - b + math.hypot(high_a - a, b - low_b)
+
+
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
     """Scores of ``n`` samples whose prompts have ``mean_tokens`` tokens on average.

@@ -15,6 +15,8 @@ from lawcat_jax.errors import UserError
 
 # Fields that change neither parameters nor data: a run may be resumed with other values.
 HARMLESS = ("workdir", "dry_run", "max_bad_steps", "mesh", "checkpoint", "log", "eval")
+# The same in the data of a stage: batches and their order do not depend on them.
+HARMLESS_OF_DATA = ("num_workers", "num_processes")
 
 
 def identity(config: Config, origin: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def differences(old: Any, new: Any, defaults: Any, path: str) -> list[str]:
         defaults = defaults if isinstance(defaults, dict) else {}
         found = []
         for name in sorted(old.keys() | new.keys()):
-            if path == "config" and name in HARMLESS:
+            if (path == "config" and name in HARMLESS) or (path.endswith(".data") and name in HARMLESS_OF_DATA):
                 continue
             missing = object()
             a, b = old.get(name, missing), new.get(name, missing)

@@ -23,7 +23,7 @@ from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import sharding
 from lawcat_jax.training import optim, stages
 from lawcat_jax.training.checkpoint import tree_digest
-from lawcat_jax.training.identity import differences
+from lawcat_jax.training.identity import HARMLESS_OF_DATA, differences
 
 
 @dataclasses.dataclass
@@ -42,6 +42,8 @@ class Student:
     dtype: np.dtype
     origin: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What the run starts from, for :func:`lawcat_jax.training.identity.identity`."""
+    teacher: tuple[str, str | None] = ("", None)
+    """Source and revision of the teacher that the result belongs to, see :func:`teacher_of`."""
     notes: tuple[str, ...] = ()
     """What was decided about the teacher's own mixers and adapters, for the terminal and the manifest."""
 
@@ -153,7 +155,19 @@ def load_student(config: Config, mesh: Mesh, teacher: OpenedCheckpoint) -> Stude
     given = set(optim.flatten(loaded))
     weights = tree_digest({name: leaf for name, leaf in optim.flatten(placed).items() if name in given})
     origin = _origin(teacher.model, frozen_dtype(config), tokenizer, weights)
-    return Student(teacher.model, placed, tokenizer, path, frozen_dtype(config), origin, tuple(notes))
+    named = teacher_of(config, teacher)
+    return Student(teacher.model, placed, tokenizer, path, frozen_dtype(config), origin, named, tuple(notes))
+
+
+def teacher_of(config: Config, opened: OpenedCheckpoint) -> tuple[str, str | None]:
+    """Source and revision by which the files of a student name their teacher: where training went on from a student, that
+    student's teacher; of a model converted from a Python package or an embedded one, these, which are anywhere the same;
+    else as the configuration has it."""
+    made_of, source = opened.extra.get("source"), config.teacher.source
+    student = opened.attention is not None
+    if made_of and (student or (made_of.startswith(("asset:", "package:")) and "adapter" not in opened.extra)):
+        return made_of, opened.extra.get("revision")
+    return source, config.teacher.revision
 
 
 def _origin(model: ModelConfig, dtype: np.dtype, tokenizer: Tokenizer, weights: str | None) -> dict[str, Any]:
@@ -223,7 +237,7 @@ def prepare(stage: stages.Stage, student: Student, seed: int) -> Prepared:
 def store_facts(stage: StageConfig, student: Student, seed: int) -> dict[str, Any]:
     """What stored logits are of: the teacher, the tokenizer, and all that decides the rows of a stage."""
     base = {name: value for name, value in student.params.items() if name not in ("mixers", "lora")}
-    data = {name: value for name, value in to_dict(stage.data).items() if name != "num_workers"}
+    data = {name: value for name, value in to_dict(stage.data).items() if name not in HARMLESS_OF_DATA}
     values = {
         "teacher": {**{name: student.origin[name] for name in ("model", "dtype")}, "weights": tree_digest(base)},
         "tokenizer": student.origin["tokenizer"],

@@ -202,7 +202,7 @@ class Manifest:
         new = {
             "status": "running",
             "config": json.loads(json.dumps(to_dict(config))),
-            "git": _git_revision(),
+            "git": git_revision(),
             "versions": _versions(),
             "devices": sorted({device.device_kind for device in jax.devices()}),
             "device_count": jax.device_count(),
@@ -275,7 +275,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _git_revision() -> str:
+def git_revision() -> str:
     """Commit of the source tree, with ``-dirty`` when it has changes; empty outside of a repository."""
     root = Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--match="]

@@ -244,8 +244,8 @@ def export(config: Config, student: Student, workdir: Path) -> Path:
         tokenizer_source=tokenizer_source,
         extra={
             "stage": last,
-            "source": config.teacher.source,
-            "revision": config.teacher.revision,
+            "source": student.teacher[0],
+            "revision": student.teacher[1],
             "training_length": stage.seq_length,
             "add_bos": stage.data.add_bos,
             "eval": to_dict(config.eval),

@@ -307,3 +307,30 @@ def test_switches_and_families(name, tmp_path):
         whole = logits(torch_student, text[row : row + 1, start:])[0]
         assert whole[149 - start : -1].argmax(-1).tolist() == text[row, 150:].tolist()
     assert students.same_bits(load_model(tmp_path / "t", dtype="keep").params, bundle.params)
+
+
+SMOLLM2_SHAPED = dataclasses.replace(
+    students.MODEL, hidden_size=576, num_heads=9, num_kv_heads=3, head_dim=64, mlp_size=1536, num_layers=4
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 5e-3), ("bfloat16", 5e-2)])
+def test_the_kernel_of_fla_on_a_gpu(tmp_path, kind, dtype, tolerance):
+    """Errors relative to the spread of the logits; fla multiplies in TF32 where operands are float32."""
+    pytest.importorskip("fla")
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU that torch can use")
+    source = students.write_student(tmp_path / kind, kind, model=SMOLLM2_SHAPED)
+    convert(str(source), str(tmp_path / "out"), to="transformers")
+    ids = tokens(2, 700)
+    expected = student_logits(load_model(source, dtype="float32"), ids.astype(np.int32))
+    model = torch_model(tmp_path / "out", dtype).to("cuda")
+    with torch.no_grad():
+        whole = model(torch.as_tensor(ids, device="cuda")).logits.float().cpu().numpy()
+        first = model(torch.as_tensor(ids[:, :333], device="cuda"), use_cache=True)
+        rest = model(torch.as_tensor(ids[:, 333:], device="cuda"), past_key_values=first.past_key_values)
+        parts = torch.cat([first.logits, rest.logits], dim=1).float().cpu().numpy()
+    for found in (whole, parts):
+        assert np.abs(found - expected).max() / expected.std() < tolerance

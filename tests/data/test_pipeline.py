@@ -100,6 +100,22 @@ def test_resume_at_any_step(workers):
         assert _same(list(itertools.islice(resumed, 9 - step)), straight[step:])
 
 
+def test_the_number_of_workers_changes_no_batch_also_not_after_resuming():
+    def data(workers: int) -> DataConfig:
+        return DataConfig(passkey_words=0, num_samples=20, num_workers=workers, min_length_fraction=0.6)
+
+    alone = _take(_make(data(0)), 12)
+    for workers in (1, 3, 8):
+        assert _same(_take(_make(data(workers)), 12), alone)
+    iterator = iter(_make(data(3)))
+    for _ in range(5):
+        next(iterator)
+    for workers in (0, 8):
+        resumed = iter(_make(data(workers)))
+        resumed.set_state(iterator.get_state())
+        assert _same(list(itertools.islice(resumed, 7)), alone[5:])
+
+
 def test_processes_share_the_global_batches():
     def rows(batches):
         return [sorted(row.tobytes() for row in batch["tokens"]) for batch in batches]

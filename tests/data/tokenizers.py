@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import transformers
@@ -17,15 +18,24 @@ TEXTS = [
 ]
 
 
-@functools.cache
 def byte_level():
-    """Byte-level BPE with single digits, as the embedded teacher's tokenizer."""
+    """Byte-level BPE with single digits, as the embedded teacher's tokenizer. The caller's own: a BOS rule set on it is not seen
+    by other tests."""
+    return copy.copy(_byte_level())
+
+
+def byte_level_merged_digits():
+    """Byte-level BPE that merges digits (and so cuts a key into uneven tokens)."""
+    return copy.copy(_byte_level_merged_digits())
+
+
+@functools.cache
+def _byte_level():
     return train_tokenizer(TEXTS, vocab_size=420, passkey_repeats=20)
 
 
 @functools.cache
-def byte_level_merged_digits():
-    """Byte-level BPE that merges digits (and so cuts a key into uneven tokens)."""
+def _byte_level_merged_digits():
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -15,6 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from lawcat_jax import models
 from lawcat_jax.checkpoints import model_dir, model_json
+from lawcat_jax.checkpoints.conversion import convert
 from lawcat_jax.config import (
     AttentionConfig,
     CheckpointConfig,
@@ -244,6 +245,21 @@ def test_a_student_that_is_trained_on_keeps_its_adapters_or_is_refused(straight,
     config.stage2.enabled = False
     with pytest.raises(UserError, match="is a student with trained adapters, which only stage 2 has a place for"):
         inputs.open_teacher(config)
+
+
+def test_a_student_names_the_teacher_that_others_have(straight, teacher, tmp_path):
+    """However it was trained: its small file has to find the teacher where the folders of this machine are not."""
+
+    def named(source) -> str:
+        config = make_config(source, tmp_path)
+        return inputs.teacher_of(config, inputs.open_teacher(config))[0]
+
+    assert named(teacher) == str(teacher)
+    assert named(straight / "student") == str(teacher)  # trained on from a student
+    convert("asset:tiny_llama", tmp_path / "converted")
+    assert named(tmp_path / "converted") == "asset:tiny_llama"
+    convert(str(teacher), tmp_path / "copy")
+    assert named(tmp_path / "copy") == str(tmp_path / "copy")  # what it was made of may be gone
 
 
 def test_manifest_says_what_became_of_the_stages(straight):

@@ -1,0 +1,168 @@
+"""The study: what of the method makes a SmolLM2-135M student retrieve beyond its training length, and against what.
+
+Command, two GPUs with two runs each: ``python -m lawcat_jax.study --config=configs/study_smollm2.py --devices=0,1
+--runs_per_device=2``; with ``--minutes=9`` it ends in time for a machine that is lent for ten minutes, and goes on when it
+is run again. ``--list`` shows all runs. Data and teacher are those of configs/smollm2.py (LAWCAT_DATA); evaluation also
+reads ``books/test`` there. S-NIAH needs ``pip install wonderwords``.
+
+Each row is a change to configs/smollm2.py and is trained alone by its name and a seed: ``python -m lawcat_jax.train
+--config=configs/study_smollm2.py:no_conv_seed1 --workdir=runs/no_conv``. Ablations and baselines have fewer steps than the
+headline; the row that they are to be compared with is ``lawcat_short``, which has as many as they. All rows read
+8 x 1,280 tokens a step, and no row trains on a longer sequence.
+"""
+
+import dataclasses
+import os
+import runpy
+from pathlib import Path
+
+from lawcat_jax.analysis.study import Cells, Claim, Evaluation, Row, Study
+from lawcat_jax.config import AttentionConfig, Config, DataConfig
+
+HEADLINE = (4000, 4000)  # steps of stage 1 and stage 2
+ABLATION = (1000, 1000)
+RANK = 32
+HYBRID = (9, 19)  # evenly spread over the 30 layers; not chosen by what replacing a layer costs
+
+_SMOLLM2 = runpy.run_path(str(Path(__file__).with_name("smollm2.py")))
+
+ATTENTION = {
+    "lolcats_terraced": AttentionConfig(kind="lolcats", window_size=64, window_kind="terraced", tie_qk=False),
+    "lolcats_sliding": AttentionConfig(kind="lolcats", window_size=64, tie_qk=False),
+    "no_conv": AttentionConfig(gate_rank=RANK, conv="off"),
+    "plain_linear": AttentionConfig(gate_kind="none", conv="off"),
+    "no_normalizer": AttentionConfig(gate_rank=RANK, normalize=False),
+    "rope": AttentionConfig(gate_rank=RANK, rope_linear=True),
+    "window": AttentionConfig(gate_rank=RANK, window_size=64),
+    "rank16": AttentionConfig(gate_rank=16),
+    "rank64": AttentionConfig(gate_rank=64),
+    "rank_full": AttentionConfig(gate_rank=0),
+    "untied": AttentionConfig(gate_rank=RANK, tie_qk=False),
+    "gate_per_head": AttentionConfig(gate_rank=RANK, gate_kind="per_head"),
+    "hybrid": AttentionConfig(gate_rank=RANK, softmax_layers=HYBRID),
+}
+
+ROWS = (
+    Row("lawcat", "LAWCAT, long", "headline", seeds=(0, 1, 2)),
+    Row("lawcat_short", "LAWCAT", "reference"),
+    Row("teacher", "teacher", "teacher"),
+    Row("lolcats_terraced", "LoLCATs, terraced window", "baseline", reference="lawcat_short"),
+    Row("no_conv", "no convolution", "ablation", reference="lawcat_short"),
+    Row("plain_linear", "linear attention, neither gate nor convolution", "baseline", reference="lawcat_short"),
+    Row("no_normalizer", "no normaliser", "ablation", reference="lawcat_short"),
+    Row("rope", "RoPE on the linear branch", "ablation", reference="lawcat_short"),
+    Row("lolcats_sliding", "LoLCATs, sliding window", "baseline", reference="lawcat_short"),
+    Row("window", "with a window of 64", "ablation", reference="lawcat_short"),
+    Row("passkey_only", "passkey data alone, in many wordings", "ablation", reference="lawcat_short"),
+    Row("one_wording", "the same mixture, one wording a task", "ablation", reference="lawcat_short"),
+    Row("rank64", "gate of rank 64", "ablation", reference="lawcat_short"),
+    Row("rank16", "gate of rank 16", "ablation", reference="lawcat_short"),
+    Row("shuffled", "states of other rows at the start", "ablation", reference="lawcat_short"),
+    Row("gate_per_head", "one gate a head", "ablation", reference="lawcat_short"),
+    Row("untied", "maps of their own for q and k", "ablation", reference="lawcat_short"),
+    Row("rank_full", "gate of full rank", "ablation", reference="lawcat_short"),
+    Row(
+        "hybrid",
+        "hybrid",
+        "ablation",
+        reference="lawcat_short",
+        note=f"layers {' and '.join(map(str, HYBRID))} keep softmax attention, and a cache that grows",
+    ),
+)
+
+
+def get_config(variant: str = "lawcat_seed0") -> Config:
+    """The configuration of a run: a row of the study that is trained, and a seed."""
+    name, _, seed = variant.partition("_seed")
+    if name not in [row.name for row in ROWS if row.group != "teacher"]:
+        raise ValueError(f"unknown row {name!r}; --list of lawcat_jax.study shows all")
+    config = _SMOLLM2["get_config"]()
+    config.seed = int(seed or 0)
+    config.stage1.steps, config.stage2.steps = HEADLINE if name == "lawcat" else ABLATION
+    config.attention = ATTENTION.get(name, AttentionConfig(gate_rank=RANK))
+    if name == "passkey_only":
+        _read(config, _passkey_only)
+        config.stage2.kl_weight = 0.0  # the teacher is followed on text, and there is none
+    if name == "one_wording":
+        _read(config, _one_wording)
+    if name == "shuffled":
+        config.stage2.state_passing = "shuffled"
+    return config
+
+
+def _read(config: Config, change) -> None:
+    config.stage1.data, config.stage2.data = change(config.stage1.data), change(config.stage2.data)
+
+
+def _passkey_only(data: DataConfig) -> DataConfig:
+    return dataclasses.replace(data, mixture=tuple(part for part in data.mixture if part.kind == "passkey"))
+
+
+def _one_wording(data: DataConfig) -> DataConfig:
+    paper = [part if part.kind == "text" else dataclasses.replace(part, wording="paper") for part in data.mixture]
+    return dataclasses.replace(data, mixture=tuple(paper))
+
+
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+CONTEXT = (1024, 2048, 4096, 8192)  # the teacher has no more positions
+
+
+def get_study() -> Study:
+    """Rows, evaluations and claims."""
+    folder = os.environ.get("LAWCAT_DATA", "data")
+    sources = {"haystack": f"{folder}/books/test", "babi": f"{folder}/babi/en-10k"}
+    tasks = (*(f"niah_single_{number}" for number in (1, 2, 3)), *(f"babilong_qa{number}" for number in range(1, 6)))
+    text = {"text": f"{folder}/books/test", "samples": 8, "batch_size": 8}
+    compared = ("reference", "ablation", "baseline")
+    headline, teacher = {"groups": ("headline",)}, {"groups": ("teacher",)}
+    return Study(
+        name="study_smollm2",
+        title="What makes a SmolLM2-135M student retrieve beyond its training length",
+        rows=ROWS,
+        evaluations=(
+            Evaluation("passkey_short", ("passkey",), LENGTHS, samples=100, groups=compared),
+            Evaluation("passkey", ("passkey",), (*LENGTHS, 22528, 32768, 65536), samples=100, **headline),
+            Evaluation("passkey_teacher", ("passkey",), CONTEXT, samples=100, **teacher),
+            Evaluation("passkey_train", ("passkey",), CONTEXT, samples=100, passkey_form="train", **headline),
+            Evaluation("tasks", tasks, (*LENGTHS, 32768), samples=100, **sources, **headline),
+            Evaluation("tasks_teacher", tasks, CONTEXT, samples=100, **sources, **teacher),
+            Evaluation("perplexity", ("perplexity_by_position",), (32768,), position_block=4096, **text, **headline),
+            Evaluation(
+                "perplexity_teacher", ("perplexity_by_position",), (8192,), position_block=4096, **text, **teacher
+            ),
+        ),
+        claims=_claims(),
+    )
+
+
+def _claims() -> tuple[Claim, ...]:
+    def passkey(*lengths: int) -> tuple[Cells, ...]:
+        return (Cells("passkey", lengths),)
+
+    beyond = passkey(2048, 4096, 8192, 16384)
+    qa = tuple(Cells(task, (1024, 2048, 4096, 8192)) for task in ("babilong_qa2", "babilong_qa3"))
+    return (
+        Claim("LAWCAT retrieves beyond its training length where LoLCATs does not", "paper, Table 1 and Figure 2",
+              "lawcat_short", "lolcats_terraced", beyond),
+        Claim("The same, LoLCATs with a sliding window", "paper, Table 1", "lawcat_short", "lolcats_sliding", beyond),
+        Claim("Gate and convolution carry further than plain linear attention", "paper, section 3", "lawcat_short",
+              "plain_linear", beyond),
+        Claim("The convolution helps retrieval", "paper, Table 1", "lawcat_short", "no_conv", passkey(*LENGTHS)),
+        Claim("Without the normaliser retrieval fails beyond 1K", "paper, Table 2", "lawcat_short", "no_normalizer", beyond),
+        Claim("RoPE on the linear branch harms beyond 3K", "paper, Table 5", "lawcat_short", "rope",
+              passkey(4096, 8192, 16384)),
+        Claim("A sliding window harms at long contexts", "paper, Table 6", "lawcat_short", "window",
+              passkey(4096, 8192, 16384)),
+        Claim("A gate of rank 64 is worse than one of rank 32", "the paper, by a secondary source", "lawcat_short",
+              "rank64", passkey(*LENGTHS)),
+        Claim("A gate of rank 16 is worse than one of rank 32", "the paper, by a secondary source", "lawcat_short",
+              "rank16", passkey(*LENGTHS)),
+        Claim("The student beats its teacher in BABILong QA2 and QA3 within the teacher's context", "paper, Figure 3",
+              "lawcat", "teacher", qa),
+        Claim("States of other rows at the start carry further", "arXiv 2507.02782", "shuffled", "lawcat_short",
+              passkey(8192, 16384)),
+        Claim("Several kinds of data carry further than passkeys alone", "this project", "lawcat_short", "passkey_only",
+              beyond),
+        Claim("Many wordings help in a wording that was not trained on", "this project", "lawcat_short", "one_wording",
+              passkey(*LENGTHS)),
+    )  # fmt: skip
