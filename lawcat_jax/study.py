@@ -29,7 +29,7 @@ _MINUTES = flags.DEFINE_float(
 _WORKERS = flags.DEFINE_integer(
     "workers",
     None,
-    "Threads of a run that prepare its data, where its config has some. Default: the cores, shared by the runs side by side.",
+    "Threads, and processes, of a run that prepare its data, where its config has some. Default: the cores, shared by the runs.",
     lower_bound=1,
 )
 _LIST = flags.DEFINE_bool("list", False, "Print what there is to do, and do nothing.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import itertools
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 from lawcat_jax.analysis.study.ledger import FAILED, FINISHED, INTERRUPTED, Ledger
 from lawcat_jax.analysis.study.plan import Job
 from lawcat_jax.errors import UserError
+from lawcat_jax.files import read_json
 from lawcat_jax.runtime.programs import SWITCH
 from lawcat_jax.training.workdir import lock, unlock
 
@@ -196,6 +198,7 @@ def _start(job: Job, slot: Slot, output: Path, ledger: Ledger, held: int | None,
     log = output / "logs" / f"{job.name}.log"
     ledger.begin(job)
     try:
+        _put_aside(job)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as out:
             out.write(f"$ {job.text}\n".encode())
@@ -215,6 +218,18 @@ def _start(job: Job, slot: Slot, output: Path, ledger: Ledger, held: int | None,
     where = "" if slot.device is None else f" on device {slot.device}"
     echo(f"{_clock()} start    {job.name}{where}")
     return _Child(job, slot, process, log, time.monotonic())
+
+
+def _put_aside(job: Job) -> None:
+    """A finished run whose folder came here without its model and without checkpoints, which are large, begins anew: the
+    folder becomes ``<name>.incomplete``."""
+    folder = job.workdir
+    if folder is None or not (folder / "manifest.json").is_file() or (folder / "checkpoints").exists():
+        return
+    if all(path.exists() for path in job.products) or read_json(folder / "manifest.json").get("status") != FINISHED:
+        return
+    names = (folder.with_name(f"{folder.name}.incomplete{number or ''}") for number in itertools.count())
+    folder.rename(next(name for name in names if not name.exists()))
 
 
 def _ended(child: _Child, ledger: Ledger, outcome: Outcome, stopped: bool, echo: Callable[[str], None]) -> None:
@@ -246,7 +261,7 @@ def _end_all(children: Sequence[_Child]) -> Iterator[_Child]:
         try:
             child.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            child.process.kill()
+            os.killpg(child.process.pid, signal.SIGKILL)  # with the processes that prepare its data
             child.process.wait()
         yield child
 

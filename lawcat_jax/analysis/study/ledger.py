@@ -52,7 +52,7 @@ class Ledger:
         found: list[Job] = []
         for job in reversed(jobs):  # those that read a model stand after the one that makes it
             gone = not all(path.exists() for path in job.products)
-            needed = job.kind == "evaluate" or any(job.name in other.after for other in found)
+            needed = job.does == "evaluate" or any(job.name in other.after for other in found)
             if self.status(job) != FINISHED or (gone and needed):
                 found.insert(0, job)
         return found
@@ -63,16 +63,16 @@ class Ledger:
         if not isinstance(old, dict):
             return []
         defaults: dict[str, Any] = {}
-        if job.kind in ("train", "stage1"):
+        if job.does in ("train", "stage1"):
             defaults = json.loads(json.dumps(to_dict(Config())))
             defaults["teacher"]["architecture"] = json.loads(json.dumps(to_dict(ModelConfig())))
-        return differences(old, dict(job.facts), defaults, "config" if defaults else job.kind)
+        return differences(old, dict(job.facts), defaults, "config" if defaults else job.does)
 
     def begin(self, job: Job) -> None:
         """Note that a job starts, or starts again."""
         old = self.jobs.get(job.name, {})
         self.jobs[job.name] = {
-            "kind": job.kind,
+            "kind": job.does,
             "row": job.row,
             "seed": job.seed,
             "command": job.text,

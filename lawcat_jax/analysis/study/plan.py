@@ -17,7 +17,8 @@ from lawcat_jax.config.tree import nearest
 from lawcat_jax.errors import UserError
 from lawcat_jax.training.identity import HARMLESS, HARMLESS_OF_DATA
 
-Kind = Literal["convert", "stage1", "train", "evaluate"]
+Does = Literal["convert", "stage1", "train", "evaluate"]
+"""What a job does: make the teacher's directory, train a stage 1 that several runs share, train a run, measure a model."""
 
 TEACHER = "teacher"
 """Name of the job that converts the teacher, and of the folder that it fills."""
@@ -34,7 +35,7 @@ class Job:
     """
 
     name: str
-    kind: Kind
+    does: Does
     module: str
     arguments: tuple[str, ...]
     products: tuple[Path, ...]
@@ -115,7 +116,7 @@ def make_plan(study: Study, get_config: GetConfig, *, config: str, output: Path,
     Args:
       config: the study's file, as the commands name it.
       output: the folder of everything.
-      workers: threads that a run prepares its batches with, where its configuration has some; None leaves them as they
+      workers: threads, and processes, that prepare a run's batches, where its configuration has some; None leaves them as they
         are. They change neither the batches nor their order.
 
     Raises:
@@ -268,7 +269,7 @@ def _training(
 
 def _train(
     name: str,
-    kind: Kind,
+    does: Does,
     workdir: Path,
     arguments: Sequence[str],
     after: tuple[str, ...],
@@ -276,7 +277,7 @@ def _train(
 ) -> Job:
     return Job(
         name,
-        kind,
+        does,
         "lawcat_jax.train",
         (*arguments, f"--workdir={workdir}"),
         (workdir / "student" / "model.json",),

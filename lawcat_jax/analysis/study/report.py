@@ -45,7 +45,8 @@ def markdown(results: Results, folder: str = "") -> str:
     """The tables, from level-3 headings down. ``folder`` is put before the pictures' names."""
     lines: list[str] = []
     for title, word, rows in sections(results):
-        shown = [(key, measure) for key, measure in results["measures"].items() if _has(measure, rows)]
+        compared = rows if word == "headline" else rows[1:]  # a reference alone is no comparison
+        shown = [(key, measure) for key, measure in results["measures"].items() if _has(measure, compared)]
         if not shown:
             continue
         lines += [f"### {title}", ""]

@@ -179,14 +179,14 @@ def _costs(plan: Plan, jobs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, 
     found = []
     for job in plan.jobs:
         entry = jobs.get(job.name, {})
-        if job.kind not in ("stage1", "train") or entry.get("status") != FINISHED:
+        if job.does not in ("stage1", "train") or entry.get("status") != FINISHED:
             continue
         measured = [
             jobs.get(other.name, {}).get("minutes", 0.0)
             for other in plan.jobs
-            if other.kind == "evaluate" and (other.row, other.seed) == (job.row, job.seed) and job.row
+            if other.does == "evaluate" and (other.row, other.seed) == (job.row, job.seed) and job.row
         ]
-        after = [name for name in job.after if plan.job(name).kind == "stage1"]
+        after = [name for name in job.after if plan.job(name).does == "stage1"]
         value = {"run": job.name, "row": job.row, "seed": job.seed, "after": after}
         value |= {
             name: entry[name] for name in ("minutes", "steps", "tokens", "devices", "commit", "versions", "command")

@@ -29,7 +29,7 @@ class Options:
 
     ``only`` names rows, or runs such as ``no_conv_seed1``; none is all. ``devices`` are numbers of CUDA devices, none is
     one job at a time on what jax finds. ``minutes`` ends the command in time for children to save; None is no limit.
-    ``workers`` are the threads of each run's data; None shares the machine's cores among the runs that are side by side.
+    ``workers`` are the threads, and the processes, of each run's data; None shares the cores among the runs.
     """
 
     config: str

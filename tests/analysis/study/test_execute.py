@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -194,9 +195,7 @@ def test_a_finished_job_with_other_settings_is_refused_and_the_others_go_on(fold
 
 
 def test_a_model_is_made_again_only_where_something_unfinished_reads_it(folder):
-    import dataclasses
-
-    jobs = [dataclasses.replace(program(folder, "model"), kind="train"), program(folder, "measured", after=("model",))]
+    jobs = [dataclasses.replace(program(folder, "model"), does="train"), program(folder, "measured", after=("model",))]
     go(folder, jobs)
     (folder / "model.done").unlink()
     assert Ledger(folder).left(jobs) == []
@@ -204,6 +203,21 @@ def test_a_model_is_made_again_only_where_something_unfinished_reads_it(folder):
     assert [job.name for job in Ledger(folder).left(more)] == ["model", "other"]
     (folder / "measured.done").unlink()  # a report that is gone is measured again, and needs the model
     assert [job.name for job in Ledger(folder).left(jobs)] == ["model", "measured"]
+
+
+@pytest.mark.parametrize(
+    ("status", "checkpoints", "moved"),
+    [("finished", False, True), ("finished", True, False), ("running", False, False)],
+)
+def test_a_run_that_came_without_its_model_and_checkpoints_begins_anew(folder, status, checkpoints, moved):
+    workdir = folder / "runs" / "model"
+    (workdir / "checkpoints" if checkpoints else workdir).mkdir(parents=True)
+    (workdir / "manifest.json").write_text(json.dumps({"status": status}))
+    job = dataclasses.replace(program(folder, "model"), does="train", workdir=workdir)
+    outcome, _ = go(folder, [job])
+    assert outcome.finished == ["model"]
+    assert (folder / "runs" / "model.incomplete" / "manifest.json").exists() == moved
+    assert workdir.exists() != moved
 
 
 def test_a_damaged_ledger_is_one_line(folder):

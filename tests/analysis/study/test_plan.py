@@ -26,7 +26,7 @@ def plan(study=STUDY, configs=get_config, **options):
 
 def test_one_stage_1_serves_all_runs_that_have_it_in_common():
     jobs = {job.name: job for job in plan().jobs}
-    stages = [job for job in jobs.values() if job.kind == "stage1"]
+    stages = [job for job in jobs.values() if job.does == "stage1"]
     assert len(stages) == 1  # of lawcat and shuffled with seed 0; seed 1, no_conv and long are alone
     (stage1,) = stages
     assert {job.name for job in jobs.values() if stage1.name in job.after} == {"lawcat_seed0", "shuffled_seed0"}
@@ -54,7 +54,7 @@ def test_every_job_stands_behind_what_it_waits_for():
 
 
 def test_a_row_is_measured_by_the_evaluations_that_name_it():
-    names = {job.name for job in plan().jobs if job.kind == "evaluate"}
+    names = {job.name for job in plan().jobs if job.does == "evaluate"}
     assert "teacher.text" in names
     assert "teacher.passkey" not in names
     assert {"long_seed0.text", "long_seed1.text", "long_seed0.passkey"} <= names
@@ -72,7 +72,7 @@ def test_a_gguf_teacher_is_converted_once():
         return config
 
     jobs = plan(configs=configs).jobs
-    assert [job.name for job in jobs if job.kind == "convert"] == ["teacher"]
+    assert [job.name for job in jobs if job.does == "convert"] == ["teacher"]
     assert all(job.after for job in jobs[1:])
     assert "--config.teacher.source=runs/small/teacher" in plan(configs=configs).job("no_conv_seed0").arguments
     assert "--checkpoint=runs/small/teacher" in plan(configs=configs).job("teacher.text").arguments
@@ -209,7 +209,7 @@ def test_the_real_study_changes_what_its_rows_say_and_trains_on_nothing_longer()
     for run in real.runs:
         if run.config is not None:
             assert all(stage.seq_length <= 1300 and not stage.data.pieces for _, stage in run.config.stages())
-    (stage1,) = [job.name for job in real.jobs if job.kind == "stage1"]
+    (stage1,) = [job.name for job in real.jobs if job.does == "stage1"]
     assert [job.name for job in real.jobs if stage1 in job.after] == ["lawcat_short_seed0", "shuffled_seed0"]
     # The headline is the shipped recipe and nothing else.
     _, recipe = load_recipe()

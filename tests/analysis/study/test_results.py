@@ -211,6 +211,14 @@ def test_many_rows_become_a_heat_map(tmp_path, done):
     assert (tmp_path / names[0]).stat().st_size > 10_000
 
 
+def test_a_reference_without_anything_beside_it_is_no_table(tmp_path):
+    plan = make(tmp_path)
+    measured(tmp_path, plan, {"lawcat_seed0": SHARES["lawcat_seed0"]})
+    text = report.markdown(collect(plan, Ledger(tmp_path).jobs, tmp_path))
+    assert "### Ablations" not in text
+    assert "Not run: no convolution; states passed; LAWCAT, long." in text
+
+
 def test_nothing_run_is_said(tmp_path):
     results = write_results(make(tmp_path), tmp_path)
     assert report.markdown(results).endswith("Not run: teacher; LAWCAT; no convolution; states passed; LAWCAT, long.\n")

@@ -87,6 +87,8 @@ def test_every_row_is_trained_and_measured_and_stage_1_once(straight):
     assert shared == ["lawcat_short_seed0", "shuffled_seed0"]
     assert all(set(ledger[name]["stages"]) == {"stage2"} for name in shared)
     assert set(ledger["no_conv_seed0"]["stages"]) == {"stage1", "stage2"}
+    student = json.loads((straight / "runs/shuffled_seed0/student/model.json").read_text())
+    assert student["extra"]["source"] == "asset:tiny_llama"  # the teacher, not the student of stage 1
     (measure,) = results["measures"].values()
     assert set(measure["rows"]) == {row["name"] for row in results["rows"]}
     assert measure["rows"]["teacher"]["pooled"]["128"]["accuracy"] >= 0.9  # its context; the students learn for seconds
