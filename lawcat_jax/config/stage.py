@@ -63,6 +63,9 @@ class StageConfig(Node):
     """[1] Stage 2: both logits are divided by it in the divergence, which is multiplied by its square."""
     kl_direction: Divergence = "forward"
     """Stage 2: which of the two distributions the divergence is weighted by."""
+    teacher_logits: str = ""
+    """Stage 2: folder of the teacher's logits that ``lawcat_jax.teacher_logits`` has written, which the divergence takes
+    instead of running the teacher; empty runs it."""
     state_passing: StatePassing = "off"
     """Stage 2: recurrent state that the rows of a batch begin with (``lawcat_jax/training/state_passing.py``)."""
     state_reset: float = 0.1
@@ -179,6 +182,8 @@ def stage_problems(stage: StageConfig, path: str) -> list[str]:
         problems.append(f"{path}.ema_decay: {stage.ema_decay} is outside [0, 1)")
     if stage.kl_temperature <= 0:
         problems.append(f"{path}.kl_temperature: {stage.kl_temperature} must be positive")
+    if stage.teacher_logits:
+        problems += _stored_logits_problems(stage, path)
     if stage.state_passing != "off" and not path.endswith("stage2"):
         problems.append(f"{path}.state_passing: only stage 2 runs the student alone; set it to 'off'")
     if stage.state_passing != "off" and stage.data.pack:
@@ -192,6 +197,19 @@ def stage_problems(stage: StageConfig, path: str) -> list[str]:
     problems += _multiplier_problems(stage.lr_multipliers, f"{path}.lr_multipliers")
     problems += choice_problems(stage, path)
     return problems + data_problems(stage.data, f"{path}.data")
+
+
+def _stored_logits_problems(stage: StageConfig, path: str) -> list[str]:
+    problems, name = [], f"{path}.teacher_logits"
+    if not path.endswith("stage2") or max(stage.kl_weight, stage.kl_weight_end or 0) <= 0:
+        problems.append(f"{name}: only the divergence of stage 2 reads them; set kl_weight there, or leave it empty")
+    if stage.kl_temperature != 1:
+        problems.append(
+            f"{name}: only the largest logits are stored, which fix no other temperature; set kl_temperature=1"
+        )
+    if stage.data.pieces:
+        problems.append(f"{name}: with data.pieces no two runs need see the same rows; leave one of the two out")
+    return problems
 
 
 def _multiplier_problems(items: tuple[str, ...], path: str) -> list[str]:

@@ -15,16 +15,18 @@ from lawcat_jax import models
 from lawcat_jax.checkpoints import model_dir
 from lawcat_jax.checkpoints.gguf.read import PACKAGE
 from lawcat_jax.checkpoints.model_dir import OpenedCheckpoint, open_checkpoint
-from lawcat_jax.config import Config, ModelConfig, StageConfig, to_dict
+from lawcat_jax.config import Config, DataConfig, ModelConfig, StageConfig, to_dict
 from lawcat_jax.config.data import is_counted
 from lawcat_jax.data.batch import Batch
 from lawcat_jax.data.pipeline import Samples, make_dataset
+from lawcat_jax.data.teacher_store import TeacherStore
 from lawcat_jax.data.text import is_remote, local_files
 from lawcat_jax.data.tokenize import Tokenizer, encode, fit_embedding, load_tokenizer
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import sharding
 from lawcat_jax.training import optim, stages
 from lawcat_jax.training.checkpoint import tree_digest
+from lawcat_jax.training.identity import HARMLESS_OF_DATA, differences
 
 
 @dataclasses.dataclass
@@ -298,14 +300,47 @@ def prepare(stage: stages.Stage, student: Student, seed: int) -> Prepared:
     """Open the data of a stage, so that what is wrong with it shows.
 
     Raises:
-      UserError: data that cannot be read, or tokens that the model does not know.
+      UserError: data that cannot be read, tokens that the model does not know, or stored logits of another teacher or
+        other data.
     """
-    held_out = validation_batches(stage.config, student.tokenizer, seed, stage.mesh)
-    return Prepared(training_batches(stage.config, student.tokenizer, seed, stage.mesh), held_out)
+    stored = None
+    if stage.config.teacher_logits:
+        stored = TeacherStore(stage.config.teacher_logits)
+        check_stored(stored, store_facts(stage.config, student, seed), f"config.{stage.name}.teacher_logits")
+    held_out = validation_batches(stage.config, student.tokenizer, seed, stage.mesh, stored)
+    return Prepared(training_batches(stage.config, student.tokenizer, seed, stage.mesh, stored), held_out)
 
 
-def training_batches(stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh: Mesh) -> Iterator[Batch]:
-    """This process's part of the endless training stream, as numpy arrays; has ``get_state()`` and ``set_state()``."""
+def store_facts(stage: StageConfig, student: Student, seed: int) -> dict[str, Any]:
+    """What stored logits are of: the teacher, the tokenizer, and all that decides the rows of a stage."""
+    base = {name: value for name, value in student.params.items() if name not in ("mixers", "lora")}
+    data = {name: value for name, value in to_dict(stage.data).items() if name not in HARMLESS_OF_DATA}
+    values = {
+        "teacher": {**{name: student.origin[name] for name in ("model", "dtype")}, "weights": tree_digest(base)},
+        "tokenizer": student.origin["tokenizer"],
+        "data": data,
+        "seq_length": stage.seq_length,
+        "validation_length": stage.validation_length,
+        "seed": seed,
+    }
+    return json.loads(json.dumps(values))
+
+
+def check_stored(stored: TeacherStore, facts: dict[str, Any], where: str) -> None:
+    """Refuse logits that are not those of this teacher on these data.
+
+    Raises:
+      UserError: naming what differs.
+    """
+    if differing := differences(stored.facts, facts, {"data": to_dict(DataConfig())}, "its logits"):
+        raise UserError(f"{where} is of another teacher or other data ({'; '.join(differing[:4])}); write it anew")
+
+
+def training_batches(
+    stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh: Mesh, stored: TeacherStore | None = None
+) -> Iterator[Batch]:
+    """This process's part of the endless training stream, as numpy arrays; has ``get_state()`` and ``set_state()``.
+    ``stored`` are the teacher's logits of its rows."""
     part, parts = sharding.data_shard(mesh)
     dataset = make_dataset(
         stage.data,
@@ -315,11 +350,14 @@ def training_batches(stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh: 
         seed=seed,
         process_index=part,
         process_count=parts,
+        teacher=stored,
     )
     return iter(dataset)
 
 
-def validation_batches(stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh: Mesh) -> list[Batch]:
+def validation_batches(
+    stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh: Mesh, stored: TeacherStore | None = None
+) -> list[Batch]:
     """The validation split, already on the devices: it is small and used again and again."""
     if stage.data.validation_samples == 0:
         return []
@@ -334,5 +372,6 @@ def validation_batches(stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh
         process_index=part,
         process_count=parts,
         repeat=False,
+        teacher=stored,
     )
     return [cast(Batch, sharding.place_batch(batch, mesh)) for batch in dataset]

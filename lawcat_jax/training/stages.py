@@ -17,6 +17,7 @@ from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig, Config, LoraConfig, ModelConfig, StageConfig
 from lawcat_jax.data.batch import batch_shapes
 from lawcat_jax.data.pipeline import optional_arrays
+from lawcat_jax.data.teacher_store import ARRAYS, stored_count
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import sharding
 from lawcat_jax.training import attention_transfer, finetune, optim, pretrain, state_passing
@@ -125,7 +126,7 @@ def build(
     """
     stage = getattr(config, name)
     sharding.check_batch(stage.batch_size, stage.grad_accum, mesh, f"config.{name}")
-    needs_teacher = name != "stage2" or finetune.needs_teacher(stage)
+    needs_teacher = name != "stage2" or finetune.runs_teacher(stage)
     for field in ("seq_length", "validation_length"):
         if needs_teacher and getattr(stage, field) > model.max_position_embeddings:
             raise UserError(
@@ -184,7 +185,10 @@ def _carry_shapes(graphdef: Any, shapes: optim.Params, stage: StageConfig) -> st
 def global_batch(stage: StageConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the batch of one step over all processes, with its rows split over the mesh."""
     rows = sharding.batch_sharding(mesh)
-    shapes = batch_shapes(stage.batch_size, stage.seq_length, optional_arrays(stage.data))
+    optional, kept = optional_arrays(stage.data), 0
+    if stage.teacher_logits:
+        optional, kept = (*optional, *ARRAYS), stored_count(stage.teacher_logits)
+    shapes = batch_shapes(stage.batch_size, stage.seq_length, optional, kept_logits=kept)
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in shapes.items()}
 
 
