@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
 
+HOTTEST = 1000
+"""Temperature at most; far below that every token is as likely as any other."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen; the default takes the most likely one.
@@ -49,9 +53,9 @@ class Sampling:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= low):
                 raise UserError(f"{prefix}{name}: {value} must be a number of at least {low}")
-        for name in ("top_p", "min_p"):
-            if getattr(self, name) > 1:
-                raise UserError(f"{prefix}{name}: {getattr(self, name)} must be at most 1")
+        for name, most in {"temperature": HOTTEST, "top_p": 1, "min_p": 1}.items():
+            if getattr(self, name) > most:
+                raise UserError(f"{prefix}{name}: {getattr(self, name)} must be at most {most}")
         for name in ("top_p", "repetition_penalty"):
             if getattr(self, name) == 0:
                 raise UserError(f"{prefix}{name}: must be above 0")

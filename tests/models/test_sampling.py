@@ -67,6 +67,7 @@ def test_draws_follow_the_filtered_distribution():
     ("sampling", "message"),
     [
         ({"temperature": float("nan")}, "--temperature: nan"),
+        ({"temperature": 1e30}, "--temperature: 1e\\+30 must be at most 1000"),
         ({"temperature": 1.0, "top_p": 1.5}, "--top_p: 1.5 must be at most 1"),
         ({"temperature": 1.0, "top_p": 0.0}, "--top_p: must be above 0"),
         ({"repetition_penalty": 0.0}, "--repetition_penalty"),

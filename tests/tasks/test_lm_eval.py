@@ -118,6 +118,8 @@ def write_tasks(folder: Path) -> Path:
             "metadata": {"version": 1.0},
         }
         (folder / f"{name}.yaml").write_text(json.dumps(common | task))  # JSON is YAML
+    group = {"group": "both", "task": ["choices", "shots"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (folder / "both.yaml").write_text(json.dumps(group))
     return folder
 
 
@@ -323,6 +325,19 @@ def test_reports_and_going_on(folder, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         f"lm_eval_{name}{end}" for name in ("choices", "rolling") for end in (".json", "_teacher.json", ".md")
     }
+
+
+def test_a_group_has_its_tasks_and_their_mean(folder):
+    """The mean that the harness makes of two tasks, and the number of samples behind it."""
+
+    def likelihoods(rows, progress=None):
+        return [(-float(len(following)), False) for _, following in rows]
+
+    settings = EvalConfig(tasks=(), lm_eval=("both",), lm_eval_tasks_dir=str(folder / "tasks"))
+    found = task_named("lm_eval:both").measure(fakes.model(small.byte_level(), likelihoods=likelihoods), 0, settings)
+    assert set(found) >= {"both acc", "choices acc", "choices acc_norm", "shots acc"}
+    assert found["both acc"].value == pytest.approx((found["choices acc"].value + found["shots acc"].value) / 2)
+    assert [found[name].n for name in ("both acc", "choices acc")] == [20, 10]
 
 
 def test_mistakes_are_found_before_a_model_is_asked(folder, tmp_path):
