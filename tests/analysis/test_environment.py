@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -53,6 +54,15 @@ def test_variables_that_would_break_a_command_are_set_right(capsys):
     assert capsys.readouterr().err == "JAX_ENABLE_X64 is ignored: everything here is computed in 32 bits or less\n"
     environment.prepare({"JAX_ENABLE_X64": "0"})
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("tpus", "gpus", "chosen"), [(0, 0, "cpu"), (4, 0, None), (0, 1, None)])
+def test_libtpu_is_not_asked_on_a_machine_without_accelerators(tpus, gpus, chosen, monkeypatch):
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: name == "libtpu")
+    monkeypatch.setattr(environment, "detect_machine", lambda: SimpleNamespace(tpus=tpus, gpus=gpus))
+    values: dict[str, str] = {}
+    environment.prepare(values)
+    assert values.get("JAX_PLATFORMS") == chosen
 
 
 PRINTS = (

@@ -60,7 +60,7 @@ def test_some_hostile_inputs(case, tmp_path, commands):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)  # the first of a process trains the run
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_hostile_input(case: Case, tmp_path, models, commands):
     check(case, tmp_path, models, commands)

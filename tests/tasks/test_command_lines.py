@@ -333,3 +333,13 @@ def test_loading_errors(student, tmp_path):
         load_for_inference("")
     with pytest.raises(UserError, match="not a model directory"):
         load_for_inference(str(tmp_path))
+
+
+def test_mistakes_in_stored_settings_say_where_they_are_stored():
+    from lawcat_jax.tasks.compare import chosen_settings
+
+    with pytest.raises(
+        UserError, match=r"^the evaluation settings stored with the checkpoint \(extra\.eval of model\.json\)"
+    ):
+        chosen_settings({"samples": -1}, {})
+    assert chosen_settings({"samples": -1}, {"samples": 2}).samples == 2  # the flags win

@@ -277,3 +277,28 @@ def test_a_model_has_its_colour_by_its_name():
     eight = figures.looks([f"model {number}" for number in range(8)])
     assert len({look["color"] for look in eight.values()}) == 8
     assert len(figures.looks([f"model {number}" for number in range(20)])) == 20
+
+
+def test_a_result_that_is_no_number_is_an_error_and_no_report(tmp_path):
+    subject = model(small.byte_level(), nll=lambda batch: (float("nan"), 10.0))
+    (tmp_path / "a.txt").write_text("The sky is blue. " * 50)
+    settings = EvalConfig(tasks=("perplexity",), lengths=(20,), samples=2, text=str(tmp_path / "a.txt"))
+    with pytest.raises(UserError, match=r"^perplexity of student at 20 tokens is no number .*; no report is written$"):
+        run_evaluation(settings, [subject], output=tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.json"))
+
+
+def test_a_table_is_shown_before_its_files_are_written(tmp_path, monkeypatch):
+    def full(*_):
+        raise UserError("cannot write")
+
+    monkeypatch.setattr(report, "write_document", full)
+    tokenizer, said = small.byte_level(), []
+    with pytest.raises(UserError, match="cannot write"):
+        run_evaluation(
+            EvalConfig(lengths=(250,), samples=2),
+            [model(tokenizer, Oracle(tokenizer))],
+            output=tmp_path,
+            echo=said.append,
+        )
+    assert "100.0 %" in said[0]

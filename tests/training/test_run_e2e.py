@@ -147,6 +147,25 @@ def test_losses_fall_and_are_logged(straight):
     assert any("kl" in line for line in lines if line["stage"] == "stage2")
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda c: c.stage2.__setattr__("data", DataConfig(kind="text", source="/nowhere.txt")), "no such file"),
+        (lambda c: c.eval.__setattr__("lengths", (1,)), "too short|at least"),
+        (lambda c: Path(c.workdir, "eval").write_text("mine"), "is a file; the reports"),
+    ],
+)
+def test_late_mistakes_show_before_the_first_step_and_leave_the_folder_free(
+    teacher, tmp_path, change, told, monkeypatch
+):
+    monkeypatch.setattr(run, "run_stage", lambda *_, **__: pytest.fail("trained"))
+    config = make_config(teacher, tmp_path)
+    change(config)
+    with pytest.raises(UserError, match=told):
+        run.run(config)
+    assert not {"manifest.json", "metrics.jsonl", "checkpoints"} & {path.name for path in tmp_path.iterdir()}
+
+
 def test_every_number_has_its_time_and_is_in_the_documentation(straight):
     lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
     times = [datetime.datetime.fromisoformat(line["time"]) for line in lines]
