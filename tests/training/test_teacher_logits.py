@@ -222,6 +222,7 @@ def config(**stage) -> Config:
     )
 
 
+@pytest.mark.slow
 def test_a_stage_with_stored_logits(tmp_path, capsys, monkeypatch):
     """Loss and gradient are those with the teacher running, and the iterator goes on with the same bits."""
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1), jax.devices()[:1])
