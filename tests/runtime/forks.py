@@ -6,6 +6,7 @@ Run as a script it reads a JSON object a line, ``{argv, env, cwd, log}``, and an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import runpy
@@ -51,7 +52,8 @@ class Forks:
         pid, started = self._answer(60.0)["pid"], time.monotonic()
         while (answer := self._answer(0.002)) is None:
             if when is not None and when(time.monotonic() - started):
-                os.kill(pid, number)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(pid, number)
                 when = None
         return answer["status"]
 

@@ -85,7 +85,9 @@ def test_fifty_kills(tmp_path, capsys):
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
-        "LAWCAT_JAX_COMPILATION_CACHE": str(tmp_path / "programs"),  # compiled once
+        "LAWCAT_JAX_COMPILATION_CACHE": str(tmp_path / "programs"),  # compiled once, the smallest ones too
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "HF_HUB_OFFLINE": "1",
     }
     log = tmp_path / "log"
