@@ -50,12 +50,12 @@ def student(tmp_path_factory):
     return run / "student"
 
 
-def _run(module, *arguments, cwd):
+def _run(module, *arguments, cwd, **variables):
     root = Path(__file__).resolve().parents[2]
     return subprocess.run(
         [sys.executable, "-m", f"lawcat_jax.{module}", *arguments],
         cwd=cwd,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root), **variables},
         capture_output=True,
         text=True,
         timeout=300,
@@ -343,3 +343,16 @@ def test_mistakes_in_stored_settings_say_where_they_are_stored():
     ):
         chosen_settings({"samples": -1}, {})
     assert chosen_settings({"samples": -1}, {"samples": 2}).samples == 2  # the flags win
+
+
+@pytest.mark.slow
+def test_64_bits_change_nothing(student, tmp_path):
+    """jax's switch would give arrays that the layers do not take; the commands say that they ignore it."""
+    arguments = (f"--checkpoint={student}", "--tasks=passkey", "--lengths=200", "--samples=3", "--dtype=float32")
+    reports = []
+    for name, variables in (("plain", {}), ("wide", {"JAX_ENABLE_X64": "1"})):
+        done = _run("evaluate", *arguments, f"--output={tmp_path / name}", cwd=tmp_path, **variables)
+        assert done.returncode == 0, done.stderr
+        assert ("JAX_ENABLE_X64 is ignored" in done.stderr) == bool(variables)
+        reports.append(json.loads((tmp_path / name / "passkey.json").read_text())["results"])
+    assert reports[0] == reports[1]
