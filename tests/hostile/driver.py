@@ -50,7 +50,7 @@ class Commands:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._environment,
         )  # fmt: skip
 
-    def run(self, argv: list[str], cwd: Path, case: Case, stdin: Path | None, seconds: float = 60.0) -> dict:
+    def run(self, argv: list[str], cwd: Path, case: Case, stdin: Path | None, seconds: float = 120.0) -> dict:
         """``{rc, out, err}``; ``rc`` None after ``seconds``. ``launch/...`` is a script of that folder."""
         script = argv[0].startswith("launch/")
         if case.fresh or script:

@@ -42,7 +42,7 @@ def models(tmp_path_factory) -> Path:
     shutil.copy(ROOT / "tests" / "runtime" / "tiny.py", folder / "config.py")
     command = [sys.executable, "-m", "lawcat_jax.train", "--config=config.py", "--workdir=run"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=300)
+    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=900)
     return folder
 
 
@@ -60,7 +60,7 @@ def test_some_hostile_inputs(case, tmp_path, commands):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)  # the first of a process trains the run
+@pytest.mark.timeout(1200)  # the first of a process trains the run
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_hostile_input(case: Case, tmp_path, models, commands):
     check(case, tmp_path, models, commands)
