@@ -65,8 +65,8 @@ class LmEval(Task):
         parts = ["" if shots is None else f"{shots}-shot", "" if limit is None else f"n{limit}"]
         return "_".join(filter(None, [*parts, "chat" if settings.lm_eval_chat else ""])) or "plain"
 
-    def samples_of(self, result: Metric) -> int | None:
-        return None  # the harness measures all that there are, or the first ``lm_eval_limit``
+    def samples_of(self, result: Metric) -> int:
+        return result.n
 
     def seed(self, settings: EvalConfig) -> int:
         return _package().SEED

@@ -230,7 +230,7 @@ def _document(task: Task, settings: EvalConfig, model: Measured, labels: Sequenc
         "table": list(labels),  # all models of the table and the figure that this one is in
         "wording": task.wording(settings),
         "seed": task.seed(settings),
-        "samples": max(_counts(task, [model.results]), default=None),
+        "samples": max(_counts(task, [model.results]), default=0),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": _versions(task.packages),
         "results": results,
@@ -246,8 +246,8 @@ def _markdown(
     document: Mapping[str, Any],
 ) -> str:
     head, *body = _cells(results, task.cell, task.axis)
-    counts = _counts(task, results.values())
-    had = [_fewer(task, settings, results) or f"{settings.samples} samples of each length"] if counts else []
+    asked = "samples" in task.settings
+    had = [_fewer(task, settings, results) or f"{settings.samples} samples of each length"] if asked else []
     facts = [*had, *task.facts(settings)]
     lines = [
         f"# {heading}",
@@ -263,14 +263,14 @@ def _markdown(
 
 
 def _counts(task: Task, results: Iterable[Mapping[Any, Any]]) -> set[int]:
-    """The numbers of samples that results are of, where their task knows them."""
-    return {n for by_x in results for result in by_x.values() if (n := task.samples_of(result)) is not None}
+    """The numbers of samples that results are of."""
+    return {task.samples_of(result) for by_x in results for result in by_x.values()}
 
 
 def _fewer(task: Task, settings: EvalConfig, results: Mapping[str, Mapping[int, Any]]) -> str:
     """How many samples there were, where these are fewer than were asked for; else nothing."""
     counts = _counts(task, results.values())
-    if counts <= {settings.samples}:
+    if "samples" not in task.settings or counts <= {settings.samples}:
         return ""
     had = " to ".join(map(str, sorted({min(counts), max(counts)})))
     return f"{had} samples of a length, and not the {settings.samples} that were asked for: there are no more"

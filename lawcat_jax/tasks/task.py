@@ -216,8 +216,8 @@ class Task(abc.ABC):
         """
 
     @abc.abstractmethod
-    def samples_of(self, result: Any) -> int | None:
-        """How many samples the result is of: at most those asked for; None where ``samples`` does not ask."""
+    def samples_of(self, result: Any) -> int:
+        """How many samples the result is of; at most ``samples``, where that is one of its settings."""
 
     @abc.abstractmethod
     def cell(self, result: Any) -> str:

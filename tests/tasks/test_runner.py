@@ -283,7 +283,7 @@ def test_a_result_that_is_no_number_is_an_error_and_no_report(tmp_path):
     subject = model(small.byte_level(), nll=lambda batch: (float("nan"), 10.0))
     (tmp_path / "a.txt").write_text("The sky is blue. " * 50)
     settings = EvalConfig(tasks=("perplexity",), lengths=(20,), samples=2, text=str(tmp_path / "a.txt"))
-    with pytest.raises(UserError, match=r"^perplexity of student at 20 tokens is no number .*; no report is written$"):
+    with pytest.raises(UserError, match=r"^perplexity of student, tokens 20, is no number .*; no report is written$"):
         run_evaluation(settings, [subject], output=tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.json"))
 
