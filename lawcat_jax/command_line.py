@@ -272,6 +272,8 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
         told = _in_config_file(problem, flag_values)
         if told is None and isinstance(problem, KeyError):  # config_flags: a field that the dataclass does not have
             told = _unknown_field(problem)
+        elif told is None and isinstance(problem, BrokenPipeError):  # whoever read --help has seen enough
+            sys.exit(environment.output_problem(problem))
         elif told is None and isinstance(problem, OSError):  # at the first override of a file that is not there
             told = "--config: no such file, or it cannot be read"
         # absl puts the name of the file before a message that has it.

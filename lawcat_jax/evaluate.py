@@ -13,6 +13,7 @@ for any other model (``--output`` names another folder). Interrupted and run aga
 
 from __future__ import annotations
 
+import sys
 import typing
 
 from absl import flags
@@ -113,17 +114,21 @@ def main(argv: list[str]) -> None:
         "sample_seed": _SEED.value,
         "prefill_chunk": _PREFILL_CHUNK.value,
     }
-    evaluate_checkpoints(
-        _CHECKPOINT.value,
-        settings,
-        output=_OUTPUT.value,
-        revision=_REVISION.value,
-        base=_BASE.value,
-        dtype=_DTYPE.value,
-        tokenizer=_TOKENIZER.value,
-        add_bos=typing.cast(Bos | None, _ADD_BOS.value),
-        training_length=_TRAINING_LENGTH.value,
-    )
+    try:
+        evaluate_checkpoints(
+            _CHECKPOINT.value,
+            settings,
+            output=_OUTPUT.value,
+            revision=_REVISION.value,
+            base=_BASE.value,
+            dtype=_DTYPE.value,
+            tokenizer=_TOKENIZER.value,
+            add_bos=typing.cast(Bos | None, _ADD_BOS.value),
+            training_length=_TRAINING_LENGTH.value,
+        )
+    except KeyboardInterrupt:
+        print("stopped: finished lengths are kept, run the same command again to go on", file=sys.stderr, flush=True)
+        raise
 
 
 if __name__ == "__main__":

@@ -129,6 +129,9 @@ def _limits(teacher: str, extra: Mapping[str, Any], attention: AttentionConfig) 
         lines.append(
             f"- Trained on sequences of {extra['training_length']} tokens; beyond that, believe measurements only."
         )
+    if extra.get("add_bos") in ("always", "never"):
+        with_bos = "with the bos token" if extra["add_bos"] == "always" else "without a bos token"
+        lines.append(f"- It was trained on sequences that begin {with_bos}; give prompts the same way.")
     lines += [
         "- A state of constant size forgets: verbatim recall of long texts is worse than the teacher's.",
         "- What it was trained on shapes what it retrieves; other tasks may have suffered. See the recipe.",

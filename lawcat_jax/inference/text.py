@@ -199,10 +199,10 @@ def chat_text(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]]) -> str:
     Raises:
       UserError: there is no template, or it refuses the conversation.
     """
-    import jinja2
-
     if not has_chat_template(tokenizer):
         raise UserError("this model has no chat template; leave --chat and --system out and give plain text")
+    import jinja2
+
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except (jinja2.exceptions.TemplateError, TypeError, KeyError) as problem:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from lawcat_jax.tasks.cells import Cells
 from lawcat_jax.tasks.progress import ProgressLine
 from lawcat_jax.tasks.registry import task_named
 from lawcat_jax.tasks.report import Measured, write_families, write_report
+from lawcat_jax.tasks.results import Likelihood
 from lawcat_jax.tasks.task import Model, Task
 
 Results = dict[str, dict[str, dict[int, Any]]]
@@ -63,15 +66,19 @@ def run_evaluation(
     measured: dict[str, list[Measured]] = {task.name: [] for task in tasks}
     models = iter(models)
     checked: Tokenizer = None
+    vocabularies: set[int] = set()
     while (model := next(models, None)) is not None:
         if any(model.label == other.label for done in measured.values() for other in done):
             raise UserError(f"two models are named {model.label!r}; name them differently")
         if model.tokenizer is not checked:
             checked = model.tokenizer
             check_settings(settings, checked)
+        if write:
+            _make(output)  # a place that cannot be written shows before the first length is measured
         for task in tasks:
             results = measure(task, model, settings, cells=cells, show=write)
             measured[task.name].append(Measured(model.label, model.name, model.role, results, model.fingerprint))
+        vocabularies.add(len(model.tokenizer))
         del model  # its weights make room for the next one's
     if write:
         endings = []
@@ -82,7 +89,24 @@ def run_evaluation(
         if endings:
             write_families(settings, measured, output, ending=max(endings, key=len), echo=echo)
         cells.clear()
+        if len(vocabularies) > 1 and any(issubclass(task.result, Likelihood) for task in tasks):
+            sizes = " and ".join(f"{size:,}" for size in sorted(vocabularies))
+            echo(f"these models have tokenizers of {sizes} tokens: numbers per token do not compare them")
     return {name: {model.label: dict(model.results) for model in done} for name, done in measured.items()}
+
+
+def _make(output: Path) -> None:
+    """Make the folder of the reports.
+
+    Raises:
+      UserError: it cannot be made or written.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as problem:
+        raise UserError(f"output {str(output)!r} cannot be written ({problem.strerror or problem})") from problem
 
 
 def check_settings(settings: EvalConfig, tokenizer: Tokenizer) -> None:
@@ -112,6 +136,9 @@ def measure(
             results.update(found or {})
         else:
             missing.append(length)
+    if show and results:
+        kept = f"{len(lengths) - len(missing)} of {len(lengths)} lengths"
+        print(f"{task.name} {model.label}: {kept} were measured before and are kept", file=sys.stderr, flush=True)
     progress = ProgressLine(f"{task.name} {model.label}", missing, settings.samples, tokens=task.axis == "tokens")
     if not show:
         progress = None
