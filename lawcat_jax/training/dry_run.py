@@ -16,6 +16,7 @@ from lawcat_jax.checkpoints import model_dir
 from lawcat_jax.config import Config, ModelConfig, StageConfig
 from lawcat_jax.data.tokenize import Tokenizer
 from lawcat_jax.errors import UserError
+from lawcat_jax.runtime import sharding
 from lawcat_jax.training import inputs, optim, stages
 
 
@@ -28,6 +29,7 @@ def dry_run(config: Config, mesh: Mesh) -> int:
       ConfigError, UserError: what would stop the real run.
     """
     model, declared = inputs.architecture(config), config.teacher.architecture is not None
+    sharding.check_mesh(config, model, mesh)
     where = "declared in the config; weights not looked at" if declared else "read from its config.json"
     dtype = model_dir.resolve_dtype(config.teacher.dtype)
     devices = math.prod(mesh.shape.values())

@@ -72,6 +72,7 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
     # Load. The stages are built first: what does not fit shows before any weight is read.
     teacher = None if config.pretrain.enabled else inputs.open_teacher(config)
     model, dtype = teacher.model if teacher else inputs.architecture(config), inputs.frozen_dtype(config)
+    sharding.check_mesh(config, model, mesh)
     built = [stages.build(name, config, model, mesh, dtype=dtype) for name, _ in config.stages()]
     if teacher is None:
         student = inputs.draw_teacher(config, mesh)
