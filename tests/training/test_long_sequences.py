@@ -50,7 +50,7 @@ def config_of(name: str) -> Config:
     config = Config(attention=AttentionConfig(gate_rank=4), lora=LoraConfig(rank=2))
     config.stage2 = StageConfig(steps=3, learning_rate=1e-2, trainable=("^lora/", "^mixers/"))
     config.teacher.architecture = ModelConfig(
-        vocab_size=64, hidden_size=32, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=48,
+        vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_size=48,
         max_position_embeddings=64,
     )  # fmt: skip
     return config

@@ -17,7 +17,7 @@ class Row:
     ``measured``: None with a ``problem``. ``predicted``: the report of ``aot`` (the fields of
     :class:`lawcat_jax.analysis.compile_report.Report`), None with a ``prediction_problem``; ``comparable`` when it is for
     the devices that were measured. ``efficiency``: tokens per second and device as a share of those on the mesh
-    ``against``.
+    ``against``; ``predicted_efficiency``: the same of the predictions' upper bounds of the time.
     """
 
     text: str
@@ -31,6 +31,7 @@ class Row:
     predicted: dict[str, Any] | None = None
     comparable: bool = False
     efficiency: float | None = None
+    predicted_efficiency: float | None = None
     against: str = ""
 
     @property
@@ -56,17 +57,30 @@ class Row:
 
 
 def add_efficiency(rows: list[Row]) -> None:
-    """Hold every measured row against the first measured one of the same program."""
+    """Hold every row against the first measured one of the same program, or where none is, the first predicted one."""
     for program in dict.fromkeys(row.program for row in rows):
-        measured = [row for row in rows if row.program == program and row.measured]
-        for row in measured:
-            row.efficiency, row.against = _speed(row) / _speed(measured[0]), measured[0].text
+        own = [row for row in rows if row.program == program]
+        measured, predicted = [row for row in own if row.measured], [row for row in own if _bound(row)]
+        base = next(iter(measured or predicted), None)
+        for row in own if base else []:
+            assert base is not None
+            row.against = base.text
+            if row.measured:
+                row.efficiency = _speed(row) / _speed(base)
+            if (seconds := _bound(row)) and (least := _bound(base)):
+                share = row.batch * row.length / row.devices / (base.batch * base.length / base.devices)
+                row.predicted_efficiency = share * least / seconds
 
 
 def _speed(row: Row) -> float:
     assert row.measured is not None
     assert row.measured.tokens_per_second is not None  # comes with a measurement
     return row.measured.tokens_per_second / row.devices
+
+
+def _bound(row: Row) -> float:
+    """The predicted upper bound of the time in seconds, 0 without one."""
+    return row.predicted["seconds"][1] if row.predicted and row.predicted["fits"] else 0.0
 
 
 def as_json(rows: list[Row], about: dict[str, Any]) -> dict[str, Any]:
@@ -86,6 +100,7 @@ HEADINGS = (
     "aot ms (measured / upper bound)",
     "tokens/s",
     "efficiency",
+    "aot efficiency",
     "MFU",
     "aot MFU",
     "peak GiB a device",
@@ -107,7 +122,7 @@ def table(rows: list[Row]) -> str:
     against = {row.program: row.against for row in rows if row.against}
     if against:
         named = ", ".join(f"{program} {text}" for program, text in against.items())
-        notes.append(f"* efficiency: tokens/s a device, as a share of those on the first mesh measured ({named})")
+        notes.append(f"* efficiency: tokens/s a device, as a share of those on the mesh named ({named})")
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n\n" + "\n".join(notes)
 
 
@@ -115,7 +130,7 @@ def line(row: Row) -> str:
     """One row as soon as it is measured."""
     if not row.measured:
         return f"{row.text}, {row.program}: {row.problem}"
-    _, _, _, batch, ms, _, speed, efficiency, mfu, _, peak, compiled, _ = _cells(row)
+    _, _, _, batch, ms, _, speed, efficiency, _, mfu, _, peak, compiled, _ = _cells(row)
     return (
         f"{row.text}, {row.program}: {batch} tokens, {ms} ms, {speed} tokens/s, efficiency {efficiency}, MFU {mfu}, "
         f"peak {peak} GiB a device, compiled {compiled} GiB"
@@ -133,7 +148,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     aot_ms = aot_mfu = aot_bytes = "-"
     if predicted and predicted["fits"]:
         low, high = (1e3 * second for second in predicted["seconds"])
-        aot_ms = f"{low:.2f} to {high:.2f}"
+        aot_ms = f"{low:.3g} to {high:.3g}"
         if "seconds" in ratios:
             aot_ms += f" ({ratios['seconds'][1]:.2f}{', inside' if ratios['inside'] else ', OUTSIDE'})"
         aot_mfu = f"{predicted['mfu'][1]:.0%} to {predicted['mfu'][0]:.0%}"
@@ -148,7 +163,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         ms,
         aot_ms,
         speed,
-        _optional(row.efficiency, ".0%"),
+        _optional(row.efficiency, ".1%"),
+        _optional(row.predicted_efficiency, ".1%"),
         mfu,
         aot_mfu,
         peak,

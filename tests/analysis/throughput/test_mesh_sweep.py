@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -131,7 +132,7 @@ def test_rows_with_and_without_numbers(tmp_path, monkeypatch, capsys):
     assert rows["data=1", "stage1"]["ratios"] == {"bytes": 1.25, "seconds": [2.5, 0.625], "inside": True}
     assert rows["sequence=4", "stage1"]["ratios"]["inside"] is False
     text = (tmp_path / "mesh_sweep.md").read_text()
-    assert "| sequence=4 | 4 | stage1 | 8 x 24 | 500.00 | 100.00 to 400.00 (1.25, OUTSIDE) | 384 | 50% |" in text
+    assert "| sequence=4 | 4 | stage1 | 8 x 24 | 500.00 | 100 to 400 (1.25, OUTSIDE) | 384 | 50.0% | 100.0% |" in text
     assert "| 5 | - | 4 (1.25) |" in text
     assert "* data=16, prefill: not run: 16 devices, this machine has 8" in text
     assert "data=2, prefill: not measured: out of memory: 9 GiB" in capsys.readouterr().out
@@ -152,6 +153,7 @@ def test_predictions_for_other_devices_are_not_compared(tmp_path, monkeypatch):
     row = written(tmp_path)["rows"][0]
     assert row["predicted"]
     assert row["ratios"] == {}
+    assert row["predicted_efficiency"] == 1
     swept(tmp_path, monkeypatch, Children(), predict="none").run()
     assert {row["prediction_problem"] for row in written(tmp_path)["rows"]} == {"not asked for"}
 
@@ -225,6 +227,26 @@ def test_without_a_sweep_the_mesh_is_refused_as_well(axes, message, tmp_path, mo
     with pytest.raises(UserError, match=re.escape(message)):
         run.benchmark(config, run.Options(peer="none", out=str(tmp_path)))
     assert list(tmp_path.iterdir()) == []
+
+
+SCALE = (ROOT / "docs/scale.md").read_text()
+SWEEPS = re.findall(r"throughput --config=(configs\S+)((?:(?!--config).)*?)--mesh_sweep='(.*?)'", SCALE, re.DOTALL)
+
+
+def test_sweeps_of_the_documentation_are_found():
+    assert len(SWEEPS) == SCALE.count("--mesh_sweep='") > 0
+
+
+@pytest.mark.parametrize(("file", "flags", "text"), SWEEPS, ids=[f"{file} {text}" for file, _, text in SWEEPS])
+def test_sweeps_of_the_documentation(file, flags, text):
+    """Their meshes, batches and lengths go together, on whichever machine."""
+    path, _, variant = file.partition(":")
+    config = runpy.run_path(str(ROOT / path))["get_config"](*filter(None, [variant]))
+    sizes = {name: int(value) for name, value in re.findall(r"--(batch|length)=(\d+)", flags)}
+    stages = re.search(r"--stages=(\w+)", flags)
+    programs = [stages[1]] if stages else ["stage1", "stage2", "prefill"]
+    found = meshes.jobs(meshes.parse(text), programs, config, config.teacher.architecture, **sizes)
+    assert len(found) == len(programs) * len(text.split(";"))
 
 
 @pytest.mark.slow
