@@ -53,10 +53,15 @@ def test_train(mesh, message, dry, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("mesh", "message"), CASES)
-def test_aot(mesh, message, monkeypatch):
+PREFILL = ({"sequence": 8, "fsdp": 1}, "--prefill_length=100: config.mesh.sequence=8 does not divide it")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message", "program"), [*((*case, "stage1") for case in CASES), (*PREFILL, "prefill")]
+)
+def test_aot(mesh, message, program, monkeypatch):
     monkeypatch.setattr(fit.topologies, "prepare_environment", lambda: None)
     monkeypatch.setattr(fit.topologies, "topology_devices", lambda topology: jax.devices()[:8])
     sizes = {"prefill_length": 0, "prefill_batch": 0, "decode_batch": 0}
     with pytest.raises(UserError, match=re.escape(message)):
-        fit.print_fit(config(**mesh), topology="h200:8", programs=["stage1"], sizes=sizes, as_json=True)
+        fit.print_fit(config(**mesh), topology="h200:8", programs=[program], sizes=sizes, as_json=True)
