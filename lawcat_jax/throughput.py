@@ -20,7 +20,7 @@ import sys
 from absl import flags
 
 from lawcat_jax import command_line
-from lawcat_jax.analysis.throughput import run, sweep
+from lawcat_jax.analysis.throughput import run
 
 _CONFIG = command_line.define_config()
 _STAGES = flags.DEFINE_list("stages", None, "Which of stage1, stage2 and (in a sweep) prefill; default: all enabled.")
@@ -64,6 +64,8 @@ def main(argv: list[str]) -> int:
         command=shlex.join(["python", "-m", "lawcat_jax.throughput", *sys.argv[1:]]),
     )
     if _SWEEP.value is not None:
+        from lawcat_jax.analysis.throughput import sweep  # imports jax, for which the environment is prepared only now
+
         return sweep.sweep(config, options, _SWEEP.value, _PREDICT.value)
     return run.benchmark(config, options)
 

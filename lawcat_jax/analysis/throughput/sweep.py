@@ -35,7 +35,7 @@ def sweep(config: Config, options: run.Options, text: str, predict: str) -> int:
       predict: a chip that ``aot`` knows, "auto" for that of the machine, or "none".
 
     Returns:
-      0, or 1 when a row for which there are devices was not measured, or none was.
+      0, or 1 when a row for which there are devices was not or only partly measured, or there was no such row.
 
     Raises:
       UserError, ConfigError: before anything is compiled: flags, meshes or sizes that cannot be.
@@ -82,10 +82,10 @@ class Sweep:
         print(sweep_report.table(self._rows))
         print(f"wrote {self._out / 'mesh_sweep.json'} and {self._out / 'mesh_sweep.md'}", flush=True)
         possible = [row for row in self._rows if row.devices <= self._count]
-        return 0 if possible and all(row.measured for row in possible) else 1
+        return 0 if possible and all(row.measured and not row.problem for row in possible) else 1
 
     def _measure(self, job: Job, row: Row) -> str:
-        """Enter the measurement of a row; why there is none, or an empty string."""
+        """Enter the measurement of a row; why there is none or only a part of it, or an empty string."""
         if row.devices > self._count:
             return f"not run: {row.devices} devices, this machine has {self._count}"
         request = self._request(job)
@@ -98,10 +98,10 @@ class Sweep:
         _, measurements = records.read_results(request.results)
         Path(request.results).unlink(missing_ok=True)
         for entry in measurements:
+            problem = entry.problem or problem
             if entry.ms:
                 row.measured = entry
-                return ""
-            problem = entry.problem or problem
+                return f"{entry.repeats} of {request.repeats} repeats: {problem}" if problem else ""
         return f"not measured: {problem or 'it stopped without a word'}"
 
     def _predict(self, job: Job, row: Row) -> str:

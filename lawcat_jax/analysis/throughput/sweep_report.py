@@ -14,7 +14,7 @@ from lawcat_jax.runtime.chips import GIB
 class Row:
     """A program on a mesh: ``batch`` sequences of ``length`` tokens per call over all devices.
 
-    ``measured``: None with a ``problem``. ``predicted``: the report of ``aot`` (the fields of
+    ``measured``: None, or few repeats, with a ``problem``. ``predicted``: the report of ``aot`` (the fields of
     :class:`lawcat_jax.analysis.compile_report.Report`), None with a ``prediction_problem``; ``comparable`` when it is for
     the devices that were measured. ``efficiency``: tokens per second and device as a share of those on the mesh
     ``against``; ``predicted_efficiency``: the same of the predictions' upper bounds of the time.
@@ -133,7 +133,7 @@ def line(row: Row) -> str:
     _, _, _, batch, ms, _, speed, efficiency, _, mfu, _, peak, compiled, _ = _cells(row)
     return (
         f"{row.text}, {row.program}: {batch} tokens, {ms} ms, {speed} tokens/s, efficiency {efficiency}, MFU {mfu}, "
-        f"peak {peak} GiB a device, compiled {compiled} GiB"
+        f"peak {peak} GiB a device, compiled {compiled} GiB{row.problem and f'; {row.problem}'}"
     )
 
 

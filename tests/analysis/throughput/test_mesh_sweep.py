@@ -98,6 +98,8 @@ class Children:
             entry.problem = "out of memory: 9 GiB"
         else:
             entry.timed([0.5 if config.mesh.sequence > 1 else 0.25])
+        if (request.devices, program) == (4, "prefill"):
+            entry.problem = "the link is down"  # after the first repeat
         records.Results(request.results).put(entry)
         return "its process ended with status 1" if entry.problem else ""
 
@@ -129,6 +131,7 @@ def test_rows_with_and_without_numbers(tmp_path, monkeypatch, capsys):
     assert rows["data=2", "stage1"]["efficiency"] == pytest.approx(1)
     assert rows["sequence=4", "stage1"]["efficiency"] == pytest.approx(0.5)
     assert rows["sequence=4", "prefill"]["against"] == "data=1"
+    assert rows["sequence=4", "prefill"]["problem"] == "1 of 5 repeats: the link is down"
     assert rows["data=1", "stage1"]["ratios"] == {"bytes": 1.25, "seconds": [2.5, 0.625], "inside": True}
     assert rows["sequence=4", "stage1"]["ratios"]["inside"] is False
     text = (tmp_path / "mesh_sweep.md").read_text()
