@@ -6,7 +6,8 @@ copy: ``--config.teacher.source=HuggingFaceTB/SmolLM2-135M-Instruct``. Text for 
 environment variable LAWCAT_DATA names (default: ``data``): ``books/train/*.txt``, ``books/validation/*.txt`` and
 ``babi/en-10k``.
 
-One GPU: 12 minutes on an H100. What came out, and of the variants too: ``docs/results.md``. ``shuffled`` passes states between
+One GPU: 12 minutes on an H100. What came out, and of the variants too: ``docs/results.md``. ``ends`` also teaches the student to end
+after an answer, which BABILong's metric asks for; ``shuffled`` passes states between
 batches; ``pieces`` cuts samples of up to 10,000 tokens into pieces of 1,280 whose states are passed on, with the gradient across
 one boundary; ``spread`` starts the gates with half-lives from 16 to 16,384 tokens, and passes states as ``shuffled`` does;
 ``lolcats`` is the LoLCATs baseline with the same data, ``paper`` the paper's recipe on the same teacher. No training sequence is
@@ -30,14 +31,20 @@ from lawcat_jax.config import (
 )
 
 LENGTH = 1280
-VARIANTS = ("base", "shuffled", "pieces", "spread", "lolcats", "paper")
+VARIANTS = ("base", "ends", "shuffled", "pieces", "spread", "lolcats", "paper")
 
 
-def mixture(pieces: int = 0) -> DataConfig:
+def mixture(pieces: int = 0, end_weight: float = 0.0) -> DataConfig:
     """Books, and retrieval from them and from noise in many wordings; the teacher is followed on the books only."""
     folder = os.environ.get("LAWCAT_DATA", "data")
     books, facts = f"{folder}/books/train", f"{folder}/babi/en-10k"
-    retrieval = {"wording": "varied", "answer_weight": 10.0, "kl_weight": 0.0, "hay_source": books}
+    retrieval = {
+        "wording": "varied",
+        "answer_weight": 10.0,
+        "kl_weight": 0.0,
+        "hay_source": books,
+        "end_weight": end_weight,
+    }
     return DataConfig(
         kind="mixture",
         mixture=(
@@ -77,7 +84,7 @@ def get_config(variant: str = "base") -> Config:
         loss_chunk=1280,
         state_passing=passing,
         state_gradient=int(passing == "pieces"),
-        data=mixture(pieces=8 if passing == "pieces" else 0),
+        data=mixture(pieces=8 if passing == "pieces" else 0, end_weight=10.0 if variant == "ends" else 0.0),
         **common,
     )
     if variant == "paper":

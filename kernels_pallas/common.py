@@ -22,7 +22,8 @@ LOG2E = 1.4426950408889634
 _local = threading.local()
 
 
-def _platform_name(platform: str) -> str:
+def platform_name(platform: str) -> str:
+    """What :func:`target_platform` calls the platform that a device names."""
     return "cuda" if platform == "gpu" else platform
 
 
@@ -40,14 +41,14 @@ def target_platform(*arrays: Any) -> str:
     device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     platform = getattr(device, "platform", None)
     if platform:
-        return _platform_name(platform)
+        return platform_name(platform)
     for array in arrays:
         if isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
-            return _platform_name(next(iter(array.devices())).platform)
+            return platform_name(next(iter(array.devices())).platform)
     default = getattr(jax.config, "jax_default_device", None)
     if default is not None:
-        return _platform_name(default if isinstance(default, str) else default.platform)
-    return _platform_name(jax.default_backend())
+        return platform_name(default if isinstance(default, str) else default.platform)
+    return platform_name(jax.default_backend())
 
 
 def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -91,7 +92,7 @@ def segment_numbers(segment_ids: jax.Array, valid: jax.Array | None = None) -> j
 def lowering_for(platform: str) -> Iterator[None]:
     """Choose kernels for ``platform`` ("cpu", "cuda" or "tpu") while tracing, whatever devices this process has."""
     before = getattr(_local, "platform", None)
-    _local.platform = _platform_name(platform)
+    _local.platform = platform_name(platform)
     try:
         yield
     finally:

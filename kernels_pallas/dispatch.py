@@ -48,8 +48,8 @@ _local = threading.local()
 
 
 def check_name(implementation: str | None) -> None:
-    """Raises ValueError for a name that is not in the table."""
-    if implementation is not None and implementation not in BACKENDS:
+    """Raises ValueError for what is no name in the table."""
+    if implementation is not None and (not isinstance(implementation, str) or implementation not in BACKENDS):
         raise ValueError(f"implementation: unknown {implementation!r}, choose one of {', '.join(BACKENDS)} or None")
 
 
@@ -123,14 +123,23 @@ def has_decode(implementation: str) -> bool:
 # Choice
 
 
+def platform_of(implementation: str | None, platform: str) -> str | None:
+    """The platform that an implementation needs and that is not ``platform``, as ``target_platform`` names them; else None.
+
+    Raises ValueError for an unknown name.
+    """
+    check_name(implementation)
+    needed = None if implementation is None else BACKENDS[implementation].platform
+    return None if needed == platform or interpret_mode() else needed
+
+
 def refusal(op: str, implementation: str, platform: str, *args: Any, **options: Any) -> str | None:
     """Why an implementation cannot take a call of ``op`` on ``platform``, as the end of a sentence, or None if it can.
 
     ``args`` and ``options`` are those of the backend's ``supports`` (``kernels_pallas.contract``); arrays may be
     ShapeDtypeStructs.
     """
-    needed = BACKENDS[implementation].platform
-    if needed not in (None, platform) and not interpret_mode():
+    if needed := platform_of(implementation, platform):
         return f"it runs on {needed} and this call is for {platform}"
     try:
         module = forward_module(op, implementation)

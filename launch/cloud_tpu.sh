@@ -52,8 +52,8 @@ need_match --name "$name" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' "lower-case letters,
 need_match --zone "$zone" '[a-z]+-[a-z]+[0-9]+-[a-z]' "a zone such as us-west4-a"
 need_match --type "$type" '(v[2-4]|v5p|v5litepod|v6e)-[0-9]+' "an accelerator type such as v5litepod-16"
 need_match --ref "$ref" '[A-Za-z0-9][-A-Za-z0-9._/]*' "a branch, tag or commit"
-need_match --restarts "$restarts" '[0-9]+' "a number"
-need_match --poll "$poll" '[0-9]+' "seconds"
+need_match --restarts "$restarts" '[0-9]{1,9}' "a number"
+need_match --poll "$poll" '[0-9]{1,9}' "seconds"
 need_training_arguments "$@"
 need_bucket "$@"
 [ -n "$repo" ] || need_config_file "$@"
@@ -160,8 +160,9 @@ lost() {
 }
 
 slice=$name
-archive=$(mktemp -d)/lawcat.tar.gz
-trap 'rm -rf "$(dirname "$archive")"' EXIT
+folder=$(mktemp -d 2>/dev/null) || die "TMPDIR=${TMPDIR:-/tmp}: no folder can be made there"
+archive=$folder/lawcat.tar.gz
+trap 'rm -rf "$folder"' EXIT
 if [ "$PRINT" = 1 ]; then
   create
   install

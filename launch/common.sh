@@ -5,7 +5,8 @@ PRINT=0
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 die() {
-  echo "error: $*" >&2
+  local told="$*"
+  echo "error: ${told//$'\n'/ }" >&2
   exit 2
 }
 

@@ -50,7 +50,7 @@ need_match --name "$name" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' "lower-case letters,
 need_match --type "$type" 'tpu[-a-z0-9]+' "a TPU node selector such as tpu-v5-lite-podslice"
 need_match --topology "$topology" '[1-9][0-9]*(x[1-9][0-9]*){1,2}' "a topology such as 4x4"
 need_match --namespace "$namespace" '[a-z0-9]([-a-z0-9]*[a-z0-9])?' "a namespace"
-need_match --restarts "$restarts" '[0-9]+' "a number"
+need_match --restarts "$restarts" '[0-9]{1,9}' "a number"
 need_match --ref "$ref" '[A-Za-z0-9][-A-Za-z0-9._/]*' "a branch, tag or commit"
 [ -n "$repo$image" ] || die "name the code: --repo=URL, or --image=IMAGE with the repository in /lawcat"
 image=${image:-python:3.12}

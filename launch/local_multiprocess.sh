@@ -22,7 +22,7 @@ processes="" cpu_devices="" gpus="" port="" grace=10
 while [ "$#" -gt 0 ]; do
   case $1 in
     --processes=*) processes=${1#*=} ;;
-    --cpu-devices=*) cpu_devices=${1#*=} && need_match --cpu-devices "$cpu_devices" '[1-9][0-9]*' "a number of devices" ;;
+    --cpu-devices=*) cpu_devices=${1#*=} && need_match --cpu-devices "$cpu_devices" '[1-9][0-9]{0,3}' "a number of devices" ;;
     --gpus=*) gpus=${1#*=} && need_match --gpus "$gpus" '[0-9]+(,[0-9]+)*' "a list like 0,1" ;;
     --port=*) port=${1#*=} && need_match --port "$port" '[1-9][0-9]{0,4}' "a TCP port" ;;
     --grace=*) grace=${1#*=} ;;
@@ -36,8 +36,8 @@ while [ "$#" -gt 0 ]; do
   esac
   shift
 done
-need_match --processes "$processes" '[1-9][0-9]*' "a number of processes"
-need_match --grace "$grace" '[0-9]+' "seconds"
+need_match --processes "$processes" '[1-9][0-9]{0,3}' "a number of processes"
+need_match --grace "$grace" '[0-9]{1,9}' "seconds"
 [ "$#" -gt 0 ] || die "no command: put the training arguments, or a command, after --"
 [ -z "$cpu_devices" ] || [ -z "$gpus" ] || die "--cpu-devices and --gpus exclude each other"
 IFS=, read -ra gpu_list <<<"$gpus"

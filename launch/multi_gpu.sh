@@ -26,7 +26,7 @@ while [ "$#" -gt 0 ]; do
   esac
   shift
 done
-need_match --restarts "$restarts" '[0-9]+' "a number"
+need_match --restarts "$restarts" '[0-9]{1,9}' "a number"
 need_training_arguments "$@"
 need_config_file "$@"
 need_tool nvidia-smi "this launcher needs the NVIDIA driver"

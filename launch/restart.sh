@@ -25,8 +25,8 @@ while [ "$#" -gt 0 ]; do
   esac
   shift
 done
-need_match --restarts "$restarts" '[0-9]+' "a number"
-need_match --delay "$delay" '[0-9]+' "seconds"
+need_match --restarts "$restarts" '[0-9]{1,9}' "a number"
+need_match --delay "$delay" '[0-9]{1,9}' "seconds"
 [ "$#" -gt 0 ] || die "no command: put it after --"
 
 if [ "$PRINT" = 1 ]; then

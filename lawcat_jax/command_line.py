@@ -29,6 +29,8 @@ from lawcat_jax.config.tree import field_names, nearest, type_problems, unshare
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime.programs import keep_programs
 
+flags.disclaim_key_flags()  # --config is a flag of the command that defines it, and stands in its --help
+
 EXIT_USER_ERROR, EXIT_CRASH, EXIT_KEYBOARD = 2, 1, 130
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the command again
 GRACE_SECONDS = 3.0  # for threads that still work when a command has failed
@@ -44,7 +46,7 @@ def run_main(main: Callable[[list[str]], int | None], *, cache_programs: bool = 
     A :class:`UserError` or :class:`ConfigError`, also one about the flags, is printed as ``error: ...`` without a
     traceback and ends with 2; Ctrl-C ends with 130; any other exception is printed with its traceback and ends with 1. Where
     ``jax.distributed`` runs, the other processes are told of a failure and end as well. A reader of standard output that
-    goes away ends the process with 141, without a word.
+    goes away ends the process with 141, without a word. ``--help`` ends with 0.
     """
 
     def parse(argv: list[str]) -> list[str]:
@@ -56,6 +58,8 @@ def run_main(main: Callable[[list[str]], int | None], *, cache_programs: bool = 
         except UserError as problem:
             print(f"error: {problem}", file=sys.stderr, flush=True)
             sys.exit(EXIT_USER_ERROR)
+        except SystemExit as ended:  # --help and its kin end with 1 in absl
+            sys.exit(0 if ended.code == 1 else ended.code)
 
     if cache_programs:
         keep_programs()
@@ -160,8 +164,14 @@ class _ConfigFile(flags.ArgumentParser):
                 config = self._inner.parse(argument)
             except SystemExit as problem:
                 raise UserError(f"--config={path}: the file ends the program ({problem.code!r})") from problem
-        if type(config).__name__ == "_ErrorConfig":  # config_flags keeps a missing file until its first use
-            raise UserError(f"--config={path}: no such file, or it cannot be read")
+            except (SyntaxError, ValueError) as problem:
+                if "null bytes" not in str(problem):
+                    raise
+                raise UserError(f"--config={path}: {problem}") from None  # Python names no file here
+        if type(config).__name__ == "_ErrorConfig":  # config_flags keeps an OSError until the first use
+            if path.is_file() and os.access(path, os.R_OK):  # of something else, which the file opens
+                _raise_kept(config)
+            raise UserError(f"--config={argument}: no such file, or it cannot be read")
         if not isinstance(config, Config):
             raise UserError(f"--config={path}: {_WRONG_RESULT}, not {type(config).__name__}")
         if problems := [problem for problem in type_problems(config, "config") if _is_structural(problem, config)]:
@@ -171,6 +181,14 @@ class _ConfigFile(flags.ArgumentParser):
 
     def flag_type(self) -> str:
         return self._inner.flag_type()
+
+
+def _raise_kept(config: Any) -> None:
+    """Raise the error that config_flags keeps instead of a configuration."""
+    try:
+        config.anything  # noqa: B018
+    except OSError as problem:
+        raise problem.__cause__ or problem from None
 
 
 _WRONG_RESULT = "get_config() must return a lawcat_jax.config.Config"
@@ -256,7 +274,8 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
             told = _unknown_field(problem)
         elif told is None and isinstance(problem, OSError):  # at the first override of a file that is not there
             told = "--config: no such file, or it cannot be read"
-        raise UserError(told or _one_line(problem)) from problem
+        # absl puts the name of the file before a message that has it.
+        raise UserError(told or re.sub(r"^flag --config=\S*: (?=--config)", "", _one_line(problem))) from problem
     for name in flag_values:
         value = flag_values[name].value
         if isinstance(value, int) and abs(value) >= 1 << 63:
@@ -361,7 +380,18 @@ def _described(problem: BaseException) -> str:
     return f"{type(problem).__name__}: {text}" if text else type(problem).__name__
 
 
+_RAW = (
+    (re.compile(r"invalid literal for int\(\) with base \d+: .*"), "must be a whole number"),
+    (re.compile(r"could not convert string to float: .*"), "must be a number"),
+    (re.compile(r"\('Non-boolean argument to boolean flag', .*\)"), "must be true or false"),
+)
+"""Python's own words for a value of the wrong type, and plain ones."""
+
+
 def _one_line(problem: Any) -> str:
+    if isinstance(problem, flags.IllegalFlagValueError):
+        for raw, plain in _RAW:
+            problem = raw.sub(plain, str(problem))
     lines = [line.strip() for line in str(problem).strip().splitlines() if line.strip()]
     if len(lines) > 1 and "Traceback" in str(problem):  # config_flags pastes the traceback into the message
         return f"{lines[0]} {lines[-1]}"

@@ -4,6 +4,7 @@
     python -m lawcat_jax.evaluate --checkpoint=<dir> --tasks=perplexity --text=book.txt --lengths=1024
     python -m lawcat_jax.evaluate --checkpoint=<dir> --tasks=niah_single_1,niah_single_2 --haystack=essays/
     python -m lawcat_jax.evaluate --checkpoint=<dir> --tasks=babilong_qa1 --haystack=tfds:pg19:test --babi=en-10k/
+    python -m lawcat_jax.evaluate --checkpoint=<dir> --tasks=lm_eval:hellaswag,piqa [--lm_eval_tasks_dir=my_tasks/]
     python -m lawcat_jax.evaluate --checkpoint=long=runs/a --checkpoint=short=runs/b --lengths=1024,2048
 
 Writes ``<task>.json``, ``<task>.md`` and ``<task>.png`` into ``eval/`` in the folder of a run, or into ``./eval_<name>/``
@@ -29,7 +30,8 @@ _CHECKPOINT = flags.DEFINE_multi_string(
 _TASKS = flags.DEFINE_list(
     "tasks",
     None,
-    f"Of {', '.join(typing.get_args(TaskName))}. Default: those of the first checkpoint, else passkey.",
+    f"Of {', '.join(typing.get_args(TaskName))}; or lm_eval:<task> of lm-evaluation-harness, after which its other tasks "
+    "need no lm_eval: of their own. Default: those of the first checkpoint, else passkey.",
 )
 _LENGTHS = flags.DEFINE_list("lengths", None, "Context lengths in tokens. Default: those of the first checkpoint.")
 _SAMPLES = flags.DEFINE_integer("samples", None, "Samples of each length.", lower_bound=1)
@@ -44,6 +46,16 @@ _HAYSTACK = flags.DEFINE_string(
     "haystack", None, "Essays or books of niah_single_2 and _3 and babilong_*: tfds:<name>, hf:<name>, or a path."
 )
 _BABI = flags.DEFINE_string("babi", None, "Directory of bAbI's en-10k files, for babilong_*.")
+_LM_EVAL_DIR = flags.DEFINE_string(
+    "lm_eval_tasks_dir", None, "Directory with task files (YAML) of your own for lm_eval: tasks."
+)
+_LM_EVAL_FEWSHOT = flags.DEFINE_integer(
+    "lm_eval_fewshot", None, "Examples before each question of lm_eval: tasks. Default: the task's.", lower_bound=0
+)
+_LM_EVAL_LIMIT = flags.DEFINE_integer(
+    "lm_eval_limit", None, "Samples of each lm_eval: task, the first ones. Default: all.", lower_bound=1
+)
+_LM_EVAL_CHAT = flags.DEFINE_bool("lm_eval_chat", None, "Write lm_eval: prompts in the form of the chat template.")
 _PREFILL_CHUNK = flags.DEFINE_integer(
     "prefill_chunk", None, "Tokens of each prompt read at a time. Default: by the prompts' lengths.", lower_bound=0
 )
@@ -77,8 +89,16 @@ def main(argv: list[str]) -> None:
     no_arguments(argv)
     not_empty("--tasks", _TASKS.value)
     not_empty("--lengths", _LENGTHS.value)
+    from lawcat_jax.tasks.compare import evaluate_checkpoints, split_tasks
+
+    tasks, harness = (None, None) if _TASKS.value is None else split_tasks(_TASKS.value)
     settings = {
-        "tasks": None if _TASKS.value is None else tuple(item.strip() for item in _TASKS.value if item.strip()),
+        "tasks": tasks,
+        "lm_eval": harness,
+        "lm_eval_tasks_dir": _LM_EVAL_DIR.value,
+        "lm_eval_fewshot": _LM_EVAL_FEWSHOT.value,
+        "lm_eval_limit": _LM_EVAL_LIMIT.value,
+        "lm_eval_chat": _LM_EVAL_CHAT.value,
         "lengths": None if _LENGTHS.value is None else tuple(_length(item) for item in _LENGTHS.value),
         "samples": _SAMPLES.value,
         "batch_size": _BATCH_SIZE.value,
@@ -93,8 +113,6 @@ def main(argv: list[str]) -> None:
         "sample_seed": _SEED.value,
         "prefill_chunk": _PREFILL_CHUNK.value,
     }
-    from lawcat_jax.tasks.compare import evaluate_checkpoints
-
     evaluate_checkpoints(
         _CHECKPOINT.value,
         settings,

@@ -26,8 +26,17 @@ _MODEL_PARTS = re.compile(  # everything that a written model consists of
 
 
 def user_cache(environ: Mapping[str, str] = os.environ) -> Path:
-    """The folder of this package in the user's cache: ``$XDG_CACHE_HOME/lawcat_jax``, else ``~/.cache/lawcat_jax``."""
-    return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lawcat_jax"
+    """The folder of this package in the user's cache: ``$XDG_CACHE_HOME/lawcat_jax``, else ``~/.cache/lawcat_jax``.
+
+    Raises:
+      UserError: there is no home directory.
+    """
+    try:
+        return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lawcat_jax"
+    except RuntimeError:
+        raise UserError(
+            "there is no home directory; set HOME, or XDG_CACHE_HOME, to a directory that can be written"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -133,6 +142,21 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
         raise UserError(f"cannot write {path}: {problem.strerror or problem}") from problem
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_leftovers(directory: str | os.PathLike) -> None:
+    """Remove what :func:`new_directory` and :func:`new_file` left beside the entries of a directory when their process was
+    killed. Only for a directory that nobody else writes to now.
+    """
+    entries = list(Path(directory).iterdir()) if Path(directory).is_dir() else []
+    for entry in entries:
+        named = re.fullmatch(r"\.(?P<name>.+)\.((tmp|old)-)?[a-z0-9_]{8}", entry.name)  # as tempfile draws them
+        if not named or not Path(directory, named["name"]).exists():
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -1,12 +1,19 @@
-"""Continue a prompt, printing text as it is generated.
+"""Continue a prompt, or answer questions, printing text as it is generated.
 
-python -m lawcat_jax.generate --checkpoint=<dir> --prompt='The sky is' [--max_new_tokens=64] [--temperature=0.7]
+    python -m lawcat_jax.generate --checkpoint=<dir> --prompt='The sky is' [--max_new_tokens=64] [--temperature=0.7]
+    python -m lawcat_jax.generate --checkpoint=<dir> --chat --prompt='What colour is the sky?' [--system='Be brief.']
+    python -m lawcat_jax.generate --checkpoint=<dir> --interactive
+    python -m lawcat_jax.generate --checkpoint=<dir> --input=prompts.jsonl --output=answers.jsonl
+
+Text goes to standard output, everything else to standard error.
 """
 
 from __future__ import annotations
 
 import sys
 import typing
+from collections.abc import Iterator
+from pathlib import Path
 
 from absl import flags
 
@@ -20,11 +27,35 @@ _CHECKPOINT = flags.DEFINE_string(
     "Model directory, folder of a run, Hugging Face directory or hub id, asset:tiny_llama, or a student's small file.",
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; '-' reads it from standard input.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 128, "Tokens to generate at most.", lower_bound=1)
+_INTERACTIVE = flags.DEFINE_bool(
+    "interactive", False, "Read a prompt from each line of standard input. What was read is not read again."
+)
+_INPUT = flags.DEFINE_string(
+    "input", None, "JSONL file of prompts: rows with prompt, a text, or messages, a list of role and content."
+)
+_OUTPUT = flags.DEFINE_string("output", None, "JSONL file for the answers to --input, which must not be there yet.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows of --input answered together.", lower_bound=1)
+_CHAT = flags.DEFINE_bool(
+    "chat",
+    None,
+    "Ask in the form of the model's chat template. Default: with --system, and in --interactive if it has one.",
+)
+_SYSTEM = flags.DEFINE_string("system", "", "System prompt of the conversation.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens",
+    None,
+    "Tokens to generate at most. Default: 128, or what softmax attention has positions for.",
+    lower_bound=1,
+)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token.", lower_bound=0.0)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from so many most likely tokens; 0 is off.", lower_bound=0)
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the most likely tokens with this share together; 1 is off.")
+_MIN_P = flags.DEFINE_float("min_p", 0.0, "Draw from tokens with this share of the most likely one's; 0 is off.")
+_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1, tokens that were there already are less likely.")
+_STOP = flags.DEFINE_multi_string("stop", [], "End before this text; may be given several times.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws at a temperature above 0.")
 _TEACHER = flags.DEFINE_bool("teacher", False, "Use the student's teacher (softmax attention).")
-_ECHO = flags.DEFINE_bool("echo", True, "Print the prompt first.")
+_ECHO = flags.DEFINE_bool("echo", None, "Print the prompt first. Default: where a plain text is continued.")
 _REVISION = flags.DEFINE_string("revision", None, "Revision of a hub repository.")
 _BASE = flags.DEFINE_string(
     "base", None, "Model that a student's small file or a PEFT adapter belongs to; default: the one that it names."
@@ -41,15 +72,21 @@ _ADD_BOS = flags.DEFINE_enum(
 
 def main(argv: list[str]) -> None:
     no_arguments(argv)
-    if _PROMPT.value is None:
-        raise UserError("--prompt is missing: the text to continue, or - to read it from standard input")
-    if _PROMPT.value == "-":
-        prompt = readable(sys.stdin.buffer.read().decode("utf-8", errors="surrogateescape"), "standard input")
-    else:
-        prompt = readable(_PROMPT.value, "--prompt")
+    _check_flags()
+    prompt = _PROMPT.value
+    if prompt == "-":
+        prompt = sys.stdin.buffer.read().decode("utf-8", errors="surrogateescape")
+    if prompt is not None:
+        prompt = readable(prompt, "standard input" if _PROMPT.value == "-" else "--prompt")
+    from lawcat_jax.inference import batch, text
     from lawcat_jax.inference.loading import load_for_inference
-    from lawcat_jax.inference.text import continue_text
+    from lawcat_jax.inference.sampling import Sampling
 
+    sampling = Sampling(
+        _TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _MIN_P.value, _PENALTY.value, typing.cast(int, _SEED.value)
+    )
+    sampling.check("--")
+    rows = None if _INPUT.value is None else batch.read_rows(_INPUT.value)
     model = load_for_inference(
         _CHECKPOINT.value or "",
         revision=_REVISION.value,
@@ -58,19 +95,70 @@ def main(argv: list[str]) -> None:
         tokenizer=_TOKENIZER.value,
         add_bos=typing.cast(Bos | None, _ADD_BOS.value),
     )
-    pieces = continue_text(
-        model,
-        prompt,
-        max_new_tokens=_MAX_NEW_TOKENS.value,
-        temperature=_TEMPERATURE.value,
-        seed=_SEED.value,
-        teacher=_TEACHER.value,
-    )
-    if _ECHO.value:
-        print(prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print(flush=True)
+    request = text.Request(_MAX_NEW_TOKENS.value, sampling, tuple(_STOP.value), _TEACHER.value)
+    templated = text.has_chat_template(model.tokenizer)
+    chat = bool(_CHAT.value or _SYSTEM.value or (_CHAT.value is None and _INTERACTIVE.value and templated))
+    if templated and not chat and _CHAT.value is None and any("prompt" in row for row in rows or [{"prompt": prompt}]):
+        _say("this model has a chat template: --chat asks in its form; a plain text is continued, perhaps with nothing")
+    if rows is not None:
+        made = batch.answer_file(
+            model, rows, _OUTPUT.value or "", request, chat=chat, system=_SYSTEM.value, batch_size=_BATCH_SIZE.value
+        )
+        _say(f"wrote {_OUTPUT.value}: {len(rows)} answers of {made} tokens together")
+        return
+    conversation = text.Conversation(model, request, system=_SYSTEM.value) if chat else None
+    session = text.new_session(model, request)
+    for question in _questions(prompt):
+        if conversation is not None:
+            reread, answer = conversation.reread, conversation.ask(question)
+            if conversation.reread > reread:
+                _say("the chat template writes earlier turns differently now: all of the conversation is read again")
+        else:
+            answer = text.continue_text(model, question, request, session=session)
+        first = next(answer, "")  # reads the prompt: mistakes show before anything is printed
+        if _ECHO.value or (_ECHO.value is None and not chat and not _INTERACTIVE.value):
+            print(question, end="", flush=True)
+        print(first, end="", flush=True)
+        for piece in answer:
+            print(piece, end="", flush=True)
+        print(flush=True)
+        _say(answer.summary())
+
+
+def _check_flags() -> None:
+    """Refuse combinations of flags that cannot be meant, before anything is loaded."""
+    if (_INPUT.value is None) != (_OUTPUT.value is None):
+        raise UserError("--input and --output belong together: prompts in one file, answers in the other")
+    if _INPUT.value is not None:
+        if _PROMPT.value is not None or _INTERACTIVE.value:
+            raise UserError("--input has the prompts: leave --prompt and --interactive out")
+        if Path(_OUTPUT.value or "").exists():
+            raise UserError(f"--output={_OUTPUT.value} is there already; name another file, or remove it")
+    elif _PROMPT.value is None and not _INTERACTIVE.value:
+        raise UserError("--prompt is missing: the text to continue, or - to read it from standard input")
+    if _INTERACTIVE.value and _PROMPT.value == "-":
+        raise UserError("--interactive reads standard input itself: leave --prompt=- out")
+    if _SYSTEM.value and _CHAT.value is False:
+        raise UserError("--system is part of a conversation: leave --nochat out")
+    if "" in _STOP.value:
+        raise UserError("--stop: an empty text would end every answer at once")
+
+
+def _questions(prompt: str | None) -> Iterator[str]:
+    if prompt is not None:
+        yield prompt
+    while _INTERACTIVE.value:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.buffer.readline()
+        if not line:
+            return
+        if line.strip():
+            yield readable(line.decode("utf-8", errors="surrogateescape").rstrip("\r\n"), "standard input")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

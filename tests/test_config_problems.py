@@ -117,3 +117,45 @@ def test_a_file_with_an_unknown_suffix_is_refused_before_anything_runs(tmp_path)
     config = good()
     config.stage2.data = DataConfig(kind="text", source=str(tmp_path / "a.md"))
     config.validate()
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (
+            DataConfig(source="books/*.txt"),
+            r"data\.source: 'books/\*\.txt' is not read by kind 'passkey', only by 'text'",
+        ),
+        (DataConfig(hay="books", hay_source="b"), r"data\.hay: 'books' .* where the wording is not 'paper'"),
+        (DataConfig(hay_source="b", wording="varied"), r"data\.hay_source: 'b' .* with hay 'books' or 'mixed'"),
+        (DataConfig(kind="niah", hay_source="b"), r"data\.hay_source: 'b' is not read by kind 'niah'"),
+        (DataConfig(kind="niah", babi_source="b"), r"data\.babi_source: 'b' .* only by 'babilong'"),
+        (DataConfig(kind="text", source="t", wording="varied"), r"data\.wording: .* 'text' with a passkey_fraction"),
+        (DataConfig(kind="instruction", source="t", text_key="body"), r"data\.text_key: 'body' .* only by 'text'"),
+        (DataConfig(mixture=(MixtureSource(kind="niah"),)), r"data\.mixture: 1 source\(s\) .* only by 'mixture'"),
+        (
+            DataConfig(kind="mixture", wording="varied", mixture=(MixtureSource(kind="niah"),)),
+            r"data\.wording: .* a mixture's sources have their own",
+        ),
+        (
+            DataConfig(kind="mixture", mixture=(MixtureSource(kind="passkey", source="t"),)),
+            r"data\.mixture\[0\]\.source: 't' is not read by kind 'passkey'",
+        ),
+    ],
+)
+def test_a_field_that_the_kind_of_data_does_not_read_is_refused(data, told):
+    config = good()
+    config.stage1.data = data
+    with pytest.raises(ConfigError, match=rf"config\.stage1\.{told}"):
+        config.validate()
+
+
+def test_passkeys_among_text_read_what_passkey_samples_read():
+    config = good()
+    config.stage2.data = DataConfig(
+        kind="text", source="t", passkey_fraction=0.5, wording="varied", hay="mixed", hay_source="b", answer_weight=2.0
+    )
+    config.validate()
+    config.stage2.data.hay_source = ""
+    with pytest.raises(ConfigError, match="hay_source: name books"):
+        config.validate()

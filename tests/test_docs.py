@@ -57,6 +57,11 @@ def test_modules_in_commands_exist():
     assert [name for name in sorted(names) if importlib.util.find_spec(name) is None] == []
 
 
+def test_the_hub_s_command_line_has_its_present_name():
+    files = [*PAGES, *sorted((ROOT / "lawcat_jax").rglob("*.py")), *sorted((ROOT / "configs").glob("*.py"))]
+    assert [file.name for file in files if "huggingface-cli" in file.read_text(encoding="utf-8")] == []
+
+
 def test_files_in_commands_exist():
     named = {
         name for line in commands() for name in re.findall(r"(?<![\w/])(?:configs|tests|launch)/[\w/]+\.\w+", line)

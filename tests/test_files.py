@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lawcat_jax.errors import UserError
-from lawcat_jax.files import new_directory, read_json
+from lawcat_jax.files import new_directory, new_file, read_json, remove_leftovers
 
 
 def write(target, text="new", overwrite=False):
@@ -122,3 +122,25 @@ def test_json_that_is_none_is_one_line(tmp_path):
         read_json(tmp_path / "a.json")
     with pytest.raises(UserError, match="cannot read"):
         read_json(tmp_path)
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    with new_directory(tmp_path / "student", overwrite=True) as directory, new_file(tmp_path / "passkey.json") as file:
+        left = {directory.name, file.name, ".student.old-abcd_12x"}
+        kept = {
+            "student",
+            "passkey.json",
+            ".lock",
+            ".passkey.json",
+            ".other.tmp-abcd_12x",
+            ".notes.settings",
+            "x.abcd_12x",
+        }
+        for name in left | kept:
+            (tmp_path / name).mkdir(exist_ok=True) if "student" in name else (tmp_path / name).write_text("")
+        remove_leftovers(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == kept
+        for name in (directory.name, "student"):  # for the end of the block
+            (tmp_path / name).mkdir(exist_ok=True)
+        file.write_text("")
+    remove_leftovers(tmp_path / "nothing")

@@ -79,5 +79,5 @@ def program(name: str, config: Config, model: ModelConfig, mesh: Mesh, options: 
         arguments = (params, cache, logits, whole(batch, length), lengths)
         return Program(generation.prefill_chunk, arguments, static, batch, length, mesh)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-    arguments = (params, cache, whole(batch), whole(), keys, whole(dtype=jnp.float32))
+    arguments = (params, cache, whole(batch), whole(), keys, {"temperature": whole(dtype=jnp.float32)}, None)
     return Program(generation.decode_step, arguments, static, batch, length, mesh)

@@ -220,7 +220,7 @@ def examine() -> dict[str, Any]:
             notes.append(f"GPU {device['id']} has compute capability {capability}: bfloat16 kernels need 8.0 (Ampere)")
     token = has_hf_token(os.environ)
     if not token:
-        notes.append("no Hugging Face token: gated models (Llama) need one, huggingface-cli login")
+        notes.append("no Hugging Face token: gated models (Llama) need one (hf auth login)")
     return {
         "ok": not problems,
         "python": platform.python_version(),

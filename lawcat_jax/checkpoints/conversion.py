@@ -24,6 +24,7 @@ from lawcat_jax.checkpoints.model_dir import (
     ModelBundle,
     OpenedCheckpoint,
     in_run,
+    is_remote,
     load_model,
     open_checkpoint,
     resolve_dtype,
@@ -219,7 +220,8 @@ def _to_delta(job: _Job) -> None:
     teacher = job.base or _local(job.origin)
     weights = delta.record(leaves)
     if teacher is not None:  # a student whose pretrained part was trained as well is more than its small file
-        found = dict(flatten(load_model(teacher, revision=bundle.extra.get("revision"), dtype="keep").params))
+        revision = bundle.extra.get("revision") if is_remote(teacher) else None
+        found = dict(flatten(load_model(teacher, revision=revision, dtype="keep").params))
         found = {path: leaf for path, leaf in found.items() if not delta.is_trained(path)}
         try:
             delta.check_base(found, weights, where=teacher, student=job.source)

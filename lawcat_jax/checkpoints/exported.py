@@ -6,21 +6,25 @@ mixers and adapters keep our own layout, one array for each layer. Ours stack th
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lawcat_jax.checkpoints.delta import cast, is_trained
+from lawcat_jax.checkpoints.fingerprints import SWITCH, check_files, wanted
 from lawcat_jax.checkpoints.hf.config_map import token_ids
 from lawcat_jax.checkpoints.hf.mapping import linearised_layers, unflatten
 from lawcat_jax.checkpoints.hf.read import GENERATION, Progress, Shardings, collect_tensors, stated_ids
-from lawcat_jax.checkpoints.stored_configs import Configs, configs_from_json, extra_from_json
+from lawcat_jax.checkpoints.hf.tensors import read_metadata
+from lawcat_jax.checkpoints.stored_configs import Configs, configs_from_json, content_digest, extra_from_json
 from lawcat_jax.config import AttentionConfig, ModelConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import read_json
 
 KEY = "lawcat"  # of config.json, and its model_type
+FILES = "lawcat_files"  # in the metadata of the weights: JSON, {name: SHA-256} of the tokenizer's files
 FORMAT_VERSION = 1
 _LAYER = "model.layers.{layer}."
 _TOP = {
@@ -69,10 +73,13 @@ def is_exported(values: dict[str, Any]) -> bool:
 class ExportedCheckpoint:
     """An opened directory of ``convert --to=transformers``, also after transformers has saved it again.
 
+    Fingerprints of arrays and of the tokenizer's files are in the metadata of the weights, which transformers does not write:
+    what it has saved is checked by its configuration alone.
+
     Attributes: ``model``, ``attention``, ``lora``, ``extra``.
 
     Raises:
-      UserError: a configuration that is damaged or of another version, or damaged files.
+      UserError: a configuration that is damaged, changed or of another version, or damaged files.
     """
 
     def __init__(self, directory: Path, shapes: Any):
@@ -84,11 +91,18 @@ class ExportedCheckpoint:
         self.directory = directory
         self.extra: dict[str, Any] = extra_from_json(values, where)
         self.configs: Configs = configs_from_json(values, where)
+        written = content_digest(*self.configs, self.extra)
         for name, value in token_ids(stated_ids(directory / GENERATION)).items():
             setattr(self.configs[0], name, value)
         self._shapes: dict[str, tuple[int, ...]] = shapes(*self.configs)
         self._tensors = collect_tensors(directory)
         self._check()
+        if values.get("digest") not in (None, written):
+            raise UserError(
+                f"{where}: changed since it was written (its digest differs); restore a copy or convert again. If you edited it "
+                'on purpose, remove its line "digest"'
+            )
+        self._check_files()
 
     @property
     def nbytes(self) -> int:
@@ -119,6 +133,20 @@ class ExportedCheckpoint:
         if problems:
             more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise UserError(f"{self.directory}: tensors do not fit config.json: {'; '.join(problems[:5])}{more}")
+
+    def _check_files(self) -> None:
+        files = {tensor.file for tensor in self._tensors.values()}
+        text = read_metadata(min(files)).get(FILES, "{}") if files else "{}"
+        try:
+            stated = json.loads(text)
+        except ValueError:
+            stated = None
+        if not isinstance(stated, dict):
+            raise UserError(f"{min(files)}: its metadata {FILES} is damaged; get a fresh copy or convert again")
+        if wanted():
+            check_files(
+                self.directory, stated, f"if you did it on purpose, {SWITCH}=off in the environment reads it unchecked"
+            )
 
     def params(self, *, dtype: np.dtype | None, shardings: Shardings | None, progress: Progress) -> dict[str, Any]:
         """Every parameter as a plain nested dict; mixers and adapters in float32.

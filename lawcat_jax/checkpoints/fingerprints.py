@@ -1,7 +1,7 @@
-"""Fingerprints of what is stored: of single arrays, wherever they lie, and of JSON values.
+"""Fingerprints of what is stored: of single arrays, wherever they lie, of JSON values, and of small files.
 
-``LAWCAT_VERIFY_WEIGHTS=off`` in the environment skips the check of arrays when a model directory is read, which takes about
-two seconds a gigabyte; it is on by default.
+``LAWCAT_VERIFY_WEIGHTS=off`` in the environment skips the check of arrays when they are read, which takes about two seconds a
+gigabyte; it is on by default.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,13 +46,18 @@ def fingerprint(array: Any) -> int:
     return _on_host(array) if isinstance(array, np.ndarray) else int(_program()(array))
 
 
-def _on_host(array: np.ndarray) -> int:
+def fingerprint_part(array: np.ndarray, first: int) -> int:
+    """What elements ``first``, ``first`` + 1, ... add to the fingerprint of the whole array, modulo 2^32."""
+    return _on_host(array, first)
+
+
+def _on_host(array: np.ndarray, first: int = 0) -> int:
     bits = np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
     weights = np.arange(1, 2 * min(_BLOCK, bits.size) + 1, 2, dtype=np.uint32)
     total = 0
     for start in range(0, bits.size, _BLOCK):
         block = bits[start : start + _BLOCK].astype(np.uint32)
-        total += int(np.dot(block, weights[: block.size])) + 2 * start * int(np.sum(block, dtype=np.uint32))
+        total += int(np.dot(block, weights[: block.size])) + 2 * (first + start) * int(np.sum(block, dtype=np.uint32))
     return total % (1 << 32)
 
 
@@ -73,3 +80,32 @@ def digest(value: Any) -> str:
     """32 hex digits of JSON values, the same before they are written and after they are read."""
     text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def file_digests(directory: Path, but: Collection[str]) -> dict[str, str]:
+    """SHA-256 of every file of a directory by name, in 64 hex digits, but for those named in ``but``; {} where there is no
+    directory.
+
+    Raises:
+      OSError: a file cannot be read.
+    """
+    files = sorted(directory.iterdir()) if directory.is_dir() else []
+    files = [file for file in files if file.is_file() and file.name not in but]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def check_files(directory: Path, stated: Mapping[str, Any], remedy: str) -> None:
+    """Compare the files of a directory with :func:`file_digests` of when they were written; further files may be there.
+
+    Raises:
+      UserError: one is missing, unreadable or has changed; the message ends with ``remedy``.
+    """
+    for name, digest in stated.items():
+        path = directory / Path(str(name)).name
+        try:
+            found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        except OSError as problem:
+            raise UserError(f"cannot read {path}: {problem.strerror or problem}") from None
+        if found != digest:
+            how = "is missing" if found is None else "has changed since it was written"
+            raise UserError(f"{path} {how}: restore a copy or convert again; {remedy}")

@@ -81,7 +81,7 @@ def _logits(bundle: ModelBundle, tokens: np.ndarray, *, as_teacher: bool) -> np.
 
     from lawcat_jax import models
 
-    graphdef, _ = models.abstract(bundle.model, bundle.attention, bundle.lora)
+    graphdef, _ = models.abstract(bundle.model, models.for_this_machine(bundle.attention), bundle.lora)
     with jax.default_matmul_precision("float32"):
         forward = jax.jit(lambda params, x: models.bind(graphdef, params)(x, as_teacher=as_teacher))
         return np.asarray(forward(bundle.params, tokens), np.float32)

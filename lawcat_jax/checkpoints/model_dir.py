@@ -18,11 +18,11 @@ import numpy as np
 from lawcat_jax.checkpoints import model_json
 from lawcat_jax.checkpoints.delta import Delta, cast, is_delta, is_trained
 from lawcat_jax.checkpoints.exported import ExportedCheckpoint, is_exported
-from lawcat_jax.checkpoints.fingerprints import fingerprint
+from lawcat_jax.checkpoints.fingerprints import file_digests, fingerprint
 from lawcat_jax.checkpoints.gguf.read import PACKAGE, GgufCheckpoint, find_gguf, is_gguf
 from lawcat_jax.checkpoints.hf.mapping import base_shapes, flatten, unflatten
 from lawcat_jax.checkpoints.hf.merge import base_of, is_adapter, merge_adapter
-from lawcat_jax.checkpoints.hf.read import TOKENIZER_FILES, Checkpoint, Progress, Shardings, resolve_source
+from lawcat_jax.checkpoints.hf.read import GENERATION, TOKENIZER_FILES, Checkpoint, Progress, Shardings, resolve_source
 from lawcat_jax.checkpoints.hf.write import check_leaves, copy_tokenizer
 from lawcat_jax.checkpoints.model_json import MODEL_JSON, TOKENIZER, ModelJson
 from lawcat_jax.checkpoints.orbax_arrays import restore_arrays, save_arrays
@@ -127,7 +127,8 @@ def save_model(
                 path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sum": fingerprint(np.asarray(leaf))}
                 for path, leaf in leaves.items()
             }
-            write_json(directory / MODEL_JSON, model_json.as_json(model, attention, lora, extra or {}, stored))
+            files = file_digests(directory / TOKENIZER, but=[GENERATION])
+            write_json(directory / MODEL_JSON, model_json.as_json(model, attention, lora, extra or {}, stored, files))
     distributed.barrier("save_model")
 
 
@@ -241,6 +242,13 @@ def takes_base(source: str | os.PathLike) -> bool:
         return is_delta(source) or is_adapter(Path(source).expanduser())
 
 
+def is_remote(source: str | os.PathLike) -> bool:
+    """Whether ``source`` can only be a repository of the Hugging Face hub: nothing here has that name."""
+    text = os.fspath(source)
+    with read_in_one_line(text):
+        return not text.startswith((PACKAGE, "asset:")) and not Path(text).expanduser().exists()
+
+
 def open_checkpoint(
     source: str | os.PathLike, revision: str | None = None, base: str | os.PathLike | None = None
 ) -> OpenedCheckpoint:
@@ -254,8 +262,8 @@ def open_checkpoint(
       base: the model that a student's small file or an adapter belongs to; by default the one that it names.
 
     Raises:
-      UserError: nothing there, a configuration that is damaged or not supported, tensors that do not fit it, or a
-        ``base`` that is missing, superfluous, or of another architecture.
+      UserError: nothing there, a configuration that is damaged or not supported, tensors that do not fit it, a
+        ``base`` that is missing, superfluous, or of another architecture, or a ``revision`` of what is no repository.
     """
     if takes_base(source):
         base = None if base is None else os.fspath(base)
@@ -264,6 +272,8 @@ def open_checkpoint(
         return _open_adapter(os.fspath(source), revision, base)
     if base is not None:
         raise UserError(f"--base goes with an adapter or a student's small file, and {source} is neither")
+    if revision is not None and not is_remote(source):
+        raise UserError(f"revision {revision!r} goes with a hub repository, and {source} is on this machine")
     directory = locate(source, revision)
     if (directory / MODEL_JSON).is_file():
         stated = model_json.read(directory)
@@ -283,7 +293,9 @@ def _open_delta(delta: Delta, revision: str | None, base: str | None) -> OpenedC
     if source is None:
         raise UserError(f"{delta.path} does not say which teacher it belongs to; name it with --base")
     try:
-        opened = open_checkpoint(source, (None if base else delta.revision) or revision)
+        # The recorded revision is that of the repository; a folder that has its name by now has none.
+        recorded = delta.revision if base is None and is_remote(source) else None
+        opened = open_checkpoint(source, recorded or revision)
     except UserError as problem:
         if base:
             raise

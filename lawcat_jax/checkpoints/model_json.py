@@ -7,9 +7,11 @@
     attention, lora  every field of AttentionConfig and LoraConfig, or null
     extra            what the writer added (source, stage, training_length, eval, add_bos)
     params           {path: {"shape", "dtype", "sum"}}, see lawcat_jax.checkpoints.fingerprints
-    digest           of model, attention, lora and params
+    tokenizer        {name: SHA-256} of the files in tokenizer/, but for generation_config.json, which users edit
+    digest           of model, attention, lora, params and what is known in extra
 
-The last two are checked where they are there: earlier versions wrote neither ``sum`` nor ``digest``.
+The last three are checked where they are there: earlier versions wrote neither ``sum`` nor ``digest``, or no ``tokenizer`` and a
+``digest`` without ``extra``.
 """
 
 from __future__ import annotations
@@ -20,10 +22,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lawcat_jax.checkpoints.fingerprints import digest
+from lawcat_jax.checkpoints.fingerprints import check_files, digest
 from lawcat_jax.checkpoints.hf.config_map import token_ids
 from lawcat_jax.checkpoints.hf.read import GENERATION, stated_ids
-from lawcat_jax.checkpoints.stored_configs import configs_from_json, configs_to_json, extra_from_json, meaning
+from lawcat_jax.checkpoints.stored_configs import (
+    configs_from_json,
+    configs_to_json,
+    content_digest,
+    extra_from_json,
+    meaning,
+)
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import read_json
@@ -52,14 +60,16 @@ def as_json(
     lora: LoraConfig | None,
     extra: Mapping[str, Any],
     params: Mapping[str, Mapping[str, Any]],
+    tokenizer: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The values of a model.json; ``params`` as in :class:`ModelJson`."""
+    """The values of a model.json; ``params`` as in :class:`ModelJson`, ``tokenizer`` as ``file_digests`` gives them."""
     return {
         "format_version": FORMAT_VERSION,
         **configs_to_json(model, attention, lora),
         "extra": dict(extra),
         "params": {path: dict(facts) for path, facts in params.items()},
-        "digest": _digest(model, attention, lora, params),
+        "tokenizer": dict(tokenizer),
+        "digest": _digest(model, attention, lora, params, extra),
     }
 
 
@@ -69,8 +79,8 @@ def read(directory: str | os.PathLike) -> ModelJson:
     Token ids in the generation_config.json beside the tokenizer win over those in it.
 
     Raises:
-      UserError: unreadable, of another format version, of layers that have changed since, or with missing, unknown or
-        impossible fields.
+      UserError: unreadable, of another format version, of layers that have changed since, with missing, unknown or
+        impossible fields, or beside tokenizer files that have changed.
     """
     path = Path(directory) / MODEL_JSON
     values = read_json(path)
@@ -84,8 +94,14 @@ def read(directory: str | os.PathLike) -> ModelJson:
     extra, params = extra_from_json(values, str(path)), values.get("params") or {}
     if not isinstance(params, dict) or not all(isinstance(facts, dict) for facts in params.values()):
         raise UserError(f"{path}: params should be an object with an object for every array")
+    files = values.get("tokenizer")
+    if not isinstance(files, dict | None):
+        raise UserError(f"{path}: tokenizer should be an object with a digest for every file")
+    check_files(
+        path.parent / TOKENIZER, files or {}, f'if you did it on purpose, remove its line in "tokenizer" of {path}'
+    )
     changed = ""
-    if values.get("digest") not in (None, _digest(model, attention, lora, params)):
+    if values.get("digest") not in (None, _digest(model, attention, lora, params, None if files is None else extra)):
         changed = (
             f"{path}: changed since it was written (its digest differs); restore a copy or convert again. If you edited "
             'it on purpose, remove its line "digest"'
@@ -106,7 +122,13 @@ def _refuse_outdated(path: Path, attention: Any) -> None:
 
 
 def _digest(
-    model: ModelConfig, attention: AttentionConfig | None, lora: LoraConfig | None, params: Mapping[str, Any]
+    model: ModelConfig,
+    attention: AttentionConfig | None,
+    lora: LoraConfig | None,
+    params: Mapping[str, Any],
+    extra: Mapping[str, Any] | None,
 ) -> str:
-    configs = {"model": model, "attention": attention, "lora": lora}
-    return digest([{name: meaning(config) for name, config in configs.items()}, dict(params)])
+    if extra is None:  # of an earlier version
+        configs = {"model": model, "attention": attention, "lora": lora}
+        return digest([{name: meaning(config) for name, config in configs.items()}, dict(params)])
+    return digest([content_digest(model, attention, lora, extra), dict(params)])

@@ -30,7 +30,6 @@ _RESTORE_BYTES = 256 << 20
 def _checkpointer(**options: Any) -> Iterator[Any]:
     import jax
     import orbax.checkpoint as ocp
-    from absl import logging as absl_logging
     from orbax.checkpoint import type_handlers
 
     # For good: the report comes from a thread, often after the error that it belongs to has been raised.
@@ -47,15 +46,9 @@ def _checkpointer(**options: Any) -> Iterator[Any]:
         (np.ndarray, numpy_handler),
         (jax.Array, type_handlers.ArrayHandler()),
     )
-    verbosity = absl_logging.get_verbosity()
-    if verbosity == absl_logging.INFO:  # the default of a command: orbax logs every step, and warns before it fails
-        absl_logging.set_verbosity(absl_logging.ERROR)
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False, **options)
-    try:
-        with ocp.Checkpointer(handler, **options) as checkpointer:
-            yield checkpointer
-    finally:
-        absl_logging.set_verbosity(verbosity)
+    with ocp.Checkpointer(handler, **options) as checkpointer:
+        yield checkpointer
 
 
 def save_arrays(path: Path, leaves: Mapping[str, np.ndarray]) -> None:

@@ -20,8 +20,15 @@ def unraisable_hook(arguments: Any) -> None:
 
 
 def only_one_report() -> None:
-    """Leave out asyncio's traceback for each read of an array that failed after the first: the first one is reported."""
+    """From now on orbax says nothing by itself: it logs a dozen lines for every save, and a traceback in each of its threads
+    for an error that it raises as well. Of asyncio's tracebacks for reads that failed only the first, which is raised, is left.
+    """
+    logging.getLogger("absl").addFilter(_is_not_of_orbax)
     logging.getLogger("asyncio").addFilter(_is_no_echo)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
 
 
 def _is_no_echo(record: logging.LogRecord) -> bool:

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from lawcat_jax.checkpoints.fingerprints import digest
 from lawcat_jax.config import (
     AttentionConfig,
     Bos,
@@ -32,6 +33,7 @@ Configs = tuple[ModelConfig, AttentionConfig | None, LoraConfig | None]
 
 _KINDS = {"model": ModelConfig, "attention": AttentionConfig, "lora": LoraConfig}
 _PROBLEMS: dict[str, Any] = {"model": model_problems, "attention": attention_problems, "lora": lora_problems}
+_READ = ("source", "revision", "stage", "training_length", "add_bos", "eval")  # keys of ``extra``
 _ORIGINAL = {
     ModelConfig: "family vocab_size hidden_size num_layers num_heads num_kv_heads head_dim mlp_size rms_norm_eps rope_theta "
     "rope_scaling max_position_embeddings tie_embeddings sliding_window bos_token_id eos_token_ids pad_token_id",
@@ -96,6 +98,13 @@ def extra_from_json(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     if problems:
         raise UserError(f"{where}: {'; '.join(problems)}; correct the file, or remove these")
     return extra
+
+
+def content_digest(model: ModelConfig, attention: Any, lora: Any, extra: Mapping[str, Any]) -> str:
+    """Digest of the configurations and of what of ``extra`` the program reads: notes of the user may be added to it."""
+    configs = {"model": model, "attention": attention, "lora": lora}
+    read = {name: extra[name] for name in _READ if extra.get(name) is not None}
+    return digest([{name: meaning(config) for name, config in configs.items()}, read])
 
 
 def meaning(config: Any) -> Any:

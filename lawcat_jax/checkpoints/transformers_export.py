@@ -8,6 +8,7 @@ The directory holds safetensors, config.json with ``auto_map``, tokenizer, gener
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,14 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from lawcat_jax.checkpoints.exported import FORMAT_VERSION, KEY, layers_of, torch_name
+from lawcat_jax.checkpoints.exported import FILES, FORMAT_VERSION, KEY, layers_of, torch_name
+from lawcat_jax.checkpoints.fingerprints import file_digests
 from lawcat_jax.checkpoints.hf.config_map import token_ids_to_hf
 from lawcat_jax.checkpoints.hf.mapping import flatten
 from lawcat_jax.checkpoints.hf.read import GENERATION, INDEX, Progress
 from lawcat_jax.checkpoints.hf.tensors import CODES, write_tensors
 from lawcat_jax.checkpoints.hf.write import MAX_SHARD_BYTES, copy_tokenizer, split_into_shards
 from lawcat_jax.checkpoints.model_card import model_card
-from lawcat_jax.checkpoints.stored_configs import configs_to_json
+from lawcat_jax.checkpoints.stored_configs import configs_to_json, content_digest
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import new_directory, read_json, write_json
@@ -84,19 +86,22 @@ def write_transformers(
     entries = _entries(leaves, model, attention)
     total = sum(int(np.prod(shape)) * dtype.itemsize for _, dtype, shape, _ in entries)
     with new_directory(target, overwrite=overwrite) as directory:
+        copied = copy_tokenizer(tokenizer_source, directory)
+        # Beside the weights: whoever saves the model anew, with other files, leaves these behind.
+        metadata = {FILES: json.dumps(file_digests(directory, but=[GENERATION]))}
+        stated = read_json(directory / GENERATION) if GENERATION in copied else {}
+        write_json(directory / GENERATION, {**stated, **_present(token_ids_to_hf(model))})
+        values = {**configs_to_json(model, attention, lora), "extra": dict(extra or {})}
+        values["digest"] = content_digest(model, attention, lora, values["extra"])
+        dtype = np.dtype(leaves["embed/embedding"].dtype).name
+        write_json(directory / "config.json", _config(model, attention, values, dtype))
         shards, weight_map = split_into_shards(entries, max_shard_bytes), {}
         for number, shard in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            write_tensors(directory / file, shard, progress)
+            write_tensors(directory / file, shard, progress, metadata)
             weight_map |= dict.fromkeys((entry[0] for entry in shard), file)
         if len(shards) > 1:
             write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        values = {**configs_to_json(model, attention, lora), "extra": dict(extra or {})}
-        dtype = np.dtype(leaves["embed/embedding"].dtype).name
-        write_json(directory / "config.json", _config(model, attention, values, dtype))
-        copied = copy_tokenizer(tokenizer_source, directory)
-        stated = read_json(directory / GENERATION) if GENERATION in copied else {}
-        write_json(directory / GENERATION, {**stated, **_present(token_ids_to_hf(model))})
         for name in _FILES:
             shutil.copyfile(CODE / name, directory / name)
         card = model_card(model, attention, lora, extra or {}, recipe or {}, trained=_count(leaves), total=total)

@@ -9,7 +9,8 @@ generated from the docstrings in this package.
     tree       what all config classes have in common: no unknown fields, type checks, JSON
     model      the architecture of the decoder
     attention  the token mixer that replaces softmax attention, and LoRA
-    stage      one training stage and its data
+    data       what a training stage reads
+    stage      one training stage
     run        everything else, and Config itself
 
 Nothing here imports jax: a config is read and checked on any machine, at once. There is no ``from __future__ import
@@ -49,9 +50,10 @@ from lawcat_jax.config.choices import (
     WindowKind,
     Wording,
 )
+from lawcat_jax.config.data import DataConfig, MixtureSource
 from lawcat_jax.config.model import ModelConfig, RopeScaling, model_problems
 from lawcat_jax.config.run import CheckpointConfig, Config, EvalConfig, LogConfig, MeshConfig, TeacherConfig
-from lawcat_jax.config.stage import DataConfig, MixtureSource, StageConfig
+from lawcat_jax.config.stage import StageConfig
 from lawcat_jax.config.tree import ConfigError, Node, choice_problems, from_dict, to_dict, type_problems
 
 __all__ = [

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 
 from lawcat_jax.config.attention import AttentionConfig, LoraConfig, attention_problems, lora_problems
 from lawcat_jax.config.choices import Distributed, Dtype, PasskeyForm, Progress, TaskName
+from lawcat_jax.config.data import suffix_problems
 from lawcat_jax.config.model import ModelConfig, model_problems
-from lawcat_jax.config.stage import StageConfig, stage_problems, suffix_problems
+from lawcat_jax.config.stage import StageConfig, stage_problems
 from lawcat_jax.config.tree import ConfigError, Node, choice_problems, limit_problems, type_problems, unshare
 
 
@@ -134,6 +135,21 @@ class EvalConfig(Node):
     """[1] Of the samples of ``niah_single_*`` and ``babilong_*``; 42 is RULER's."""
     prefill_chunk: int = 0
     """[tokens] Of each prompt that are read at a time; 0 chooses by the lengths of the prompts."""
+    lm_eval: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness, by its names for them; needs the package ``lm_eval``."""
+    lm_eval_tasks_dir: str = ""
+    """Directory with task files (YAML) for lm-evaluation-harness, beside its own."""
+    lm_eval_fewshot: int | None = None
+    """[examples] Before each question of ``lm_eval``; None leaves it to the task."""
+    lm_eval_limit: int | None = None
+    """[samples] Of each task of ``lm_eval``, the first ones; None is all."""
+    lm_eval_chat: bool = False
+    """Write the prompts of ``lm_eval`` in the form of the model's chat template."""
+
+    @property
+    def task_names(self) -> list[str]:
+        """What is evaluated, in order, each once; tasks of lm-evaluation-harness as ``lm_eval:<name>``."""
+        return list(dict.fromkeys([*self.tasks, *(f"lm_eval:{name}" for name in self.lm_eval)]))
 
     def problems(self, path: str = "config.eval") -> list[str]:
         """Values that cannot be, one line each; types are taken as right."""
@@ -144,8 +160,12 @@ class EvalConfig(Node):
             problems.append(f"{path}: lengths and prefill_chunk must not be negative")
         if not self.lengths:
             problems.append(f"{path}.lengths: name at least one length")
-        if not self.tasks and self.enabled:
+        if not self.task_names and self.enabled:
             problems.append(f"{path}.tasks: name at least one task")
+        if (self.lm_eval_fewshot or 0) < 0 or (self.lm_eval_limit is not None and self.lm_eval_limit < 1):
+            problems.append(f"{path}: lm_eval_fewshot must not be negative, and lm_eval_limit at least 1")
+        if not all(self.lm_eval):
+            problems.append(f"{path}.lm_eval: a task without a name")
         problems += limit_problems(self, path, _EVAL_LIMITS) + seed_problems(self.seed, f"{path}.seed")
         problems += seed_problems(self.sample_seed, f"{path}.sample_seed")
         if self.batch_size * max(self.lengths, default=0) > 2**31 - 1:

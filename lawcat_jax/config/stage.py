@@ -1,138 +1,12 @@
-"""One training stage and the data it reads."""
+"""One training stage."""
 
 import dataclasses
 import math
 import re
-from pathlib import Path
 
-from lawcat_jax.config.choices import (
-    TEXT_SUFFIXES,
-    BabiTask,
-    Bos,
-    DataKind,
-    Divergence,
-    Hay,
-    LossDenominator,
-    Remat,
-    Schedule,
-    SourceKind,
-    StatePassing,
-    ValidationWording,
-    Wording,
-)
+from lawcat_jax.config.choices import Divergence, LossDenominator, Remat, Schedule, StatePassing
+from lawcat_jax.config.data import DataConfig, data_problems, is_counted, weight_problems
 from lawcat_jax.config.tree import Node, choice_problems, limit_problems
-
-
-@dataclasses.dataclass
-class MixtureSource(Node):
-    """One source of a mixture, with its share and its loss weights."""
-
-    kind: SourceKind = "text"
-    """What the source holds."""
-    weight: float = 1.0
-    """[share, relative] Share of the mixture's samples."""
-    source: str = ""
-    """``text``, ``instruction``: where from, as in ``data.source``."""
-    text_key: str = "text"
-    """``text``: the field of a row that holds its text."""
-    validation_source: str = ""
-    """``text``, ``instruction``: what validation reads, written as ``source``."""
-    wording: Wording = "paper"
-    """Passkey and the other generated kinds: wording of training samples. ``varied`` samples fill ``seq_length``."""
-    validation_wording: ValidationWording = ""
-    """The same of validation samples."""
-    hay: Hay = "noise"
-    """``niah``, and ``passkey`` in the varied wording: what surrounds the needle."""
-    hay_source: str = ""
-    """Book text for ``hay`` and ``babilong``, written as ``source``."""
-    babi_source: str = ""
-    """``babilong``: directory of bAbI's en-10k files."""
-    babi_tasks: tuple[BabiTask, ...] = ("qa1", "qa2", "qa3")
-    """``babilong``: tasks to draw stories from; qa3 stories are simulated where there is no train file."""
-    min_length_fraction: float = 1.0
-    """[share] Below 1, lengths of generated samples are drawn between this share of the full length and all of it."""
-    answer_weight: float = 1.0
-    """[weight per token] Loss weight of answers."""
-    prompt_weight: float = 0.0
-    """[weight per token] Loss weight of what precedes an answer."""
-    text_weight: float = 1.0
-    """[weight per token] Loss weight of text."""
-    kl_weight: float = 1.0
-    """[ratio] Factor on these weights in the divergence from the teacher; 0 where the teacher cannot know the answer."""
-
-
-@dataclasses.dataclass
-class DataConfig(Node):
-    """One training stream: generated samples (paper section 4), instructions, text packed to the stage's ``seq_length``, or a
-    mixture.
-
-    The loss weights tokens: answers ``answer_weight``, the other tokens of samples with an answer ``prompt_weight`` (1 when
-    ``answer_only`` is off), text tokens ``text_weight``.
-    """
-
-    kind: DataKind = "passkey"
-    """What the stream holds."""
-    source: str = ""
-    """``text``: ``tfds:<name>[:split]``, ``hf:<name>[:config][:split]``, or a path, directory or glob of .txt, .jsonl
-    and .parquet files."""
-    text_key: str = "text"
-    """``text``: the field of a row that holds its text."""
-    passkey_words: int = 870
-    """[words] Hay of a passkey sample (870 in the paper); 0 fills ``seq_length``."""
-    passkey_fraction: float = 0.0
-    """[share] ``text``: share of the sequences that are passkey samples instead."""
-    min_length_fraction: float = 1.0
-    """[share] Below 1, the length of each passkey sample is drawn between this share of the full length and all of
-    it."""
-    num_samples: int = 10_000
-    """[sequences] Size of a passkey set, and how many sequences of a remote text are read (local text is read
-    whole)."""
-    wording: Wording = "paper"
-    """Passkey and the other generated kinds: wording of training samples. ``varied`` samples fill ``seq_length``."""
-    validation_wording: ValidationWording = ""
-    """The same of validation samples."""
-    hay: Hay = "noise"
-    """``niah``, and ``passkey`` in the varied wording: what surrounds the needle."""
-    hay_source: str = ""
-    """Book text for ``hay`` and ``babilong``, written as ``source``."""
-    babi_source: str = ""
-    """``babilong``: directory of bAbI's en-10k files."""
-    babi_tasks: tuple[BabiTask, ...] = ("qa1", "qa2", "qa3")
-    """``babilong``: tasks to draw stories from; qa3 stories are simulated where there is no train file."""
-    mixture: tuple[MixtureSource, ...] = ()
-    """``mixture``: the sources. A pass has ``num_samples`` samples of all of them."""
-    pack: bool = False
-    """Put several short samples into one row. No sample sees another one of its row."""
-    pieces: int = 0
-    """[sequences] At least 2: make long samples and cut each into at most so many pieces of ``seq_length`` tokens, which
-    follow each other in consecutive batches (states passed from step to step); 0 is off."""
-    answer_only: bool = True
-    """Passkey: only the answer counts in the loss of stage 2 and pretraining, but for ``prompt_weight``."""
-    answer_weight: float = 1.0
-    """[weight per token] Loss weight of answers."""
-    prompt_weight: float = 0.0
-    """[weight per token] Passkey: loss weight of the tokens in front of the answer when ``answer_only`` is on."""
-    text_weight: float = 1.0
-    """[weight per token] Loss weight of text."""
-    kl_weight: float = 1.0
-    """[ratio] Factor on these weights in the divergence from the teacher; 0 where the teacher cannot know the answer."""
-    validation_samples: int = 100
-    """[sequences] Held out for validation, of a text the last ones unless ``validation_source`` is set; 0 is no
-    validation."""
-    validation_source: str = ""
-    """Text for validation, written as ``source``."""
-    num_workers: int = 0
-    """[threads] Prepare batches ahead; 0 prepares them in the training loop."""
-    num_processes: int = 0
-    """[processes] Make generated samples in so many processes of their own, where threads are too slow for the accelerator; 0 makes
-    them in the threads. Changes no sample."""
-    add_bos: Bos = "auto"
-    """Beginning-of-sequence token at the beginning of sequences. Generation and evaluation of the student follow the last
-    stage."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.add_bos, bool):  # of config files for earlier versions
-            self.add_bos = "always" if self.add_bos else "never"
 
 
 @dataclasses.dataclass
@@ -142,9 +16,10 @@ class StageConfig(Node):
     enabled: bool = True
     """Run this stage."""
     steps: int = 0
-    """[optimizer steps] Length of the stage; 0 derives it from ``epochs`` and ``data.num_samples``."""
+    """[optimizer steps] Length of the stage; 0 derives it from ``epochs``."""
     epochs: float = 1.0
-    """[passes over the data] Used when ``steps`` is 0."""
+    """[passes over the data] Used when ``steps`` is 0. A pass over text or instructions has the sequences that there are,
+    one over generated samples or a mixture ``data.num_samples``."""
     batch_size: int = 8
     """[sequences] In one optimizer step, over all devices."""
     seq_length: int = 1024
@@ -188,6 +63,9 @@ class StageConfig(Node):
     """[1] Stage 2: both logits are divided by it in the divergence, which is multiplied by its square."""
     kl_direction: Divergence = "forward"
     """Stage 2: which of the two distributions the divergence is weighted by."""
+    teacher_logits: str = ""
+    """Stage 2: folder of the teacher's logits that ``lawcat_jax.teacher_logits`` has written, which the divergence takes
+    instead of running the teacher; empty runs it."""
     state_passing: StatePassing = "off"
     """Stage 2: recurrent state that the rows of a batch begin with (``lawcat_jax/training/state_passing.py``)."""
     state_reset: float = 0.1
@@ -234,14 +112,6 @@ _LIMITS = {
     "validation_length": 2**26,
 }
 _LIMITS |= {"plateau_patience": 2**31 - 1, "eval_every": 2**31 - 1, "loss_chunk": 2**31 - 1}
-_DATA_LIMITS = {
-    "num_samples": 2**31 - 1,
-    "validation_samples": 2**24,
-    "num_workers": 1024,
-    "num_processes": 1024,
-    "passkey_words": 2**26,
-}
-_DATA_LIMITS |= {"pieces": 2**20}
 
 
 def stage_problems(stage: StageConfig, path: str) -> list[str]:
@@ -254,7 +124,9 @@ def stage_problems(stage: StageConfig, path: str) -> list[str]:
         problems.append(f"{path}.grad_accum: {stage.grad_accum} does not divide batch_size {stage.batch_size}")
     if stage.steps < 0:
         problems.append(f"{path}.steps: {stage.steps} must not be negative (0 = from epochs)")
-    if stage.steps == 0 and stage.epochs * stage.data.num_samples < stage.batch_size:
+    if stage.steps == 0 and stage.epochs <= 0:
+        problems.append(f"{path}.epochs: {stage.epochs} must be positive where steps is 0")
+    elif stage.steps == 0 and not is_counted(stage.data) and stage.epochs * stage.data.num_samples < stage.batch_size:
         problems.append(f"{path}.epochs: {stage.epochs} of {stage.data.num_samples} samples make no batch")
     if stage.learning_rate <= 0:
         problems.append(f"{path}.learning_rate: {stage.learning_rate} must be positive")
@@ -287,7 +159,7 @@ def stage_problems(stage: StageConfig, path: str) -> list[str]:
     if stage.steps == 0 and stage.epochs * stage.data.num_samples / max(stage.batch_size, 1) > 2**31 - 1:
         problems.append(f"{path}.epochs: {stage.epochs} are more than 2^31 steps")
     if not path.endswith("stage1"):  # attention transfer looks at every token
-        problems += _weight_problems(stage.data, f"{path}.data")
+        problems += weight_problems(stage.data, f"{path}.data")
     for name in (
         "clip_norm",
         "spike_factor",
@@ -310,6 +182,8 @@ def stage_problems(stage: StageConfig, path: str) -> list[str]:
         problems.append(f"{path}.ema_decay: {stage.ema_decay} is outside [0, 1)")
     if stage.kl_temperature <= 0:
         problems.append(f"{path}.kl_temperature: {stage.kl_temperature} must be positive")
+    if stage.teacher_logits:
+        problems += _stored_logits_problems(stage, path)
     if stage.state_passing != "off" and not path.endswith("stage2"):
         problems.append(f"{path}.state_passing: only stage 2 runs the student alone; set it to 'off'")
     if stage.state_passing != "off" and stage.data.pack:
@@ -322,7 +196,20 @@ def stage_problems(stage: StageConfig, path: str) -> list[str]:
         )
     problems += _multiplier_problems(stage.lr_multipliers, f"{path}.lr_multipliers")
     problems += choice_problems(stage, path)
-    return problems + _data_problems(stage.data, f"{path}.data")
+    return problems + data_problems(stage.data, f"{path}.data")
+
+
+def _stored_logits_problems(stage: StageConfig, path: str) -> list[str]:
+    problems, name = [], f"{path}.teacher_logits"
+    if not path.endswith("stage2") or max(stage.kl_weight, stage.kl_weight_end or 0) <= 0:
+        problems.append(f"{name}: only the divergence of stage 2 reads them; set kl_weight there, or leave it empty")
+    if stage.kl_temperature != 1:
+        problems.append(
+            f"{name}: only the largest logits are stored, which fix no other temperature; set kl_temperature=1"
+        )
+    if stage.data.pieces:
+        problems.append(f"{name}: with data.pieces no two runs need see the same rows; leave one of the two out")
+    return problems
 
 
 def _multiplier_problems(items: tuple[str, ...], path: str) -> list[str]:
@@ -336,73 +223,4 @@ def _multiplier_problems(items: tuple[str, ...], path: str) -> list[str]:
             good = False
         if not good:
             problems.append(f"{path}: {item!r} is not <regular expression>=<factor of at least 0>")
-    return problems
-
-
-def _data_problems(data: DataConfig, path: str) -> list[str]:
-    problems = choice_problems(data, path) + _source_problems(data, path)
-    for index, source in enumerate(data.mixture):
-        name = f"{path}.mixture[{index}]"
-        problems += choice_problems(source, name) + _source_problems(source, name)
-        if source.weight < 0:
-            problems.append(f"{name}.weight: {source.weight} must not be negative")
-    if data.kind == "mixture" and not any(source.weight > 0 for source in data.mixture):
-        problems.append(f"{path}.mixture: name at least one source with a positive weight for kind 'mixture'")
-    if not 0 <= data.passkey_fraction <= 1:
-        problems.append(f"{path}.passkey_fraction: {data.passkey_fraction} is outside [0, 1]")
-    if data.num_samples < 1:
-        problems.append(f"{path}.num_samples: {data.num_samples} must be at least 1")
-    if data.pieces == 1 or (data.pieces and data.pack):
-        problems.append(f"{path}.pieces: {data.pieces} must be 0 (off) or at least 2, and does not go with pack")
-    problems += limit_problems(data, path, _DATA_LIMITS)
-    for name in ("validation_samples", "passkey_words", "num_workers", "num_processes", "pieces"):
-        if getattr(data, name) < 0:
-            problems.append(f"{path}.{name}: {getattr(data, name)} must not be negative")
-    return problems
-
-
-def suffix_problems(source: str, path: str, suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> list[str]:
-    """A file that is there but whose name says that it is no text of a kind that is read."""
-    file = Path(source).expanduser() if source and not source.startswith(("hf:", "tfds:")) else None
-    try:
-        wrong = file is not None and file.is_file() and file.suffix not in suffixes
-    except (OSError, ValueError):  # what cannot even be looked up is for the reader to say
-        wrong = False
-    return [f"{path}: {source!r} has an unknown suffix, expected one of {', '.join(suffixes)}"] if wrong else []
-
-
-def _weight_problems(data: DataConfig, path: str) -> list[str]:
-    """A stream in which no token counts."""
-    sources = [(f"{path}.mixture[{i}]", s) for i, s in enumerate(data.mixture) if s.weight] or [(path, data)]
-    problems = []
-    for name, source in sources if data.kind == "mixture" else [(path, data)]:
-        text = source.kind == "text"
-        answers = source.answer_weight > 0 or source.prompt_weight > 0
-        if text and source.text_weight == 0 and not (data.passkey_fraction and answers):
-            problems.append(f"{name}.text_weight: with 0 no token of this text is learnt from")
-        if not text and not answers:
-            problems.append(f"{name}.answer_weight: with 0, and prompt_weight 0, no token is learnt from")
-    return problems
-
-
-def _source_problems(source: DataConfig | MixtureSource, path: str) -> list[str]:
-    problems = []
-    if source.kind in ("text", "instruction") and not source.source:
-        problems.append(f"{path}.source: name a text source (tfds:..., hf:..., or a path) for kind {source.kind!r}")
-    for name in ("source", "validation_source", "hay_source"):
-        text = name == "hay_source" or source.kind == "text"
-        if text or source.kind == "instruction":
-            problems += suffix_problems(
-                getattr(source, name), f"{path}.{name}", TEXT_SUFFIXES if text else TEXT_SUFFIXES[2:]
-            )
-    hay = source.kind == "niah" or (source.kind == "passkey" and source.wording != "paper")
-    if not source.hay_source and (source.kind == "babilong" or (hay and source.hay != "noise")):
-        problems.append(f"{path}.hay_source: name books (a path, hf:..., or tfds:...) for kind {source.kind!r}")
-    if source.kind == "babilong" and not source.babi_tasks:
-        problems.append(f"{path}.babi_tasks: name at least one task")
-    if not 0 <= source.min_length_fraction <= 1:
-        problems.append(f"{path}.min_length_fraction: {source.min_length_fraction} is outside [0, 1]")
-    for name in ("answer_weight", "prompt_weight", "text_weight", "kl_weight"):
-        if getattr(source, name) < 0:
-            problems.append(f"{path}.{name}: {getattr(source, name)} must not be negative")
     return problems

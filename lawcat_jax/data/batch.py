@@ -34,6 +34,12 @@ class Batch(TypedDict):
     """With ``data.pieces``, in training: whether a row goes on with what the same row held in the batch before."""
     kl_weights: NotRequired[Float32[Any, "B T"]]
     """Weight of each position in the divergence from the teacher, where it is not that of the cross entropy."""
+    teacher_ids: NotRequired[Int32[Any, "B T k"]]
+    """With ``teacher_logits`` of a stage, like the next two: the tokens of the teacher's k largest logits."""
+    teacher_logits: NotRequired[Float32[Any, "B T k"]]
+    """These logits."""
+    teacher_rest: NotRequired[Float32[Any, "B T"]]
+    """The log-sum-exp of all other logits; -inf without any."""
 
 
 class ArrayShape(NamedTuple):
@@ -49,11 +55,13 @@ def _declared() -> dict[str, tuple[tuple[str, ...], np.dtype]]:
     return {name: (tuple(hint.dim_str.split()), np.dtype(hint.dtypes[0])) for name, hint in hints.items()}
 
 
-def batch_shapes(batch_size: int, seq_length: int, optional: Collection[str] = ()) -> dict[str, ArrayShape]:
-    """Shapes and dtypes by name of the arrays of a batch with B = ``batch_size`` and T = ``seq_length``: those that every
-    batch has, and of the others those named in ``optional``.
+def batch_shapes(
+    batch_size: int, seq_length: int, optional: Collection[str] = (), *, kept_logits: int = 0
+) -> dict[str, ArrayShape]:
+    """Shapes and dtypes by name of the arrays of a batch with B = ``batch_size``, T = ``seq_length`` and k =
+    ``kept_logits``: those that every batch has, and of the others those named in ``optional``.
     """
-    sizes = {"B": batch_size, "T": seq_length}
+    sizes = {"B": batch_size, "T": seq_length, "k": kept_logits}
     names = {*Batch.__required_keys__, *optional}
     return {
         name: ArrayShape(tuple(sizes[axis] for axis in axes), dtype)

@@ -18,6 +18,7 @@ from lawcat_jax.data.pieces import PieceStream
 from lawcat_jax.data.rows import Row, join_rows, make_row, pack
 from lawcat_jax.data.sample_processes import SampleProcesses
 from lawcat_jax.data.sources import GeneratedSource, Source, make_source
+from lawcat_jax.data.teacher_store import TeacherStore
 from lawcat_jax.data.tokenize import Tokenizer
 from lawcat_jax.errors import UserError
 
@@ -33,6 +34,7 @@ def make_dataset(
     process_index: int = 0,
     process_count: int = 1,
     repeat: bool = True,
+    teacher: TeacherStore | None = None,
 ):
     """Batches of one stage, as a ``grain.IterDataset``.
 
@@ -44,12 +46,13 @@ def make_dataset(
     ``data.pieces`` training is an ordered, endless stream (:mod:`lawcat_jax.data.pieces`).
 
     Iterators have ``get_state()`` and ``set_state()``; the state does not depend on ``process_count``.
+    Rows have the teacher's stored logits with ``teacher``, the store of these very samples.
     ``data.num_workers`` threads prepare batches ahead; 0 works in the caller. With ``data.num_processes`` generated
     samples of ``train`` are made in so many processes, and there are at least as many threads, which wait for them.
 
     Raises:
       UserError: a batch size that ``process_count`` does not divide, a length too short for its samples, or a
-        source that cannot be read.
+        source that cannot be read; while reading, ``teacher`` is of other samples.
     """
     import grain
 
@@ -73,7 +76,9 @@ def make_dataset(
     absent = {"segment_ids", "continues", "kl_weights"} - set(optional_arrays(data, split))
 
     def row(index: int) -> Row:
-        return {name: array for name, array in samples[index].items() if name not in absent}
+        arrays = samples[index]
+        stored = {} if teacher is None else teacher.arrays(split, index, arrays)
+        return stored | {name: array for name, array in arrays.items() if name not in absent}
 
     dataset = dataset.map(row).batch(batch_size // process_count, drop_remainder=True)
     workers = max(data.num_workers, data.num_processes)
@@ -110,6 +115,10 @@ class Samples:
 
     def __len__(self) -> int:
         return self._length
+
+    def described(self) -> str:
+        """What the rows are made of, and how many there are, for people."""
+        return f"{'; '.join(source.described() for source, _ in self._parts)}; a pass has {len(self):,} rows"
 
     def __getitem__(self, index: int) -> Row:
         if index >= len(self):

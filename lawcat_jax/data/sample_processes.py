@@ -80,6 +80,9 @@ class RemoteSource:
     def document(self, index: int) -> Document:
         return self._processes.document(self._number, index, None)
 
+    def described(self) -> str:
+        return self._local.described()
+
     def bound(self, index: int) -> int:
         return self._local.bound(index)
 

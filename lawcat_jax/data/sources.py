@@ -51,6 +51,10 @@ class Source(Protocol):
         predicted within the row (text)."""
         ...
 
+    def described(self) -> str:
+        """How much there is of it, for people."""
+        ...
+
     def bound(self, index: int) -> int:
         """The most tokens of a row that document ``index`` takes; cheap, for packing. (A generated one whose drawn length is
         below its frame is longer; the end of its row is cut.)"""
@@ -119,6 +123,9 @@ class GeneratedSource:
     def __len__(self) -> int:
         return self._data.num_samples if self._split == "train" else self._data.validation_samples
 
+    def described(self) -> str:
+        return f"{len(self):,} generated samples"
+
     def document(self, index: int) -> Document:
         rng, share = self._draw(index)
         if self._words and isinstance(self._generator, PasskeyGenerator):
@@ -162,7 +169,8 @@ def _weighted(data: DataConfig, sample: Sample) -> Document:
     weights = np.full(len(sample.tokens), data.prompt_weight if data.answer_only else 1.0, np.float32)
     start, end = sample.label_span or (sample.answer_start, sample.answer_end)
     if data.answer_only:
-        weights[sample.answer_end :] = 0.0  # eos is not a label
+        weights[sample.answer_end :] = 0.0
+        weights[-1] = data.end_weight  # of eos
     weights[start:end] = data.answer_weight
     weights[0] = 0.0
     return Document(sample.tokens, weights, sample.needle_end, sample.question_start, kl_weight=data.kl_weight)
@@ -209,6 +217,12 @@ class TextSource:
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    def described(self) -> str:
+        ends = 0 if self._eos is None else int(np.count_nonzero(self._tokens == self._eos))
+        documents = f"{ends:,} document(s) of " if ends else ""
+        split = "training" if self._split == "train" else self._split
+        return f"{documents}{len(self._tokens):,} tokens, {len(self):,} sequences of {self._seq_length} for {split}"
 
     def document(self, index: int) -> Document:
         return self._document(self._packed[self._indices[index]])
@@ -257,6 +271,9 @@ class InstructionSource:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def described(self) -> str:
+        return f"{len(self):,} conversations"
 
     def document(self, index: int) -> Document:
         return self.long_document(index, self._seq_length)

@@ -1,4 +1,4 @@
-"""Greedy and sampled generation for teacher and student, in batches or as a stream.
+"""Greedy and sampled generation for teacher and student in batches; :mod:`lawcat_jax.inference.session` streams.
 
 Prompts are consumed in chunks of a few fixed sizes, so that the number of compilations does not grow with the number of
 prompt lengths; the student's memory does not grow with the length at all.
@@ -7,8 +7,7 @@ prompt lengths; the student's memory does not grow with the length at all.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lawcat_jax.errors import UserError
+from lawcat_jax.inference.sampling import GREEDY, Sampling, choose
 from lawcat_jax.models import bind, num_linear
 from lawcat_jax.models.cache import Cache
 from lawcat_jax.models.finite import not_finite_error
@@ -23,7 +23,7 @@ from lawcat_jax.runtime.distributed import on_host
 from lawcat_jax.runtime.sharding import batch_shards, constrain, mesh_of
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Bool, Float, Int
 
 SMALLEST_BUCKET = 16
 SMALLER_CHUNK, LARGEST_CHUNK = 1024, 8192
@@ -32,6 +32,10 @@ LONGEST = 2**26
 """[tokens] Prompt and answer at most; far above what any machine runs."""
 NOT_FINITE = -2
 """Stands for the next token where its logits are NaN or infinite."""
+STOP_EVERY = 32
+"""[tokens] Between two looks at whether answers have come to a stop string."""
+
+Values = dict[str, Any]  # see Sampling.values: jax arrays by name
 
 
 def bucket(size: int, largest: int | None = None) -> int:
@@ -72,13 +76,9 @@ def prefill_chunk(
     return new if lengths is None else jnp.where(lengths[:, None] > 0, new, logits), cache
 
 
-def _choose(logits, step, keys, temperature):
-    """Next tokens [B]: the most likely where temperature is 0, else drawn with a key of the sequence and the step;
-    :data:`NOT_FINITE` where there is none."""
-    step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
-    scaled = logits / jnp.maximum(temperature, 1e-6)
-    drawn = jax.vmap(jax.random.categorical)(step_keys, scaled)
-    tokens = jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+def _choose(logits, step, keys, values, seen):
+    """Next tokens [B] (:func:`lawcat_jax.inference.sampling.choose`); :data:`NOT_FINITE` where there is none."""
+    tokens = choose(logits, step, keys, values, seen)
     return jnp.where(jnp.all(jnp.isfinite(logits), axis=-1), tokens, NOT_FINITE)
 
 
@@ -89,52 +89,72 @@ def decode_step(
     token: Int[Array, " B"],
     step: Int[Array, ""] | int,
     keys: Array,
-    temperature: Float[Array, ""] | float,
+    values: Values,
+    seen: Bool[Array, "B V"] | None,
     *,
     graphdef: Any,
     as_teacher: bool,
-) -> tuple[Int[Array, " B"], Cache]:
-    """Consume one token of every sequence, int32 [B], and choose the next: (next tokens [B], cache)."""
+) -> tuple[Int[Array, " B"], Cache, Bool[Array, "B V"] | None]:
+    """Consume one token of every sequence, int32 [B], and choose the next: (next tokens [B], cache, ``seen`` with the
+    tokens consumed)."""
     logits, cache = bind(graphdef, params).decode(token, cache, as_teacher=as_teacher)
-    return _choose(logits, step, keys, temperature), cache
+    seen = _marked(seen, token)
+    return _choose(logits, step, keys, values, seen), cache, seen
 
 
-_first_token = jax.jit(_choose)
+first_token = jax.jit(_choose)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher", "capacity"), donate_argnames=("cache", "logits"))
-def _decode_loop(params, cache, logits, done, limit, eos, keys, temperature, *, graphdef, as_teacher, capacity: int):
-    """Tokens [B, capacity] until every sequence is done or ``limit`` tokens are out; -1 where there is none."""
+def _marked(seen, token):
+    return None if seen is None else seen.at[jnp.arange(token.shape[0]), token].set(True, mode="drop")
+
+
+def seen_tokens(params: dict[str, Any], rows: Sequence[Sequence[int]], values: Values) -> jax.Array | None:
+    """Which tokens each row holds, bool [B, V]; None where ``values`` penalises no repetition."""
+    if "repetition_penalty" not in values:
+        return None
+    seen = np.zeros((len(rows), params["embed"]["embedding"].shape[0]), bool)
+    for row, tokens in zip(seen, rows, strict=True):
+        row[list(tokens)] = True
+    return jnp.asarray(seen)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "as_teacher", "capacity"), donate_argnames=("cache", "logits", "seen")
+)
+def _decode_loop(
+    params, cache, logits, done, seen, first, limit, eos, keys, values, *, graphdef, as_teacher, capacity: int
+):
+    """Tokens [B, capacity] number ``first`` and on of every answer, until all are done or ``limit`` tokens are out; -1
+    where there is none. What a call for the tokens after these takes comes with them."""
     model = bind(graphdef, params)
     batch = logits.shape[0]
 
     def more(carry):
-        step, _, _, done, _ = carry
+        step, _, _, done, _, _ = carry
         return (step < limit) & ~jnp.all(done)
 
     def body(carry):
-        step, logits, cache, done, out = carry
-        token = _choose(logits, step, keys, temperature)
+        step, logits, cache, done, seen, out = carry
+        token = _choose(logits, first + step, keys, values, seen)
         out = out.at[:, step].set(jnp.where(done, -1, token))
         done = done | jnp.any(token[:, None] == eos, axis=1) | (token == NOT_FINITE)
         logits, cache = model.decode(token, cache, as_teacher=as_teacher)
-        return step + 1, logits, cache, done, out
+        return step + 1, logits, cache, done, _marked(seen, token), out
 
     out = jnp.full((batch, capacity), -1, jnp.int32)
-    _, logits, cache, _, out = jax.lax.while_loop(more, body, (jnp.int32(0), logits, cache, done, out))
-    return out, logits, cache  # the last two only so that their donated buffers are reused
+    _, logits, cache, done, seen, out = jax.lax.while_loop(more, body, (jnp.int32(0), logits, cache, done, seen, out))
+    return out, logits, cache, done, seen
 
 
-def _check(params, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, seed: int) -> None:
+def check_request(params: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling) -> None:
+    """Refuse what cannot be generated, before anything runs; the errors of :func:`generate`."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens: {max_new_tokens} must be at least 1")
     longest = max_new_tokens + max(map(len, prompts), default=0)
     if longest > LONGEST:
         raise UserError(f"a prompt and max_new_tokens take {longest} tokens together, more than can be run ({LONGEST})")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise UserError(f"temperature: {temperature} must be a number of at least 0")
-    if not -(2**63) <= seed < 2**63:
-        raise UserError(f"seed: {seed} must fit into 64 bits")
+    sampling.check()
     vocabulary = params["embed"]["embedding"].shape[0]
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
@@ -175,23 +195,30 @@ def default_chunk(rows: int) -> int:
     return min(LARGEST_CHUNK, max(SMALLER_CHUNK, 1 << max(0, (BUSY_TOKENS // rows).bit_length() - 1)))
 
 
-def _consume(graphdef, params, prompts, new_tokens: int, chunk: int, as_teacher: bool):
-    """Caches and next-token logits after the prompts (lists of token ids)."""
+def read_prompts(
+    graphdef: Any,
+    params: dict[str, Any],
+    cache: Cache,
+    logits: Float[Array, "B V"],
+    prompts: Sequence[Sequence[int]],
+    *,
+    chunk: int = 0,
+    as_teacher: bool = False,
+) -> tuple[Cache, Float[Array, "B V"]]:
+    """Append tokens, at least one a row, to caches that have room for them: (caches, next-token logits); both are given
+    up. ``chunk`` tokens of a row are read at a time, 0 chooses."""
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     shortest, longest = int(lengths.min()), int(lengths.max())
     plan = prefill_plan(shortest, longest, chunk or default_chunk(-(-len(prompts) // batch_shards(params))))
-    options = {"graphdef": graphdef, "as_teacher": as_teacher}
-    # Only the key-value buffer of softmax layers depends on the length.
-    room = bucket(longest + new_tokens) if needs_room(graphdef, params, as_teacher) else 1
-    with mesh_of(params):
-        cache, logits = empty_cache(params, batch=len(prompts), length=room, **options)
     tokens = np.zeros((len(prompts), sum(plan[-1])), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     for start, size in plan:
         valid = None if shortest - start >= size else np.clip(lengths - start, 0, size)
         with mesh_of(params):
-            logits, cache = prefill_chunk(params, cache, logits, tokens[:, start : start + size], valid, **options)
+            logits, cache = prefill_chunk(
+                params, cache, logits, tokens[:, start : start + size], valid, graphdef=graphdef, as_teacher=as_teacher
+            )
     return cache, logits
 
 
@@ -202,8 +229,8 @@ def generate(
     *,
     max_new_tokens: int,
     eos_ids: Sequence[int] = (),
-    temperature: float = 0.0,
-    seed: int = 0,
+    sampling: Sampling = GREEDY,
+    stop: Callable[[Sequence[int]], bool] | None = None,
     as_teacher: bool = False,
     batch_size: int = 8,
     prefill_chunk: int = 0,
@@ -215,75 +242,68 @@ def generate(
       prompts: token ids, each at least one.
       max_new_tokens: most tokens of an answer.
       eos_ids: an answer ends with the first of these, which is its last token.
-      temperature: 0 for the most likely token, else the softmax temperature of the draws.
-      seed: of the draws; an answer depends on the seed and the prompt's number, not on the batch.
+      sampling: how tokens are chosen. An answer depends on the seed and the prompt's number, not on the batch.
+      stop: says of the tokens of an answer whether it need not go on. It is asked every :data:`STOP_EVERY` tokens, so
+        that an answer may have more tokens than it takes.
       batch_size: prompts continued at a time; prompts of similar length go together.
       prefill_chunk: tokens of each prompt consumed at a time, which bounds the memory that a long prompt takes; 0
         chooses by the batch and the lengths (:func:`default_chunk`).
 
     Raises:
-      UserError: for an empty prompt, a token outside the vocabulary, sizes out of range, a temperature that is none, or
+      UserError: for an empty prompt, a token outside the vocabulary, sizes out of range, sampling that cannot be, or
         logits that are not finite (naming the layer).
     """
-    _check(params, prompts, max_new_tokens, temperature, seed)
+    check_request(params, prompts, max_new_tokens, sampling)
     if batch_size < 1 or prefill_chunk < 0:
         raise UserError(f"batch_size {batch_size} must be at least 1, and prefill_chunk {prefill_chunk} not negative")
     options = {"graphdef": graphdef, "as_teacher": as_teacher}
-    eos = jnp.asarray([*eos_ids] or [-1], jnp.int32)
+    eos, values = jnp.asarray([*eos_ids] or [-1], jnp.int32), sampling.values()
+    piece = max_new_tokens if stop is None else min(STOP_EVERY, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     answers: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
         # A short last batch is filled up with copies: an empty row would rule out the kernels for whole chunks.
         rows = [prompts[number] for number in numbers] + [prompts[numbers[-1]]] * (batch_size - len(numbers))
-        cache, logits = _consume(graphdef, params, rows, max_new_tokens, prefill_chunk, as_teacher)
-        done = np.arange(batch_size) >= len(numbers)
-        keys = _keys(seed, [*numbers, *[0] * (batch_size - len(numbers))])
-        limit, heat = jnp.int32(max_new_tokens), jnp.float32(temperature)
-        capacity = bucket(max_new_tokens)
+        # Only the key-value buffer of softmax layers depends on the length.
+        room = bucket(max(map(len, rows)) + max_new_tokens) if needs_room(graphdef, params, as_teacher) else 1
         with mesh_of(params):
-            out, *_ = _decode_loop(params, cache, logits, done, limit, eos, keys, heat, capacity=capacity, **options)
-        for number, row in zip(numbers, on_host(out), strict=False):
-            answers[number] = [int(token) for token in row if token >= 0]
-            if np.any(row == NOT_FINITE):
-                raise not_finite_error(graphdef, params, [*prompts[number], *answers[number]], as_teacher=as_teacher)
+            cache, logits = empty_cache(params, batch=len(rows), length=room, **options)
+        cache, logits = read_prompts(graphdef, params, cache, logits, rows, chunk=prefill_chunk, as_teacher=as_teacher)
+        done, seen = np.arange(batch_size) >= len(numbers), seen_tokens(params, rows, values)
+        keys = sequence_keys(sampling.seed, [*numbers, *[0] * (batch_size - len(numbers))])
+        for first in range(0, max_new_tokens, piece):
+            limit = jnp.int32(min(piece, max_new_tokens - first))
+            with mesh_of(params):
+                out, logits, cache, done, seen = _decode_loop(
+                    params,
+                    cache,
+                    logits,
+                    done,
+                    seen,
+                    jnp.int32(first),
+                    limit,
+                    eos,
+                    keys,
+                    values,
+                    capacity=bucket(piece),
+                    **options,
+                )
+            for number, row in zip(numbers, on_host(out), strict=False):
+                answers[number] += [int(token) for token in row if token >= 0]
+                if np.any(row == NOT_FINITE):
+                    raise not_finite_error(
+                        graphdef, params, [*prompts[number], *answers[number]], as_teacher=as_teacher
+                    )
+            if stop is None:
+                break
+            stopped = [stop(answers[number]) for number in numbers]
+            done = on_host(done) | np.array(stopped + [True] * (batch_size - len(numbers)))
+            if done.all():
+                break
     return answers
 
 
-def stream(
-    graphdef: Any,
-    params: dict[str, Any],
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    eos_ids: Sequence[int] = (),
-    temperature: float = 0.0,
-    seed: int = 0,
-    as_teacher: bool = False,
-    prefill_chunk: int = 0,
-) -> Iterator[int]:
-    """Yield the tokens of one continuation as they are made, the end token included: those that :func:`generate` gives
-    for this prompt alone.
-
-    Raises:
-      UserError: as :func:`generate`, at the first token asked for.
-    """
-    _check(params, [prompt], max_new_tokens, temperature, seed)
-    options = {"graphdef": graphdef, "as_teacher": as_teacher}
-    cache, logits = _consume(graphdef, params, [prompt], max_new_tokens, prefill_chunk, as_teacher)
-    keys, heat = _keys(seed, [0]), jnp.float32(temperature)
-    token, given = _first_token(logits, jnp.int32(0), keys, heat), list(prompt)
-    for step in range(1, max_new_tokens + 1):
-        value = int(token[0])
-        if value == NOT_FINITE:
-            raise not_finite_error(graphdef, params, given, as_teacher=as_teacher)
-        given.append(value)
-        yield value
-        if value in eos_ids or step == max_new_tokens:
-            return
-        with mesh_of(params):  # not around the yield, where it would leak into the caller
-            token, cache = decode_step(params, cache, token, jnp.int32(step), keys, heat, **options)
-
-
-def _keys(seed: int, numbers: Sequence[int]) -> jax.Array:
+def sequence_keys(seed: int, numbers: Sequence[int]) -> jax.Array:
+    """A key of each sequence, whose number is its place among the prompts."""
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.asarray(numbers, jnp.uint32))

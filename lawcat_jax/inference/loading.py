@@ -107,10 +107,10 @@ def load_for_inference(
     import jax
 
     from lawcat_jax.checkpoints.model_dir import load_model
-    from lawcat_jax.models import abstract
+    from lawcat_jax.models import abstract, for_this_machine
 
     bundle = load_model(found.source, revision=revision, base=base, dtype=dtype)
-    graphdef, _ = abstract(bundle.model, bundle.attention, bundle.lora)
+    graphdef, _ = abstract(bundle.model, for_this_machine(bundle.attention), bundle.lora)
     end = fit_embedding(found.tokenizer, bundle.model.vocab_size, checkpoint).eos_token_id
     return LoadedModel(
         graphdef,

@@ -17,18 +17,22 @@ The base part is the same in teacher and student.
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kernels_pallas.common import target_platform
+from kernels_pallas.dispatch import platform_of
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig
 from lawcat_jax.models.cache import Cache
 from lawcat_jax.models.decoder import Decoder, build_lora, build_mixers, num_linear
 from lawcat_jax.models.lora import merge_lora
 
-__all__ = ["Cache", "Decoder", "abstract", "bind", "init_params", "merge_lora", "num_linear"]
+__all__ = ["Cache", "Decoder", "abstract", "bind", "for_this_machine", "init_params", "merge_lora", "num_linear"]
 
 
 def abstract(
@@ -38,6 +42,20 @@ def abstract(
     model = nnx.eval_shape(lambda: Decoder(config, attention, lora, rngs=nnx.Rngs(0), dtype=dtype))
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
+
+
+def for_this_machine(attention: AttentionConfig | None) -> AttentionConfig | None:
+    """``attention`` with the best implementation that there is where its own runs on another kind of device than this
+    machine's: a student trained on a GPU is read on a CPU as well. Says so.
+    """
+    platform = target_platform()
+    if attention is None or not (needed := platform_of(attention.implementation, platform)):
+        return attention
+    print(
+        f"implementation {attention.implementation} runs on {needed}, this machine has {platform}: taking the best one here",
+        file=sys.stderr,
+    )
+    return dataclasses.replace(attention, implementation=None)
 
 
 def init_params(

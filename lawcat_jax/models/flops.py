@@ -50,9 +50,8 @@ def model_flops(what: str, config: Config, model: ModelConfig, length: int) -> f
         return matrices + teacher + 3 * mixers
     if what == "stage2":
         lora = linear * adapters(model, config.lora)
-        distil = (
-            matrices + head + teacher if max(config.stage2.kl_weight, config.stage2.kl_weight_end or 0) > 0 else 0.0
-        )
+        runs = max(config.stage2.kl_weight, config.stage2.kl_weight_end or 0) > 0 and not config.stage2.teacher_logits
+        distil = matrices + head + teacher if runs else 0.0
         return 2 * (matrices + head) + 3 * (mixers + lora + others) + distil
     lora = linear * adapters(model, config.lora) if config.stage2.enabled else 0.0
     return matrices + mixers + lora + others + (head if what == "decode" else 0.0)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from lawcat_jax.errors import UserError
 from lawcat_jax.files import user_cache
 
 SWITCH = "LAWCAT_JAX_COMPILATION_CACHE"
@@ -37,12 +38,12 @@ def keep_programs() -> None:
     jax is not imported for it. A directory that cannot be written, and a cache that a program has chosen already, change
     nothing. Several CPU devices must not use it, see :func:`lawcat_jax.runtime.distributed.avoid_cached_collectives`.
     """
-    directory = programs_directory()
-    if directory is None:
-        return
     try:
+        directory = programs_directory()
+        if directory is None:
+            return
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, UserError):  # UserError: there is no home directory
         return
     jax = sys.modules.get("jax")
     if jax is None:

@@ -25,13 +25,17 @@ class Babilong(Haystacked):
 
     family = "BABILong"
     question: ClassVar[str]
-    settings = ("samples", "sample_seed", "haystack", "babi")
+    settings = ("samples", "sample_seed", "haystack", "text_key", "babi")
 
     def wording(self, settings: EvalConfig) -> str:
         return f"test facts in {source_name(settings.haystack) if settings.haystack else 'no noise'}"
 
     def identity(self, settings: EvalConfig) -> dict[str, Any]:
         return super().identity(settings) | {"babi_files": file_stamp(settings.babi)}
+
+    def reads(self, settings: EvalConfig) -> set[str]:
+        """Without a haystack where no length asks for noise."""
+        return super().reads(settings) - (set() if any(settings.lengths) else {"haystack", "text_key"})
 
     def check(self, settings: EvalConfig, tokenizer: Tokenizer) -> None:
         if not settings.babi:

@@ -46,7 +46,7 @@ class Cells:
         self._used.add(path)
         try:
             rows = read_json(path)["results"]
-            return {int(x): task.result(**row) for x, row in rows.items()}
+            return {task.position(x): task.result(**row) for x, row in rows.items()}
         except (UserError, KeyError, TypeError, ValueError, AttributeError):
             return None
 
@@ -76,4 +76,4 @@ class Cells:
             return None
         facts = [__version__, task.name, task.identity(settings), model.fingerprint, length]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-        return self._folder / f"{task.name}_{length}_{digest[:16]}.json"
+        return self._folder / f"{task.stem}_{length}_{digest[:16]}.json"

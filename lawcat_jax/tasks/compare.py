@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lawcat_jax.config import Bos, ConfigError, EvalConfig, from_dict, type_problems
+from lawcat_jax.checkpoints.model_dir import is_remote, open_checkpoint, takes_base
+from lawcat_jax.config import Bos, ConfigError, EvalConfig, TaskName, from_dict, type_problems
 from lawcat_jax.errors import UserError
 from lawcat_jax.inference.loading import FoundCheckpoint, find_checkpoint, load_for_inference
+from lawcat_jax.tasks.lm_eval import PREFIX
+from lawcat_jax.tasks.registry import task_named
 from lawcat_jax.tasks.runner import Results, check_settings, run_evaluation
 from lawcat_jax.tasks.task import Model
 
@@ -36,6 +40,18 @@ def named_checkpoints(items: Sequence[str]) -> dict[str, str]:
             "--checkpoint is missing: a model directory, a Hugging Face directory or hub id, or asset:<name>"
         )
     return found
+
+
+def split_tasks(items: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(tasks of this program, tasks of lm-evaluation-harness) of ``--tasks``: what follows an ``lm_eval:<name>`` and is
+    no task of this program is one of the harness."""
+    own, harness = [], []
+    for item in (item.strip() for item in items):
+        if item.startswith(PREFIX):
+            harness.append(item.removeprefix(PREFIX))
+        elif item:
+            (harness if harness and item not in typing.get_args(TaskName) else own).append(item)
+    return tuple(own), tuple(harness)
 
 
 def chosen_settings(stored: Mapping[str, Any], given: Mapping[str, Any]) -> EvalConfig:
@@ -99,25 +115,50 @@ def evaluate_checkpoints(
     """
     named = named_checkpoints(checkpoints)
     chosen_settings({}, given)  # mistakes in the flags show before anything is looked up
-    from lawcat_jax.checkpoints.model_dir import takes_base
-
-    if base is not None and not any(map(takes_base, named.values())):
-        raise UserError("--base goes with a student's small file or an adapter, and no --checkpoint is one")
-    options: dict[str, Any] = {"revision": revision, "tokenizer": tokenizer, "add_bos": add_bos}
-    found = {
-        name: find_checkpoint(path, base=base if takes_base(path) else None, **options) for name, path in named.items()
-    }
+    opening = _opening(named, base, revision)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "add_bos": add_bos}
+    found = {name: find_checkpoint(path, **each, **options) for name, (path, each) in opening.items()}
     first = next(iter(found.values()))
     settings = chosen_settings(first.extra.get("eval") or {}, given)
+    _refuse_unread(settings, given)
+    if settings.teacher and not any(open_checkpoint(path, **each).attention for path, each in opening.values()):
+        raise UserError("--teacher evaluates the teacher of a student beside it, and no --checkpoint is a student")
     for checkpoint in found.values():
         check_settings(settings, checkpoint.tokenizer)
     return run_evaluation(
         settings,
-        _models(named, settings, base, {**options, "dtype": dtype}),
+        _models(opening, settings, {**options, "dtype": dtype}),
         output=output or default_output(found),
         training_length=training_length or first.extra.get("training_length"),
         replace=False,
     )
+
+
+_FLAGS = {
+    "passkey_form": "--form",
+    "seed": "--seed",
+    "text": "--text",
+    "text_key": "--text_key",
+    "position_block": "--position_block",
+    "haystack": "--haystack",
+    "babi": "--babi",
+    "prefill_chunk": "--prefill_chunk",
+    **{f"lm_eval_{name}": f"--lm_eval_{name}" for name in ("tasks_dir", "fewshot", "limit", "chat")},
+}
+"""Field of EvalConfig -> the flag that sets it, of those that not every task reads. ``--seed`` sets ``sample_seed`` too."""
+
+
+def _refuse_unread(settings: EvalConfig, given: Mapping[str, Any]) -> None:
+    """Raises a UserError for a flag that was given and that none of the tasks reads."""
+    tasks = [task_named(name) for name in settings.task_names]
+    read = {field for task in tasks for field in task.reads(settings)}
+    read |= {"seed"} if "sample_seed" in read else set()
+    unread = [flag for field, flag in _FLAGS.items() if given.get(field) is not None and field not in read]
+    if unread:
+        form = f" with --form={settings.passkey_form}" if any(task.name == "passkey" for task in tasks) else ""
+        raise UserError(
+            f"{', '.join(unread)}: not read by --tasks={','.join(task.name for task in tasks)}{form}; leave it out"
+        )
 
 
 def default_output(found: Mapping[str, FoundCheckpoint]) -> Path:
@@ -129,16 +170,35 @@ def default_output(found: Mapping[str, FoundCheckpoint]) -> Path:
     return Path("eval_" + "_".join(re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-") for name in found)[:100])
 
 
+def _opening(
+    named: Mapping[str, str], base: str | None, revision: str | None
+) -> dict[str, tuple[str, dict[str, str | None]]]:
+    """Name -> (checkpoint, ``base`` and ``revision`` to open it with): each flag goes to the checkpoints that it concerns.
+
+    Raises:
+      UserError: a flag that concerns none of them.
+    """
+    joined = {name: takes_base(path) for name, path in named.items()}
+    remote = {name: joined[name] or is_remote(path) for name, path in named.items()}
+    if base is not None and not any(joined.values()):
+        raise UserError("--base goes with a student's small file or an adapter, and no --checkpoint is one")
+    if revision is not None and not any(remote.values()):
+        raise UserError("--revision goes with a hub repository, and no --checkpoint is one")
+    return {
+        name: (path, {"base": base if joined[name] else None, "revision": revision if remote[name] else None})
+        for name, path in named.items()
+    }
+
+
 def _models(
-    named: Mapping[str, str], settings: EvalConfig, base: str | None, options: Mapping[str, Any]
+    opening: Mapping[str, tuple[str, dict[str, str | None]]], settings: EvalConfig, options: Mapping[str, Any]
 ) -> Iterator[Model]:
-    from lawcat_jax.checkpoints.model_dir import takes_base
     from lawcat_jax.runtime.sharding import spread
     from lawcat_jax.tasks.decoder_model import decoder_models
 
-    for name, checkpoint in named.items():
-        loaded = load_for_inference(checkpoint, base=base if takes_base(checkpoint) else None, **options)
-        single = len(named) == 1
+    for name, (checkpoint, each) in opening.items():
+        loaded = load_for_inference(checkpoint, **each, **options)
+        single = len(opening) == 1
         models = decoder_models(
             loaded.graphdef,
             spread(loaded.params),

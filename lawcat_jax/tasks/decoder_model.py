@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,13 +16,13 @@ from lawcat_jax.data import tokenize
 from lawcat_jax.data.tokenize import Tokenizer
 from lawcat_jax.errors import UserError
 from lawcat_jax.inference.generation import bucket, default_chunk, empty_cache, generate, needs_room
+from lawcat_jax.inference.likelihood import Row, log_likelihoods, token_nll
+from lawcat_jax.inference.sampling import Sampling
 from lawcat_jax.models import bind
 from lawcat_jax.models.finite import not_finite_error
 from lawcat_jax.runtime.distributed import on_host
 from lawcat_jax.runtime.sharding import batch_shards, mesh_of
-from lawcat_jax.tasks.task import Generate, Model, NllSum, PositionNll
-
-_CHUNK = 512  # tokens whose logits exist at once: T x V in float32 is 8 GB at 16K tokens and a 128K vocabulary
+from lawcat_jax.tasks.task import Generate, Model, NllSum, PositionNll, Progress
 
 
 def decoder_models(
@@ -69,6 +69,9 @@ def decoder_models(
                 nll=model_nll(graphdef, params, as_teacher=as_teacher),
                 position_nll=position_nll(graphdef, params, as_teacher=as_teacher, chunk=prefill_chunk),
                 devices=batch_shards(params),
+                eos_ids=options["eos_ids"],
+                positions=bind(graphdef, params).config.max_position_embeddings if as_teacher else None,
+                **_free(graphdef, params, as_teacher=as_teacher, batch_size=batch_size, prefill_chunk=prefill_chunk),
                 fingerprint=f"{weights}-{role}",
             )
         )
@@ -107,8 +110,6 @@ def greedy(
             prompts,
             max_new_tokens=max_new_tokens,
             eos_ids=tuple(eos_ids) if ends else (),
-            temperature=0.0,
-            seed=0,
             as_teacher=as_teacher,
             batch_size=rows,
             prefill_chunk=prefill_chunk,
@@ -117,20 +118,46 @@ def greedy(
     return call
 
 
+def _free(graphdef: Any, params: Any, *, as_teacher: bool, batch_size: int, prefill_chunk: int) -> dict[str, Any]:
+    """``likelihoods`` and ``sample`` of a :class:`Model`, in batches of one size."""
+    devices = batch_shards(params)
+    options = {
+        "as_teacher": as_teacher,
+        "batch_size": batch_size * devices,
+        "prefill_chunk": prefill_chunk,
+    }
+
+    def likelihoods(rows: Sequence[Row], progress: Progress | None = None) -> list[tuple[float, bool]]:
+        told = None if progress is None else functools.partial(progress, 0)
+        return log_likelihoods(graphdef, params, rows, progress=told, **options)
+
+    def sample(
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        eos_ids: Sequence[int],
+        sampling: Sampling,
+        stop: Callable[[Sequence[int]], bool] | None,
+    ) -> list[list[int]]:
+        chosen = {"max_new_tokens": max_new_tokens, "eos_ids": eos_ids, "sampling": sampling, "stop": stop}
+        return generate(graphdef, params, prompts, **chosen, **options)
+
+    return {"likelihoods": likelihoods, "sample": sample}
+
+
 def model_nll(graphdef: Any, params: Any, *, as_teacher: bool) -> NllSum:
     """Negative log-likelihood of a batch under a decoder (see :class:`lawcat_jax.models.Decoder`)."""
 
-    @functools.partial(jax.jit, static_argnames="chunk")
-    def nll(params, tokens, targets, weights, lengths, chunk):
+    @jax.jit
+    def nll(params, tokens, targets, weights, lengths):
         model = bind(graphdef, params)
         hidden = model(tokens, lengths=lengths, as_teacher=as_teacher, return_hidden=True)
-        lost = _token_nll(model, hidden, targets, chunk) * weights
+        lost = token_nll(model, hidden, targets)[0] * weights
         return jnp.sum(jnp.where(weights > 0, lost, 0.0)), jnp.sum(weights)
 
     def call(batch: Mapping[str, np.ndarray]) -> tuple[float, float]:
         names = ("tokens", "targets", "loss_weights", "lengths")
         with mesh_of(params):
-            total, weight = nll(params, *(batch[name] for name in names), chunk=_divisor(batch["tokens"].shape[1]))
+            total, weight = nll(params, *(batch[name] for name in names))
         total = float(total)
         if not math.isfinite(total):
             raise _not_finite(graphdef, params, batch, as_teacher)
@@ -144,12 +171,12 @@ def position_nll(graphdef: Any, params: Any, *, as_teacher: bool, chunk: int = 0
     what the model remembers.
     """
 
-    @functools.partial(jax.jit, donate_argnames="cache", static_argnames="part")
-    def step(params, cache, tokens, targets, weights, part):
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def step(params, cache, tokens, targets, weights):
         model = bind(graphdef, params)
         # Padding stands on the right, where nothing that counts sees it.
         hidden, cache = model.prefill(tokens, cache, return_hidden=True, as_teacher=as_teacher)
-        return jnp.sum(_token_nll(model, hidden, targets, part) * weights, axis=0), cache
+        return jnp.sum(token_nll(model, hidden, targets)[0] * weights, axis=0), cache
 
     def call(batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         rows, length = batch["tokens"].shape
@@ -160,7 +187,7 @@ def position_nll(graphdef: Any, params: Any, *, as_teacher: bool, chunk: int = 0
             cache, _ = empty_cache(params, graphdef=graphdef, batch=rows, length=room, as_teacher=as_teacher)
             for start in range(0, length, size):
                 arrays = [batch[name][:, start : start + size] for name in ("tokens", "targets", "loss_weights")]
-                sums, cache = step(params, cache, *arrays, part=_divisor(arrays[0].shape[1]))
+                sums, cache = step(params, cache, *arrays)
                 parts.append(sums)
         totals = np.concatenate([on_host(part) for part in parts]).astype(np.float64)
         counted = np.asarray(batch["loss_weights"], np.float64).sum(axis=0)
@@ -169,29 +196,6 @@ def position_nll(graphdef: Any, params: Any, *, as_teacher: bool, chunk: int = 0
         return totals, counted
 
     return call
-
-
-def _divisor(length: int) -> int:
-    """The most tokens, up to :data:`_CHUNK`, that divide ``length``."""
-    return max(size for size in range(1, min(_CHUNK, length) + 1) if length % size == 0)
-
-
-def _token_nll(model: Any, hidden: jax.Array, targets: jax.Array, chunk: int) -> jax.Array:
-    """float32 [B, T] of final-normed hidden states [B, T, D], with the logits of ``chunk`` tokens (a divisor of T) at
-    once."""
-
-    def part(args):
-        hidden, targets = args
-        logits = model.head(hidden).astype(jnp.float32)
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - picked
-
-    rows, length = targets.shape
-
-    def split(x):  # [B, T, ...] -> [chunks, B, chunk, ...]
-        return jnp.moveaxis(x.reshape(rows, length // chunk, chunk, *x.shape[2:]), 1, 0)
-
-    return jnp.moveaxis(jax.lax.map(part, (split(hidden), split(targets))), 0, 1).reshape(rows, length)
 
 
 def _not_finite(graphdef: Any, params: Any, batch: Mapping[str, np.ndarray], as_teacher: bool) -> UserError:

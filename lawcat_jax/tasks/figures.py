@@ -65,7 +65,7 @@ def plot_lengths(
     """
     lengths = sorted({length for by_length in results.values() for length in by_length})
     places = {length: length or min((x for x in lengths if x), default=2) / 2 for length in lengths}
-    figure = _figure(7.2, 4.5)
+    figure = new_figure(7.2, 4.5)
     axes = figure.add_subplot()
     axes.set_xscale("log", base=2)
     scale = 100 if task.percent else 1
@@ -118,7 +118,7 @@ def plot_lengths(
     axes.grid(True, color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.legend(loc="best", frameon=True)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_depths(path: str | os.PathLike, task: Task, results: Mapping[str, Mapping[int, Any]], *, title: str) -> bool:
@@ -205,7 +205,7 @@ def _heat_maps(
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
     margin = max(1.6, 0.8 + 0.09 * max(map(len, rows)))
-    figure = _figure(margin + columns * max(2.6, 0.62 * len(lengths)), 0.9 + lines * (1.2 + 0.27 * len(rows)))
+    figure = new_figure(margin + columns * max(2.6, 0.62 * len(lengths)), 0.9 + lines * (1.2 + 0.27 * len(rows)))
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     image = None
     for number, (label, means) in enumerate(panels.items()):
@@ -235,7 +235,7 @@ def _heat_maps(
         grid[number // columns][number % columns].set_visible(False)
     figure.colorbar(image, ax=grid, label=scale, shrink=0.9)
     figure.suptitle(title, fontsize=11, wrap=True)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def short_heading(task: Task) -> str:
@@ -253,7 +253,8 @@ def _mean(records: Sequence[tuple[float | None, float]], row: int, bins: int) ->
     return sum(scores) / len(scores) if scores else None
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure of this size in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: it keeps global state
     from matplotlib.figure import Figure
 
@@ -262,7 +263,12 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _save(figure: Any, path: str | os.PathLike) -> None:
+def save_figure(figure: Any, path: str | os.PathLike) -> None:
+    """Write a figure of :func:`new_figure` as PNG.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
     with atomic_file(path, "wb") as out:
         figure.savefig(out, format="png")
 

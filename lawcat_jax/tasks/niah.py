@@ -75,14 +75,14 @@ class NiahSingle2(NiahSingle):
     """A 7-digit number between sentences of a text."""
 
     name, heading, number = "niah_single_2", "S-NIAH-2", 2
-    settings = ("samples", "sample_seed", "haystack")
+    settings = ("samples", "sample_seed", "haystack", "text_key")
 
 
 class NiahSingle3(NiahSingle):
     """A UUID between sentences of a text."""
 
     name, heading, number = "niah_single_3", "S-NIAH-3", 3
-    settings = ("samples", "sample_seed", "haystack")
+    settings = ("samples", "sample_seed", "haystack", "text_key")
 
 
 def asked(drawn: EvalSample) -> Sample:

@@ -36,6 +36,10 @@ class Passkey(GenerationTask):
     def variant(self, settings: EvalConfig) -> str:
         return settings.passkey_form if settings.passkey_form == "landmark" else f"train_seed{settings.seed}"
 
+    def reads(self, settings: EvalConfig) -> set[str]:
+        """Without ``seed`` in the wording ``landmark``, whose prompts are always the same."""
+        return super().reads(settings) - ({"seed"} if settings.passkey_form == "landmark" else set())
+
     def samples(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> Iterator[Sample]:
         form = settings.passkey_form
         options = {"samples": settings.samples, "seed": settings.seed, "add_bos": bos_rule(tokenizer)}

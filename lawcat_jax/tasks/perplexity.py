@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
-
 from lawcat_jax.config import DataConfig, EvalConfig
-from lawcat_jax.data.pipeline import make_dataset
+from lawcat_jax.data.pipeline import Samples
 from lawcat_jax.data.tokenize import Tokenizer, bos_rule
 from lawcat_jax.errors import UserError
 from lawcat_jax.tasks.cells import file_stamp
@@ -33,15 +30,19 @@ class Perplexity(LikelihoodTask):
         """Of a local text also the size and time of its files: a text that was changed is measured anew."""
         return super().identity(settings) | {"files": file_stamp(settings.text)}
 
+    def reads(self, settings: EvalConfig) -> set[str]:
+        """Without ``prefill_chunk``: a sequence is read at once."""
+        return super().reads(settings) - {"prefill_chunk"}
+
     def check(self, settings: EvalConfig, tokenizer: Tokenizer) -> None:
         super().check(settings, tokenizer)
         if not settings.text:
             raise UserError(f"{self.name}: name a text (--text=tfds:..., hf:..., or a path)")
         if min(settings.lengths) < 1:
             raise UserError(f"{self.name}: every length must be at least 1 token")
-        self.batches(tokenizer, max(settings.lengths), settings)  # reads and tokenizes the text, once for all lengths
+        self.sequences(tokenizer, max(settings.lengths), settings)  # reads and tokenizes the text, once for all lengths
 
-    def batches(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> Iterable[Mapping[str, np.ndarray]]:
+    def sequences(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> Samples:
         data = DataConfig(
             kind="text",
             source=settings.text,
@@ -50,15 +51,7 @@ class Perplexity(LikelihoodTask):
             text_key=settings.text_key,
             add_bos=bos_rule(tokenizer),
         )
-        return make_dataset(
-            data,
-            tokenizer,
-            seq_length=length,
-            batch_size=settings.batch_size,
-            seed=0,
-            split="validation",
-            repeat=False,
-        )
+        return Samples(data, tokenizer, seq_length=length, seed=0, split="validation")
 
 
 TASKS = (Perplexity(),)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
 from lawcat_jax.config import EvalConfig
@@ -25,6 +23,10 @@ class PositionPerplexity(Perplexity):
     settings = ("samples", "text", "text_key", "position_block")
     x_label = "position (tokens)"
 
+    def reads(self, settings: EvalConfig) -> set[str]:
+        """With ``prefill_chunk``: a sequence is read in chunks."""
+        return super().reads(settings) | {"prefill_chunk"}
+
     def lengths(self, settings: EvalConfig) -> list[int]:
         return [max(settings.lengths)]
 
@@ -37,18 +39,15 @@ class PositionPerplexity(Perplexity):
         prepared: Ahead | None = None,
     ) -> dict[int, Likelihood]:
         del prepared
-        settings = dataclasses.replace(settings, batch_size=model.together(settings))
-        totals, weights = np.zeros(length), np.zeros(length)
-        for number, batch in enumerate(self.batches(model.tokenizer, length, settings), 1):
+        totals, weights, samples = np.zeros(length), np.zeros(length), 0
+        for count, batch in self.batches(model, length, settings, progress):
             batch_totals, batch_weights = model.position_nll(batch)
-            totals, weights = totals + batch_totals, weights + batch_weights
-            if progress is not None:
-                progress(length, min(number * settings.batch_size, settings.samples), settings.samples)
+            totals, weights, samples = totals + batch_totals, weights + batch_weights, samples + count
         found = {}
         for start in range(0, length, settings.position_block):
             end = min(start + settings.position_block, length)
             if (weight := weights[start:end].sum()) > 0:
-                found[end] = Likelihood(float(totals[start:end].sum() / weight), round(weight))
+                found[end] = Likelihood(float(totals[start:end].sum() / weight), round(weight), samples)
         return found
 
 

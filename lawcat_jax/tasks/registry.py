@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lawcat_jax.errors import UserError
+from lawcat_jax.tasks.lm_eval import PREFIX, LmEval
 from lawcat_jax.tasks.task import Task
 
 
@@ -29,11 +30,13 @@ def tasks() -> Mapping[str, Task]:
 
 
 def task_named(name: str) -> Task:
-    """The task of that name.
+    """The task of that name; ``lm_eval:<name>`` is one of lm-evaluation-harness.
 
     Raises:
       UserError: there is none.
     """
+    if name.startswith(PREFIX):
+        return LmEval(name.removeprefix(PREFIX))
     if name not in tasks():
         raise UserError(f"task {name!r} is not one of {', '.join(tasks())}")
     return tasks()[name]

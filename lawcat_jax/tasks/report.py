@@ -5,7 +5,7 @@ Of a task, with one or more models in one table and one figure::
     <task>.json           the first model of a single checkpoint; <task>_teacher.json is its teacher
     <task>_<label>.json   each model, where several checkpoints are compared
     <task>.md             the table, with what was measured and how
-    <task>.png            the value against length
+    <task>.png            the value against length, where there are lengths
     <task>_depth.png      the mean score by depth and length, where samples have a depth
 
 Of the tasks of one family together, such as BABILong's, where several were measured::
@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ class Measured:
     name: str
     role: str
     results: Mapping[int, Any]
+    weights: str = ""
+    """A fingerprint of the model; "" where it is unknown."""
 
 
 def rows(results: Mapping[str, Mapping[str, Mapping[int, Any]]]) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
@@ -76,7 +79,8 @@ def write_report(
       output: folder, created when missing.
       training_length: in tokens, marked in the figure.
       replace: False keeps a report of another wording, seed, number of samples or lengths that is there already: the
-        new files then carry these in their names, e.g. ``passkey_train_seed7_n50_256-1024.json``.
+        new files then carry these in their names, e.g. ``passkey_train_seed7_n50_256-1024.json``. A report of another
+        model (of other weights under the same name) is kept as well; the new files end in a part of its fingerprint.
       echo: receives the table, then the files' names.
 
     Returns:
@@ -90,27 +94,37 @@ def write_report(
     documents = [_document(task, settings, model, labels) for model in measured]
     several = len({_base(model.label) for model in measured} - {"student", "teacher"}) > 0
     names = [_suffix(model.label) if several or number else "" for number, model in enumerate(measured)]
-    stem = task.name
-    others = [_differs(output / f"{stem}{name}.json", new) for name, new in zip(names, documents, strict=True)]
-    if not replace and (any(others) or (several and (output / f"{stem}.json").exists())):
-        lengths = sorted({x for model in measured for x in model.results})
-        span = "-".join(map(str, dict.fromkeys((lengths[0], lengths[-1]))))
-        stem = f"{task.name}_{task.variant(settings)}_n{settings.samples}_{span}"
+    stem = task.stem
+
+    def taken(stem: str) -> bool:
+        pairs = zip(names, documents, strict=True)
+        return any(_differs(output / f"{stem}{name}.json", new) for name, new in pairs)
+
+    if not replace and (taken(stem) or (several and (output / f"{stem}.json").exists())):
+        stem += task.ending(settings, sorted({x for model in measured for x in model.results}))
+        if taken(stem):
+            stem += f"_{hashlib.sha256(repr([model.weights for model in measured]).encode()).hexdigest()[:8]}"
     by_label = {model.label: model.results for model in measured}
     title = task.title(settings)
     heading = title if several else f"{title}, {measured[0].name}"
-    echo(table(heading, by_label, task.cell))  # first: what was measured is not lost to a folder that cannot be written
+    fewer = _fewer(task, settings, by_label)
+    echo(
+        table(heading, by_label, task.cell, task.axis) + (f"\n{fewer}" if fewer else "")
+    )  # first: what was measured is not lost to a folder that cannot be written
     for name, document in zip(names, documents, strict=True):
         write_document(output / f"{stem}{name}.json", document)
-    plot_lengths(output / f"{stem}.png", task, by_label, title=title, training_length=training_length)
-    pictures = [f"{stem}.png"]
-    if plot_depths(output / f"{stem}_depth.png", task, by_label, title=title):
+    pictures = []
+    if task.plotted:
+        plot_lengths(output / f"{stem}.png", task, by_label, title=title, training_length=training_length)
+        pictures.append(f"{stem}.png")
+    if task.plotted and plot_depths(output / f"{stem}_depth.png", task, by_label, title=title):
         pictures.append(f"{stem}_depth.png")
     with atomic_file(output / f"{stem}.md") as out:
         out.write(_markdown(task, settings, heading, by_label, pictures, documents[0]))
-    files = ", ".join(str(output / f"{stem}{name}.json") for name in names)
-    echo(f"wrote {files}, {output / stem}.md and {' and '.join(str(output / picture) for picture in pictures)}")
-    return stem.removeprefix(task.name)
+    files = [*(f"{stem}{name}.json" for name in names), f"{stem}.md", *pictures]
+    *first, last = [str(output / file) for file in files]
+    echo(f"wrote {', '.join(first)} and {last}")
+    return stem.removeprefix(task.stem)
 
 
 def write_families(
@@ -180,18 +194,23 @@ def write_document(path: str | os.PathLike, document: Mapping[str, Any]) -> None
         out.write("{\n" + ",\n".join(fields) + "\n}\n")
 
 
-def table(title: str, results: Mapping[str, Mapping[int, Any]], cell: Callable[[Any], str]) -> str:
-    """A text table: one row for each length, one column for each model (``results[label][length]``)."""
-    lines = _cells(results, cell)
+def table(
+    title: str, results: Mapping[str, Mapping[Any, Any]], cell: Callable[[Any], str], axis: str = "tokens"
+) -> str:
+    """A text table: one row for each length, or whatever ``axis`` says, one column for each model
+    (``results[label][length]``)."""
+    lines = _cells(results, cell, axis)
     widths = [max(len(row[column]) for row in lines) for column in range(len(lines[0]))]
     text = ["  ".join(item.rjust(width) for item, width in zip(row, widths, strict=True)) for row in lines]
     text.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join([title, *text])
 
 
-def _cells(results: Mapping[str, Mapping[int, Any]], cell: Callable[[Any], str]) -> list[list[str]]:
+def _cells(
+    results: Mapping[str, Mapping[Any, Any]], cell: Callable[[Any], str], axis: str = "tokens"
+) -> list[list[str]]:
     lengths = sorted({length for by_length in results.values() for length in by_length})
-    lines = [["tokens", *results]]
+    lines = [[axis, *results]]
     for length in lengths:
         lines.append([str(length), *(cell(by[length]) if length in by else "-" for by in results.values())])
     return lines
@@ -207,12 +226,13 @@ def _document(task: Task, settings: EvalConfig, model: Measured, labels: Sequenc
         "task": task.name,
         "model": model.name,
         "role": model.role,
+        "weights": model.weights,
         "table": list(labels),  # all models of the table and the figure that this one is in
         "wording": task.wording(settings),
         "seed": task.seed(settings),
-        "samples": settings.samples,
+        "samples": max(_counts(task, [model.results]), default=0),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": _versions(),
+        "versions": _versions(task.packages),
         "results": results,
     }
 
@@ -225,10 +245,10 @@ def _markdown(
     pictures: Sequence[str],
     document: Mapping[str, Any],
 ) -> str:
-    head, *body = _cells(results, task.cell)
-    facts = [f"{settings.samples} samples of each length"]
-    facts += [f"{name} {getattr(settings, name)!r}" for name in task.settings if name != "samples"]
-    facts.append("in brackets: 95 % interval (Wilson)" if task.percent else "natural logarithms")
+    head, *body = _cells(results, task.cell, task.axis)
+    asked = "samples" in task.settings
+    had = [_fewer(task, settings, results) or f"{settings.samples} samples of each length"] if asked else []
+    facts = [*had, *task.facts(settings)]
     lines = [
         f"# {heading}",
         "",
@@ -242,6 +262,20 @@ def _markdown(
     return "\n".join(lines) + "\n"
 
 
+def _counts(task: Task, results: Iterable[Mapping[Any, Any]]) -> set[int]:
+    """The numbers of samples that results are of."""
+    return {task.samples_of(result) for by_x in results for result in by_x.values()}
+
+
+def _fewer(task: Task, settings: EvalConfig, results: Mapping[str, Mapping[int, Any]]) -> str:
+    """How many samples there were, where these are fewer than were asked for; else nothing."""
+    counts = _counts(task, results.values())
+    if "samples" not in task.settings or counts <= {settings.samples}:
+        return ""
+    had = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    return f"{had} samples of a length, and not the {settings.samples} that were asked for: there are no more"
+
+
 def _differs(path: Path, new: Mapping[str, Any]) -> bool:
     """Whether the report at ``path`` is of another evaluation: of other settings, or with models that are not measured
     now. What an old report does not say is taken to be equal."""
@@ -250,6 +284,7 @@ def _differs(path: Path, new: Mapping[str, Any]) -> bool:
     try:
         old = read_json(path)
         same = all(old[key] == new[key] for key in ("wording", "seed", "samples", "role") if key in old)
+        same = same and (not old.get("weights") or not new["weights"] or old["weights"] == new["weights"])
         same = same and set(old.get("table", ())) <= set(new["table"])
         return not (same and old["results"].keys() == new["results"].keys())
     except (UserError, KeyError, AttributeError):
@@ -264,9 +299,9 @@ def _suffix(label: str) -> str:
     return "_" + re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-")
 
 
-def _versions() -> dict[str, str]:
+def _versions(more: Sequence[str]) -> dict[str, str]:
     versions = {"lawcat_jax": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *more):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

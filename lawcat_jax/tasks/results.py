@@ -58,10 +58,11 @@ class Accuracy:
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
-    """Mean negative log-likelihood ``nats`` per predicted token, over ``n`` tokens."""
+    """Mean negative log-likelihood ``nats`` per predicted token, over ``n`` tokens of ``samples`` sequences."""
 
     nats: float
     n: int
+    samples: int
 
     @property
     def perplexity(self) -> float:

@@ -58,7 +58,7 @@ def run_evaluation(
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise UserError(f"output {str(output)!r} exists and is not a directory")
-    tasks = [task_named(name) for name in dict.fromkeys(settings.tasks)]
+    tasks = [task_named(name) for name in settings.task_names]
     cells = Cells(output, enabled=write)
     measured: dict[str, list[Measured]] = {task.name: [] for task in tasks}
     models = iter(models)
@@ -71,7 +71,7 @@ def run_evaluation(
             check_settings(settings, checked)
         for task in tasks:
             results = measure(task, model, settings, cells=cells, show=write)
-            measured[task.name].append(Measured(model.label, model.name, model.role, results))
+            measured[task.name].append(Measured(model.label, model.name, model.role, results, model.fingerprint))
         del model  # its weights make room for the next one's
     if write:
         endings = []
@@ -91,7 +91,7 @@ def check_settings(settings: EvalConfig, tokenizer: Tokenizer) -> None:
     Raises:
       UserError: an unknown task, lengths that do not fit, a missing source, too little text.
     """
-    for name in dict.fromkeys(settings.tasks):
+    for name in settings.task_names:
         task_named(name).check(settings, tokenizer)
 
 
@@ -112,7 +112,9 @@ def measure(
             results.update(found or {})
         else:
             missing.append(length)
-    progress = ProgressLine(f"{task.name} {model.label}", missing, settings.samples) if show else None
+    progress = ProgressLine(f"{task.name} {model.label}", missing, settings.samples, tokens=task.axis == "tokens")
+    if not show:
+        progress = None
     with contextlib.ExitStack() as threads:
 
         def prepare(length: int | None) -> Ahead | None:
@@ -134,7 +136,9 @@ def _refuse_not_finite(task: Task, model: Model, rows: Mapping[int, Any]) -> Non
     for x, result in rows.items():
         odd = {k: v for k, v in task.row(result).items() if isinstance(v, float) and not math.isfinite(v)}
         if odd:
-            raise UserError(f"{task.name} of {model.label} at {x} tokens is no number ({odd}); no report is written")
+            raise UserError(
+                f"{task.name} of {model.label}, {task.axis} {x}, is no number ({odd}); no report is written"
+            )
 
 
 def evaluate_model(

@@ -9,8 +9,8 @@ from __future__ import annotations
 import abc
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -24,12 +24,30 @@ Generate = Callable[[list[list[int]], int, bool], list[list[int]]]
 """(prompts as token ids, max_new_tokens, whether an answer ends with the model's end token) -> the new tokens of each
 prompt, in order."""
 
+
+class Rows(Protocol):
+    """Sequences to be scored: row ``index`` has the arrays ``tokens``, ``targets``, ``loss_weights`` and ``lengths`` of a
+    :class:`lawcat_jax.data.batch.Batch` without its axis B; one at or beyond ``len()`` has weight zero."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, np.ndarray]: ...
+
+
 NllSum = Callable[[Mapping[str, np.ndarray]], tuple[float, float]]
 """A batch as of :func:`lawcat_jax.data.pipeline.make_dataset` -> (weighted sum of negative log-likelihoods in nats,
 sum of weights)."""
 
 PositionNll = Callable[[Mapping[str, np.ndarray]], tuple[np.ndarray, np.ndarray]]
 """A batch -> the same two sums over its rows for each position, float64 [T] both."""
+
+Likelihoods = Callable[..., list[tuple[float, bool]]]
+"""(pairs of token ids, a context and what follows it; optionally a :data:`Progress`) -> (log-likelihood of what follows
+in nats, whether it is the greedy continuation) of each pair."""
+
+Continue = Callable[..., list[list[int]]]
+"""(prompts as token ids, max_new_tokens, end tokens, a :class:`lawcat_jax.inference.sampling.Sampling`, what says that an
+answer need not go on or None) -> the new tokens of each prompt."""
 
 Progress = Callable[..., None]
 """Called as (length, samples done, samples of this length), and with the sum of the scores so far where there are
@@ -48,6 +66,10 @@ class Model:
       generate: greedy continuation of prompts.
       nll: likelihood of a batch.
       position_nll: likelihood of a batch by position.
+      likelihoods: log-likelihoods of continuations; None where it cannot be asked for them.
+      sample: continuation as a :class:`lawcat_jax.inference.sampling.Sampling` says, up to stop strings; likewise.
+      positions: tokens that it may be given at most; None is any number.
+      eos_ids: the tokens that end an answer.
       devices: over how many devices it splits the samples of a batch.
       fingerprint: differs for models that may answer differently; "" where unknown, and then nothing is resumed.
     """
@@ -59,6 +81,10 @@ class Model:
     generate: Generate
     nll: NllSum
     position_nll: PositionNll
+    likelihoods: Likelihoods | None = None
+    sample: Continue | None = None
+    positions: int | None = None
+    eos_ids: tuple[int, ...] = ()
     devices: int = 1
     fingerprint: str = ""
 
@@ -87,22 +113,27 @@ class Task(abc.ABC):
     A task has no state: what a user chooses is in the :class:`lawcat_jax.config.EvalConfig` that every method takes.
 
     Attributes:
-      name: of the task: its option in ``config.eval.tasks`` and the stem of its files.
+      name: of the task, its option in ``config.eval.tasks``.
       heading: the start of titles, e.g. "Passkey retrieval".
       family: a name for tasks that share a summary, e.g. "BABILong", with which their headings start; "" for none.
       settings: the fields of ``EvalConfig``, ``lengths`` and ``batch_size`` apart, that its results depend on.
-      x_label, y_label: of the plot.
+      packages: that its results depend on, beyond those of every task; their versions are in the report.
+      axis: what the rows of its tables are.
+      plotted: whether its results are plotted over that; if so, x_label and y_label are those of the plot.
       percent: whether the plotted value is a share in [0, 1], shown in percent.
       result: the dataclass of one result; its fields are JSON values.
     """
 
-    name: ClassVar[str]
-    heading: ClassVar[str]
+    name: str
+    heading: str
     family: ClassVar[str] = ""
     settings: ClassVar[tuple[str, ...]]
+    packages: ClassVar[tuple[str, ...]] = ()
+    axis: ClassVar[str] = "tokens"
+    plotted: ClassVar[bool] = True
     x_label: ClassVar[str] = "context length (tokens)"
-    y_label: ClassVar[str]
-    percent: ClassVar[bool]
+    y_label: ClassVar[str] = ""
+    percent: ClassVar[bool] = False
     result: ClassVar[type]
 
     @abc.abstractmethod
@@ -130,6 +161,12 @@ class Task(abc.ABC):
         """What makes two evaluations of a model the same, as JSON values: an interrupted one resumes if it is equal."""
         return {name: getattr(settings, name) for name in self.settings}
 
+    def reads(self, settings: EvalConfig) -> set[str]:
+        """The fields of ``EvalConfig``, ``lengths`` and ``batch_size`` apart, that have an effect on it where the others are
+        as in ``settings``."""
+        del settings
+        return {*self.settings, "prefill_chunk"}
+
     def lengths(self, settings: EvalConfig) -> list[int]:
         """Lengths in tokens that are measured one after the other, each a cell of the table that is kept when done."""
         return sorted(set(settings.lengths))
@@ -137,6 +174,25 @@ class Task(abc.ABC):
     def seed(self, settings: EvalConfig) -> int:
         """The seed of its samples, for the report."""
         return settings.seed
+
+    @property
+    def stem(self) -> str:
+        """The start of its files' names."""
+        return self.name
+
+    def ending(self, settings: EvalConfig, positions: Sequence[Any]) -> str:
+        """What tells its files from those of other settings: the end of their names."""
+        span = "-".join(map(str, dict.fromkeys((positions[0], positions[-1]))))
+        return f"_{self.variant(settings)}_n{settings.samples}_{span}"
+
+    def facts(self, settings: EvalConfig) -> list[str]:
+        """How it was measured, the number of samples apart, for the foot of its table."""
+        facts = [f"{name} {getattr(settings, name)!r}" for name in self.settings if name != "samples"]
+        return [*facts, "in brackets: 95 % interval (Wilson)" if self.percent else "natural logarithms"]
+
+    def position(self, text: str) -> Any:
+        """A position on the x axis, read back from JSON."""
+        return int(text)
 
     def prepare(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> Ahead | None:
         """Begin to make the inputs of a length on another thread, for a :meth:`measure` that comes later; None where
@@ -153,11 +209,15 @@ class Task(abc.ABC):
         settings: EvalConfig,
         progress: Progress | None = None,
         prepared: Ahead | None = None,
-    ) -> dict[int, Any]:
+    ) -> dict[Any, Any]:
         """Measure one length: position on the x axis (usually the length itself) -> result.
 
         ``prepared`` is what :meth:`prepare` gave for the same tokenizer, length and settings, or None.
         """
+
+    @abc.abstractmethod
+    def samples_of(self, result: Any) -> int:
+        """How many samples the result is of; at most ``samples``, where that is one of its settings."""
 
     @abc.abstractmethod
     def cell(self, result: Any) -> str:
@@ -167,9 +227,9 @@ class Task(abc.ABC):
     def row(self, result: Any) -> dict[str, Any]:
         """The result in the JSON report."""
 
-    @abc.abstractmethod
     def point(self, result: Any) -> tuple[float, float, float]:
         """The result in a plot: (value, lower end, upper end of its 95 % interval)."""
+        raise NotImplementedError
 
     def records(self, result: Any) -> Sequence[tuple[float | None, float]]:
         """(depth, score) of single samples, from which a heat map is made; empty where there are none."""
@@ -235,6 +295,9 @@ class GenerationTask(Task):
         count = len(records)
         return {length: Accuracy(hits / count, count, tokens / count, tuple(records))}
 
+    def samples_of(self, result: Accuracy) -> int:
+        return result.n
+
     def cell(self, result: Accuracy) -> str:
         low, high = result.interval
         return f"{100 * result.accuracy:.1f} % [{100 * low:.0f}, {100 * high:.0f}] (n={result.n})"
@@ -258,7 +321,7 @@ class GenerationTask(Task):
 class LikelihoodTask(Task):
     """Text is scored by its negative log-likelihood per token; the result is the mean over all tokens of a length.
 
-    A subclass gives ``name``, ``heading``, ``settings``, ``wording``, ``variant`` and ``batches``.
+    A subclass gives ``name``, ``heading``, ``settings``, ``wording``, ``variant`` and ``sequences``.
     """
 
     y_label = "perplexity"
@@ -266,12 +329,30 @@ class LikelihoodTask(Task):
     result = Likelihood
 
     @abc.abstractmethod
-    def batches(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> Iterable[Mapping[str, np.ndarray]]:
-        """Batches of ``settings.batch_size`` sequences of ``length`` tokens; rows of weight zero fill the last one up.
+    def sequences(self, tokenizer: Tokenizer, length: int, settings: EvalConfig) -> Rows:
+        """Up to ``settings.samples`` sequences of ``length`` tokens, as many as there are.
 
         Raises:
           UserError: the source cannot be read, or is shorter than one sequence.
         """
+
+    def batches(
+        self, model: Model, length: int, settings: EvalConfig, progress: Progress | None = None
+    ) -> Iterator[tuple[int, Mapping[str, np.ndarray]]]:
+        """(sequences in it, batch) of one size, as equal as they can be; rows of weight zero fill the last one up.
+        ``progress`` is told of a batch when the next one is asked for.
+        """
+        rows = self.sequences(model.tokenizer, length, settings)
+        total = len(rows)
+        most = model.together(dataclasses.replace(settings, samples=total))
+        size = -(-total // -(-total // most))
+        size = -(-size // model.devices) * model.devices
+        for start in range(0, total, size):
+            batch = [rows[index] for index in range(start, start + size)]
+            names = ("tokens", "targets", "loss_weights", "lengths")
+            yield min(size, total - start), {name: np.stack([row[name] for row in batch]) for name in names}
+            if progress is not None:
+                progress(length, min(start + size, total), total)
 
     def measure(
         self,
@@ -282,20 +363,20 @@ class LikelihoodTask(Task):
         prepared: Ahead | None = None,
     ) -> dict[int, Likelihood]:
         del prepared
-        total = weight = 0.0
-        settings = dataclasses.replace(settings, batch_size=model.together(settings))
-        for number, batch in enumerate(self.batches(model.tokenizer, length, settings), 1):
+        total, weight, samples = 0.0, 0.0, 0
+        for count, batch in self.batches(model, length, settings, progress):
             batch_total, batch_weight = model.nll(batch)
-            total, weight = total + batch_total, weight + batch_weight
-            if progress is not None:
-                progress(length, min(number * settings.batch_size, settings.samples), settings.samples)
-        return {length: Likelihood(total / weight, round(weight))}
+            total, weight, samples = total + batch_total, weight + batch_weight, samples + count
+        return {length: Likelihood(total / weight, round(weight), samples)}
+
+    def samples_of(self, result: Likelihood) -> int:
+        return result.samples
 
     def cell(self, result: Likelihood) -> str:
         return f"{result.perplexity:.3f} ({result.nats:.4f} nats)"
 
     def row(self, result: Likelihood) -> dict[str, Any]:
-        return {"perplexity": result.perplexity, "nats": result.nats, "n": result.n}
+        return {"perplexity": result.perplexity, "nats": result.nats, "n": result.n, "samples": result.samples}
 
     def point(self, result: Likelihood) -> tuple[float, float, float]:
         return result.perplexity, result.perplexity, result.perplexity

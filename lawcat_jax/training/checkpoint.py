@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import sys
 import tempfile
@@ -42,10 +41,6 @@ class Restored(NamedTuple):
     step: int
     trees: dict[str, Tree]
     meta: dict[str, Any]
-
-
-def _not_of_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname
 
 
 def _digest(meta: dict[str, Any]) -> str:
@@ -105,8 +100,6 @@ class Checkpointer:
     def __init__(self, directory: str, *, keep: int, primary: bool = True):
         import orbax.checkpoint as ocp
 
-        # Orbax logs a dozen lines for every save, and prints a traceback in each of its threads before it raises the error.
-        logging.getLogger("absl").addFilter(_not_of_orbax)
         only_one_report()
         self._unraisable, sys.unraisablehook = sys.unraisablehook, unraisable_hook
         self._ocp, self._primary = ocp, primary

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,10 +12,12 @@ from jax.sharding import Mesh
 
 from lawcat_jax import models
 from lawcat_jax.checkpoints import model_dir
+from lawcat_jax.checkpoints.model_dir import OpenedCheckpoint
 from lawcat_jax.config import Config, ModelConfig, StageConfig
 from lawcat_jax.data.tokenize import Tokenizer
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import sharding
+from lawcat_jax.tasks.runner import check_settings
 from lawcat_jax.training import inputs, optim, stages
 
 
@@ -28,17 +29,29 @@ def dry_run(config: Config, mesh: Mesh) -> int:
     Raises:
       ConfigError, UserError: what would stop the real run.
     """
-    model, declared = inputs.architecture(config), config.teacher.architecture is not None
+    opened, declared = inputs.teacher_at_hand(config), config.teacher.architecture
+    model, unchecked = inputs.architecture(config) if opened is None else opened.model, []
+    if opened is not None:
+        where = "read from its files" + (", as declared in the config" if declared is not None else "")
+    elif config.pretrain.enabled:
+        where = "to be trained, as declared in the config"
+    else:
+        where = "not on this machine; as declared in the config"
+        unchecked.append(f"the teacher (there is no {config.teacher.source} on this machine)")
     sharding.check_mesh(config, model, mesh)
-    where = "declared in the config; weights not looked at" if declared else "read from its config.json"
     dtype = model_dir.resolve_dtype(config.teacher.dtype)
     devices = math.prod(mesh.shape.values())
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     print(f"devices: {devices} x {mesh.devices.flat[0].device_kind}, mesh {shape}")
     print(f"teacher: {config.teacher.source} ({where}), {_millions(models.abstract(model)[1])}, {dtype} when frozen")
-    tokenizer = _tokenizer(config, model)
+    tokenizer = _tokenizer(config, model, opened)
+    if tokenizer is None:
+        unchecked.append("the tokenizer, the data and the evaluation")
+    elif config.eval.enabled:
+        check_settings(config.eval, tokenizer)
+    rows = {} if tokenizer is None else inputs.rows_of_a_pass(config, lambda: tokenizer)
     for name, stage in config.stages():
-        built = stages.build(name, config, model, mesh, dtype=dtype)
+        built = stages.build(name, config, model, mesh, dtype=dtype, rows=rows.get(name))
         print(
             f"{name}: {built.steps} steps of {stage.batch_size} x {stage.seq_length} tokens, "
             f"{stage.grad_accum} micro-batch(es); trains {_millions(built.state.params)} of "
@@ -50,30 +63,25 @@ def dry_run(config: Config, mesh: Mesh) -> int:
             f"optimizer {_bytes(built.state.opt_state)}, batch {_bytes(built.batch)}"
         )
         print(f"  compiled step: {_compiled(built)}", flush=True)
-    print("dry run: all checks passed")
+    print(
+        f"dry run: no mistake found; not checked: {'; '.join(unchecked)}" if unchecked else "dry run: all checks passed"
+    )
     return 0
 
 
-def _tokenizer(config: Config, model: ModelConfig) -> Tokenizer | None:
-    """The tokenizer, or None when it is on a hub that cannot be reached."""
-    path = config.teacher.tokenizer or config.teacher.source
-    local = _is_local(path)
+def _tokenizer(config: Config, model: ModelConfig, opened: OpenedCheckpoint | None) -> Tokenizer | None:
+    """The tokenizer, or None when it is on a hub that cannot be reached, or with a teacher that is not here."""
+    path = config.teacher.tokenizer or (opened.tokenizer_path if opened is not None else config.teacher.source)
+    if path is None:
+        raise UserError(f"{config.teacher.source} has no tokenizer; name one with config.teacher.tokenizer")
     try:
-        if local and config.teacher.tokenizer is None:
-            found = model_dir.open_checkpoint(path, config.teacher.revision, config.teacher.base).tokenizer_path
-            if found is None:
-                raise UserError(f"{path} has no tokenizer; name one with config.teacher.tokenizer")
-            path = found
         return inputs.checked_tokenizer(path, model)
     except UserError as problem:
-        if local:
+        own = config.teacher.tokenizer is None
+        if (own and opened is not None) or (not own and not model_dir.is_remote(path)):
             raise
         print(f"tokenizer: not available here ({problem}); the data is not checked")
         return None
-
-
-def _is_local(path: str) -> bool:
-    return path.startswith(("asset:", "package:")) or Path(path).exists()
 
 
 def _data(stage: StageConfig, tokenizer: Tokenizer | None, seed: int, model: ModelConfig, mesh: Mesh) -> str:
@@ -85,10 +93,11 @@ def _data(stage: StageConfig, tokenizer: Tokenizer | None, seed: int, model: Mod
     top = int(batch["tokens"].max())
     if top >= model.vocab_size:
         raise UserError(f"the data has token {top}, the model knows tokens below {model.vocab_size}")
+    corpus = "" if stage.data.pieces else f"\n  corpus: {inputs.training_rows(stage, tokenizer, seed).described()}"
     weighted = float((batch["loss_weights"] > 0).sum(axis=1).mean())
     return (
         f"{stage.data.kind}, first batch in {seconds:.1f} s, {batch['lengths'].min()} to {batch['lengths'].max()} "
-        f"tokens a row, {weighted:.1f} of them in the loss of stage 2"
+        f"tokens a row, {weighted:.1f} of them in the loss of stage 2{corpus}"
     )
 
 

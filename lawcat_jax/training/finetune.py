@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +13,15 @@ import jax.numpy as jnp
 from lawcat_jax import models
 from lawcat_jax.config import StageConfig
 from lawcat_jax.data.batch import Batch
+from lawcat_jax.data.teacher_store import ARRAYS
 from lawcat_jax.training import state_passing
+from lawcat_jax.training.divergence import AnyTeacher, StoredTeacher, Teacher, arrays_of, divergence
 from lawcat_jax.training.step import LossFn, StepInputs, Sums
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
 TokenSums = dict[str, jax.Array]
-
-
-class Teacher(NamedTuple):
-    """What the student is held against, and how: ``values`` are the teacher's logits [..., V] or hidden states
-    [..., D], ``weights`` f32 [...] those of the tokens in the divergence, ``temperature`` divides both logits, and
-    ``reverse`` asks for KL(student || teacher) instead of KL(teacher || student).
-    """
-
-    values: Float[Array, "*b N"]
-    weights: Float[Array, "*b"]
-    temperature: float = 1.0
-    reverse: bool = False
 
 
 def _shifted(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -51,36 +41,27 @@ def _sums(weights: jax.Array, log_sum: jax.Array, picked: jax.Array) -> TokenSum
 
 
 def token_sums(
-    logits: Float[Array, "*b V"], targets: Int[Array, "*b"], weights: Float[Array, "*b"], teacher: Teacher | None
+    logits: Float[Array, "*b V"], targets: Int[Array, "*b"], weights: Float[Array, "*b"], teacher: AnyTeacher | None
 ) -> TokenSums:
     """Sums over tokens of cross entropy, divergence from the teacher and hits (no token has a larger logit than the
     target's), each in f32, the first two weighted.
 
-    logits: f32 [..., V]; targets: i32 [...]; weights: f32 [...]. Cross entropy and divergence are in nats; the
-    divergence is that of the tempered distributions times the temperature squared, so that its gradient does not shrink
-    with it (Hinton et al., 1503.02531). Tokens of weight 0 add exactly 0, to the gradient as well, even where their
-    logits are not finite.
+    logits: f32 [..., V]; targets: i32 [...]; weights: f32 [...]. Cross entropy and divergence
+    (:mod:`lawcat_jax.training.divergence`) are in nats. Tokens of weight 0 add exactly 0, to the gradient as well, even
+    where their logits are not finite.
     """
     counted = weights > 0 if teacher is None else (weights > 0) | (teacher.weights > 0)
     logits = jnp.where(counted[..., None], logits, 0.0)
     shifted, log_sum, picked = _shifted(logits, targets)
     sums = _sums(weights, log_sum, picked)
     if teacher is not None:
-        wanted = jnp.where(counted[..., None], jax.lax.stop_gradient(teacher.values).astype(jnp.float32), 0.0)
-        log_p = shifted - log_sum[..., None]
-        if teacher.temperature != 1.0:
-            wanted = wanted / teacher.temperature
-            log_p = jax.nn.log_softmax(shifted / teacher.temperature)
-        log_q = jax.nn.log_softmax(wanted)
-        if teacher.reverse:
-            log_p, log_q = log_q, log_p
-        divergence = jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1) * teacher.temperature**2
-        sums["kl"] = jnp.sum(jnp.where(teacher.weights > 0, teacher.weights * divergence, 0.0))
+        values = divergence(shifted - log_sum[..., None], teacher)
+        sums["kl"] = jnp.sum(jnp.where(teacher.weights > 0, teacher.weights * values, 0.0))
     return sums
 
 
-def _chunks(pieces: Any, length: int, chunk: int) -> Any:
-    """Arrays [B, length, ...] padded with 0 and cut to [count, B, chunk, ...]."""
+def in_chunks(pieces: Any, length: int, chunk: int) -> Any:
+    """Arrays [B, length, ...] padded with 0 and cut to [count, B, chunk, ...], those of a pytree alike."""
     count = -(-length // chunk)
 
     def cut(x: jax.Array) -> jax.Array:
@@ -95,32 +76,34 @@ def chunked_token_sums(
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
-    teacher: Teacher | None,
+    teacher: AnyTeacher | None,
     chunk: int,
 ) -> TokenSums:
     """:func:`token_sums` of ``head(hidden)`` ([B, T, D] -> [B, T, V]) in chunks of ``chunk`` tokens of T.
 
     Only one chunk's logits exist at a time, in the backward pass too (they are computed again). ``chunk`` 0, or at
-    least T: at once. T is padded with weight 0 to whole chunks. ``teacher`` holds hidden states, which go through
-    the same head.
+    least T: at once. T is padded with weight 0 to whole chunks. A :class:`Teacher` that runs holds hidden states, which
+    go through the same head.
     """
 
-    def one(piece: tuple) -> TokenSums:
-        hidden, targets, weights, values = piece
+    def one(piece: tuple[Any, ...]) -> TokenSums:
+        hidden, targets, weights, arrays = piece
         counted = weights > 0
-        if values is not None:
-            counted |= values[1] > 0
+        if teacher is not None:
+            counted |= arrays["weights"] > 0
         hidden = jnp.where(counted[..., None], hidden, 0)  # else NaN times a gradient of 0 reaches a head that trains
         held = None
-        if teacher is not None and values is not None:
-            held = teacher._replace(values=head(values[0]), weights=values[1])
+        if isinstance(teacher, Teacher):
+            held = teacher._replace(values=head(arrays["values"]), weights=arrays["weights"])
+        elif teacher is not None:
+            held = teacher._replace(**arrays)
         return token_sums(head(hidden), targets, weights, held)
 
     length = hidden.shape[1]
-    pieces = (hidden, targets, weights, None if teacher is None else (teacher.values, teacher.weights))
+    pieces = (hidden, targets, weights, {} if teacher is None else arrays_of(teacher))
     if chunk == 0 or chunk >= length:
         return one(pieces)
-    pieces = _chunks(pieces, length, chunk)
+    pieces = in_chunks(pieces, length, chunk)
     first = jax.eval_shape(one, jax.tree.map(lambda x: x[0], pieces))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
     body = jax.checkpoint(lambda total, piece: (jax.tree.map(jnp.add, total, one(piece)), None))
@@ -169,7 +152,7 @@ def _frozen_head(axes: str, chunk: int, kernel, hidden, targets, weights, gradie
         return jax.tree.map(jnp.add, total, sums), d
 
     zeros = {"cross_entropy": jnp.zeros(()), "hits": jnp.zeros(())}
-    sums, d = jax.lax.scan(body, zeros, _chunks((hidden, targets, weights), length, chunk))
+    sums, d = jax.lax.scan(body, zeros, in_chunks((hidden, targets, weights), length, chunk))
     if gradient:
         d = jnp.moveaxis(d, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])[:, :length]
     return sums, d
@@ -199,7 +182,8 @@ def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
     ``batch["kl_weights"]`` (where a batch has none, on the same tokens).
 
     The teacher is the same decoder with softmax attention and without LoRA (``as_teacher``), under stop_gradient. It
-    sees the tokens of the batch only, also where the student's rows go on from earlier ones.
+    sees the tokens of the batch only, also where the student's rows go on from earlier ones. With
+    ``stage.teacher_logits`` it does not run: its logits are in the batch.
     Metrics: ``cross_entropy`` (nats a token), ``accuracy`` (no logit above the target's, a share of the weighted
     tokens) and, with a teacher, ``kl``.
     """
@@ -215,11 +199,14 @@ def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
             "return_hidden": True,
         }
         hidden, leaving = _hidden(decoder, tokens, inputs, options)
-        teacher = None
-        if needs_teacher(stage):
+        teacher: AnyTeacher | None = None
+        held, reverse = batch.get("kl_weights", weights), stage.kl_direction == "reverse"
+        if runs_teacher(stage):
             values = jax.lax.stop_gradient(decoder(tokens, as_teacher=True, **options))
-            held = batch.get("kl_weights", weights)
-            teacher = Teacher(values, held, stage.kl_temperature, stage.kl_direction == "reverse")
+            teacher = Teacher(values, held, stage.kl_temperature, reverse)
+        elif stage.teacher_logits:
+            ids, logits, rest = (cast(dict[str, jax.Array], batch)[name] for name in ARRAYS)
+            teacher = StoredTeacher(ids, logits, rest, held, reverse)
         sums: Any  # custom_vjp hides what frozen_head_sums returns
         kernel = decoder.head_kernel()
         if teacher is None and _head_is_frozen(decoder, stage):
@@ -245,6 +232,11 @@ def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
 def needs_teacher(stage: StageConfig) -> bool:
     """Whether a finetuning stage compares with the teacher."""
     return stage.kl_weight > 0 or (stage.kl_weight_end or 0) > 0
+
+
+def runs_teacher(stage: StageConfig) -> bool:
+    """Whether the teacher runs in the steps of a finetuning stage."""
+    return needs_teacher(stage) and not stage.teacher_logits
 
 
 def _hidden(

@@ -19,14 +19,15 @@ HARMLESS = ("workdir", "dry_run", "max_bad_steps", "mesh", "checkpoint", "log", 
 HARMLESS_OF_DATA = ("num_workers", "num_processes")
 
 
-def identity(config: Config, origin: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain JSON values ``{"config": ..., "teacher": ...}`` of a run.
+def identity(config: Config, origin: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain JSON values ``{"config": ..., "teacher": ..., "data": ...}`` of a run.
 
     ``origin`` describes what the run starts from: ``model`` (the architecture's fields), ``dtype`` of the frozen
-    weights, ``weights`` and ``tokenizer`` (digests; ``weights`` None where they are drawn at random).
+    weights, ``weights`` and ``tokenizer`` (digests; ``weights`` None where they are drawn at random). ``data``: stage ->
+    source -> names and sizes of its files on this machine, see :func:`lawcat_jax.training.inputs.data_files`.
     """
     values = {name: value for name, value in to_dict(config).items() if name not in HARMLESS}
-    return json.loads(json.dumps({"config": values, "teacher": dict(origin)}))
+    return json.loads(json.dumps({"config": values, "teacher": dict(origin), "data": dict(data)}))
 
 
 def refuse_another(found: Any, own: Mapping[str, Any], where: str) -> None:
@@ -42,6 +43,7 @@ def refuse_another(found: Any, own: Mapping[str, Any], where: str) -> None:
         return
     if isinstance(found.get("config"), dict):
         refuse_other_config(found["config"], own["config"], where)
+    _refuse_other_data(found.get("data"), own.get("data"), where)
     old, new = found.get("teacher"), own["teacher"]
     if not isinstance(old, dict):
         return
@@ -57,6 +59,19 @@ def refuse_another(found: Any, own: Mapping[str, Any], where: str) -> None:
         )
 
 
+def _refuse_other_data(old: Any, new: Any, where: str) -> None:
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return
+    before = {(stage, source): files for stage, sources in old.items() for source, files in sources.items()}
+    now = {(stage, source): files for stage, sources in new.items() for source, files in sources.items()}
+    changed = [source for (stage, source), files in now.items() if files != before.get((stage, source), files)]
+    if changed:
+        raise UserError(
+            f"{where} belongs to a run that began with other data: the files of {', '.join(dict.fromkeys(changed))} have other "
+            "names or sizes now; restore them, or use another --workdir"
+        )
+
+
 def refuse_other_config(old: dict, new: dict, where: str) -> None:
     """Compare two configurations as plain values, without their harmless fields.
 
@@ -67,6 +82,27 @@ def refuse_other_config(old: dict, new: dict, where: str) -> None:
     defaults["teacher"]["architecture"] = _plain(ModelConfig())
     if differing := differences(old, new, defaults, "config"):
         raise UserError(f"{where} holds a run with another configuration ({_listed(differing)}); use another --workdir")
+
+
+def refuse_other_evaluation(found: Any, config: Config, where: str) -> None:
+    """Compare the settings of the evaluation of a finished run (``eval`` of the configuration in its manifest) with those of
+    ``config``, where it asks for one: it is not done again.
+
+    Raises:
+      UserError: naming the fields that differ.
+    """
+    if not isinstance(found, dict) or not config.eval.enabled:
+        return
+    new, defaults = _plain(config.eval), _plain(Config().eval)
+    kept = {
+        name: value for name, value in new.items() if name not in ("batch_size", "prefill_chunk")
+    }  # change no result
+    old = {name: value for name, value in found.items() if name in kept}
+    if differing := differences(old, kept, defaults, "config.eval"):
+        raise UserError(
+            f"{where} holds a finished run, evaluated with other settings ({_listed(differing)}); measure it anew with "
+            f"python -m lawcat_jax.evaluate --checkpoint={where}"
+        )
 
 
 def _plain(config: Any) -> dict[str, Any]:

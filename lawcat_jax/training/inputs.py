@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -13,15 +13,20 @@ from jax.sharding import Mesh, NamedSharding
 
 from lawcat_jax import models
 from lawcat_jax.checkpoints import model_dir
+from lawcat_jax.checkpoints.gguf.read import PACKAGE
 from lawcat_jax.checkpoints.model_dir import OpenedCheckpoint, open_checkpoint
-from lawcat_jax.config import Config, ModelConfig, StageConfig, to_dict
+from lawcat_jax.config import Config, DataConfig, ModelConfig, StageConfig, to_dict
+from lawcat_jax.config.data import is_counted
 from lawcat_jax.data.batch import Batch
-from lawcat_jax.data.pipeline import make_dataset
+from lawcat_jax.data.pipeline import Samples, make_dataset
+from lawcat_jax.data.teacher_store import TeacherStore
+from lawcat_jax.data.text import is_remote, local_files
 from lawcat_jax.data.tokenize import Tokenizer, encode, fit_embedding, load_tokenizer
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import sharding
 from lawcat_jax.training import optim, stages
 from lawcat_jax.training.checkpoint import tree_digest
+from lawcat_jax.training.identity import HARMLESS_OF_DATA, differences
 
 
 @dataclasses.dataclass
@@ -84,18 +89,46 @@ def _refuse_to_drop_adapters(config: Config, teacher: OpenedCheckpoint) -> None:
         )
 
 
-def architecture(config: Config) -> ModelConfig:
-    """The architecture that the experiment file declares, else that of its teacher, whose weights are not read.
+def teacher_at_hand(config: Config) -> OpenedCheckpoint | None:
+    """As :func:`open_teacher`, but None where the experiment file declares the architecture and there is no teacher on
+    this machine to compare it with, or none that would be read (pretraining draws it).
 
     Raises:
-      UserError: none is declared and the teacher cannot be opened.
+      UserError: as :func:`open_teacher`; or no architecture is declared and the teacher cannot be opened.
     """
-    if config.teacher.architecture is not None:
-        return config.teacher.architecture
+    source, declared = config.teacher.source, config.teacher.architecture is not None
+    if config.pretrain.enabled or (declared and not _is_here(source)):
+        return None
     try:
-        return open_checkpoint(config.teacher.source, config.teacher.revision, config.teacher.base).model
+        return open_teacher(config)
     except UserError as problem:
+        if declared or _is_here(source):
+            raise
         raise UserError(f"{problem}; or declare config.teacher.architecture to do without it") from problem
+
+
+def _is_here(source: str) -> bool:
+    """Whether a teacher, right or damaged, is on this machine; a package may be another one that is not installed."""
+    if source.startswith(PACKAGE):
+        try:
+            model_dir.locate(source)
+        except UserError:
+            return False
+    return not model_dir.is_remote(source)
+
+
+def architecture(config: Config) -> ModelConfig:
+    """The architecture of the teacher (whose weights are not read) or, where it is not on this machine, that which the
+    experiment file declares.
+
+    Raises:
+      UserError: as :func:`teacher_at_hand`.
+    """
+    opened = teacher_at_hand(config)
+    if opened is not None:
+        return opened.model
+    assert config.teacher.architecture is not None  # Config.validate asks pretraining for it
+    return config.teacher.architecture
 
 
 def check_architecture(declared: ModelConfig | None, loaded: ModelConfig, source: str) -> None:
@@ -130,10 +163,7 @@ def load_student(config: Config, mesh: Mesh, teacher: OpenedCheckpoint) -> Stude
     Raises:
       UserError: weights or a tokenizer that do not load, or do not fit the model.
     """
-    path = config.teacher.tokenizer or teacher.tokenizer_path
-    if path is None:
-        raise UserError(f"{config.teacher.source} has no tokenizer; name one with config.teacher.tokenizer")
-    tokenizer = checked_tokenizer(path, teacher.model)
+    path, tokenizer = tokenizer_of(config, teacher, teacher.model)
     shapes = teacher.shapes
     loaded = teacher.params(
         dtype=config.teacher.dtype,
@@ -184,11 +214,9 @@ def draw_teacher(config: Config, mesh: Mesh) -> Student:
     Raises:
       UserError: no tokenizer is named, or it does not load or fit.
     """
-    model, path = config.teacher.architecture, config.teacher.tokenizer
+    model = config.teacher.architecture
     assert model is not None  # Config.validate asks for it
-    if path is None:
-        raise UserError("config.teacher.tokenizer: pretraining needs one (a directory, asset:<name> or a hub id)")
-    tokenizer = checked_tokenizer(path, model)
+    path, tokenizer = tokenizer_of(config, None, model)
     model = dataclasses.replace(
         model,
         bos_token_id=tokenizer.bos_token_id,
@@ -198,6 +226,57 @@ def draw_teacher(config: Config, mesh: Mesh) -> Student:
     params = models.init_params(model, None, None, seed=config.seed)
     dtype = frozen_dtype(config)
     return Student(model, stages.place(params, mesh), tokenizer, path, dtype, _origin(model, dtype, tokenizer, None))
+
+
+def tokenizer_of(config: Config, teacher: OpenedCheckpoint | None, model: ModelConfig) -> tuple[str, Tokenizer]:
+    """(where it comes from, the tokenizer) of a run; ``teacher`` is None where one is pretrained.
+
+    Raises:
+      UserError: none is named, or it does not load or fit.
+    """
+    path = config.teacher.tokenizer or (None if teacher is None else teacher.tokenizer_path)
+    if path is None and teacher is None:
+        raise UserError("config.teacher.tokenizer: pretraining needs one (a directory, asset:<name> or a hub id)")
+    if path is None:
+        raise UserError(f"{config.teacher.source} has no tokenizer; name one with config.teacher.tokenizer")
+    return path, checked_tokenizer(path, model)
+
+
+def rows_of_a_pass(config: Config, tokenizer: Callable[[], Tokenizer]) -> dict[str, int]:
+    """Rows of one pass over the data of every stage whose length follows from them; ``tokenizer()`` is called where sources
+    have to be read for that.
+
+    Raises:
+      UserError: a source that cannot be read.
+    """
+    rows = {}
+    for name, stage in config.stages():
+        if stage.steps == 0:
+            counted = is_counted(stage.data)
+            rows[name] = len(training_rows(stage, tokenizer(), config.seed)) if counted else stage.data.num_samples
+    return rows
+
+
+def data_files(config: Config) -> dict[str, dict[str, list[list[Any]]]]:
+    """Stage -> source -> [name, size in bytes] of each of its files, of every source on this machine that the stages read.
+
+    Raises:
+      UserError: a source that is not there.
+    """
+    fields = ("source", "validation_source", "hay_source", "babi_source")
+    found = {}
+    for name, stage in config.stages():
+        only_passkeys = stage.data.kind == "text" and stage.data.passkey_fraction == 1  # its source is not opened
+        parts = () if only_passkeys else (stage.data, *stage.data.mixture)
+        sources = {getattr(part, field) for part in parts for field in fields} - {""}
+        local = sorted(source for source in sources if not is_remote(source))
+        found[name] = {source: [[file.name, file.stat().st_size] for file in local_files(source)] for source in local}
+    return found
+
+
+def training_rows(stage: StageConfig, tokenizer: Tokenizer, seed: int) -> Samples:
+    """The rows of one pass over the training data, in their stored order."""
+    return Samples(stage.data, tokenizer, seq_length=stage.seq_length, seed=seed, split="train")
 
 
 def checked_tokenizer(path: str, model: ModelConfig) -> Tokenizer:
@@ -221,14 +300,47 @@ def prepare(stage: stages.Stage, student: Student, seed: int) -> Prepared:
     """Open the data of a stage, so that what is wrong with it shows.
 
     Raises:
-      UserError: data that cannot be read, or tokens that the model does not know.
+      UserError: data that cannot be read, tokens that the model does not know, or stored logits of another teacher or
+        other data.
     """
-    held_out = validation_batches(stage.config, student.tokenizer, seed, stage.mesh)
-    return Prepared(training_batches(stage.config, student.tokenizer, seed, stage.mesh), held_out)
+    stored = None
+    if stage.config.teacher_logits:
+        stored = TeacherStore(stage.config.teacher_logits)
+        check_stored(stored, store_facts(stage.config, student, seed), f"config.{stage.name}.teacher_logits")
+    held_out = validation_batches(stage.config, student.tokenizer, seed, stage.mesh, stored)
+    return Prepared(training_batches(stage.config, student.tokenizer, seed, stage.mesh, stored), held_out)
 
 
-def training_batches(stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh: Mesh) -> Iterator[Batch]:
-    """This process's part of the endless training stream, as numpy arrays; has ``get_state()`` and ``set_state()``."""
+def store_facts(stage: StageConfig, student: Student, seed: int) -> dict[str, Any]:
+    """What stored logits are of: the teacher, the tokenizer, and all that decides the rows of a stage."""
+    base = {name: value for name, value in student.params.items() if name not in ("mixers", "lora")}
+    data = {name: value for name, value in to_dict(stage.data).items() if name not in HARMLESS_OF_DATA}
+    values = {
+        "teacher": {**{name: student.origin[name] for name in ("model", "dtype")}, "weights": tree_digest(base)},
+        "tokenizer": student.origin["tokenizer"],
+        "data": data,
+        "seq_length": stage.seq_length,
+        "validation_length": stage.validation_length,
+        "seed": seed,
+    }
+    return json.loads(json.dumps(values))
+
+
+def check_stored(stored: TeacherStore, facts: dict[str, Any], where: str) -> None:
+    """Refuse logits that are not those of this teacher on these data.
+
+    Raises:
+      UserError: naming what differs.
+    """
+    if differing := differences(stored.facts, facts, {"data": to_dict(DataConfig())}, "its logits"):
+        raise UserError(f"{where} is of another teacher or other data ({'; '.join(differing[:4])}); write it anew")
+
+
+def training_batches(
+    stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh: Mesh, stored: TeacherStore | None = None
+) -> Iterator[Batch]:
+    """This process's part of the endless training stream, as numpy arrays; has ``get_state()`` and ``set_state()``.
+    ``stored`` are the teacher's logits of its rows."""
     part, parts = sharding.data_shard(mesh)
     dataset = make_dataset(
         stage.data,
@@ -238,11 +350,14 @@ def training_batches(stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh: 
         seed=seed,
         process_index=part,
         process_count=parts,
+        teacher=stored,
     )
     return iter(dataset)
 
 
-def validation_batches(stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh: Mesh) -> list[Batch]:
+def validation_batches(
+    stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh: Mesh, stored: TeacherStore | None = None
+) -> list[Batch]:
     """The validation split, already on the devices: it is small and used again and again."""
     if stage.data.validation_samples == 0:
         return []
@@ -257,5 +372,6 @@ def validation_batches(stage: StageConfig, tokenizer: Tokenizer, seed: int, mesh
         process_index=part,
         process_count=parts,
         repeat=False,
+        teacher=stored,
     )
     return [cast(Batch, sharding.place_batch(batch, mesh)) for batch in dataset]

@@ -175,8 +175,8 @@ class Loop:
 
         Raises:
           InterruptedRunError: a signal came; everything is saved.
-          TrainingError: too many bad steps in a row, or the data ended, or the stage learned nothing: all of its steps
-            were bad, or its last validation loss or its parameters are not finite.
+          TrainingError: too many bad steps in a row, or the data ended, or the stage learned nothing: more than half of its
+            steps were bad, or its last validation loss or its parameters are not finite.
           UserError: checkpoints that do not load, cannot be written or belong to another run.
         """
         self._restore()
@@ -195,7 +195,7 @@ class Loop:
         progress = self._progress = Progress(
             stage.name, stage.steps, self._step, self._log.progress, primary=primary, every=self._log.every_steps
         )
-        progress.say(f"{stage.name}: {stage.steps} steps, compiling")
+        progress.say(f"{stage.name}: compiling" if self._step else f"{stage.name}: {stage.steps} steps, compiling")
         try:
             while self._step < stage.steps:
                 with self._profiled():
@@ -238,8 +238,9 @@ class Loop:
     def _refuse_nothing_learned(self) -> None:
         stage, bad = self._stage, int(self._state.bad_total)
         what = None
-        if self._step and bad >= self._step:
-            what = f"all {bad} steps were bad (loss or gradient not finite, or a spike), so nothing was learned"
+        if 2 * bad > self._step:
+            share = f"all {bad}" if bad >= self._step else "most"
+            what = f"{share} steps were bad (loss or gradient not finite, or a spike), so little or nothing was learned"
         elif self._last_loss is not None and not math.isfinite(self._last_loss):
             what = f"the last validation loss is {self._last_loss}"
         elif not _all_finite(self._result()):
@@ -357,6 +358,7 @@ class Loop:
         meta = {
             "stage": self._stage.name,
             "finished": self._finished,
+            "steps": self._stage.steps,
             "iterator": self._stage.batches.get_state(),
             "best_loss": self._best_loss if math.isfinite(self._best_loss) else None,
             "best_step": self._best_step,
@@ -390,6 +392,11 @@ class Loop:
             raise ValueError(f"it is one of {meta['stage']!r}")
         if self._identity is not None:
             refuse_another(meta.get("run"), self._identity, f"the checkpoint of {meta['stage']} at step {meta['step']}")
+        if (steps := meta.get("steps", self._stage.steps)) != self._stage.steps:
+            raise UserError(
+                f"the checkpoint of {self._stage.name} at step {meta['step']} is of a stage of {steps} steps, which now has "
+                f"{self._stage.steps}: its data is longer or shorter than it was; restore it, or use another --workdir"
+            )
         finished, best, last = bool(meta["finished"]), meta["best_loss"], meta.get("last_loss")
         best_loss, plateau = math.inf if best is None else float(best), meta["plateau"]
         restored = float(plateau["best"]), int(plateau["waited"]), float(plateau["scale"])

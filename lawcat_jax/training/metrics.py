@@ -21,6 +21,9 @@ from lawcat_jax.config import Config, LogConfig, to_dict
 from lawcat_jax.errors import UserError
 from lawcat_jax.training.identity import refuse_other_config
 
+EVALUATION = "eval"
+"""The stage that results of an evaluation stand under."""
+
 
 def _plain(value: Any) -> Any:
     """JSON value of a scalar or array; non-finite numbers become strings, since JSON has none."""
@@ -82,13 +85,14 @@ class MetricsWriter:
             self._wandb = wandb.init(dir=str(workdir), name=workdir.name, config=run_config, resume="allow")
 
     def write(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
-        """Write one line ``{"stage": ..., "step": ..., **values}``. An array becomes a list in the file, and one curve
-        ``name/index`` for each entry in the other writers.
+        """Write one line ``{"stage": ..., "step": ..., "time": ..., **values}``. An array becomes a list in the file, and one
+        curve ``name/index`` for each entry in the other writers.
         """
         if self._file is None:
             return
         plain = {name: _plain(value) for name, value in values.items()}
-        self._file.write(json.dumps({"stage": stage, "step": step, **plain}) + "\n")
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        self._file.write(json.dumps({"stage": stage, "step": step, "time": now, **plain}) + "\n")
         self._file.flush()
         self._written()
         if self._tensorboard is None and self._wandb is None:
@@ -104,6 +108,21 @@ class MetricsWriter:
                 self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(curves | {f"{stage}/step": step})
+
+    def write_results(self, results: Mapping[str, Mapping[str, Mapping[int, Mapping[str, Any]]]]) -> None:
+        """Write an evaluation's numbers, {task: {model: {tokens: values}}}, as those of a stage ``eval`` whose steps are tokens;
+        earlier ones are dropped.
+        """
+        self.rewind(EVALUATION, -1)
+        lengths = sorted({length for models in results.values() for found in models.values() for length in found})
+        for length in lengths:
+            values = {
+                f"{task}/{model}/{name}": value
+                for task, models in results.items()
+                for model, found in models.items()
+                for name, value in found.get(length, {}).items()
+            }
+            self.write(EVALUATION, length, values)
 
     def rewind(self, stage: str, step: int) -> None:
         """Drop the lines of ``stage`` after ``step``, which a resumed run writes again, and a last line cut short."""
@@ -187,6 +206,8 @@ class Manifest:
     def __init__(self, path: Path, values: dict[str, Any], *, primary: bool = True):
         self._path, self.values, self._primary = path, values, primary
         self._begun = False
+        self.counts_rows = True
+        """Whether a pass over text has the sequences that there are; in runs begun by earlier versions it has ``num_samples``."""
 
     @classmethod
     def open(cls, workdir: Path, config: Config, *, primary: bool = True) -> Manifest:
@@ -225,9 +246,12 @@ class Manifest:
             refuse_other_config(old_config, new["config"], str(workdir))
             new["started"] = old.get("started", new["started"])
             new["resumed"] = [*resumed, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")]
-            new |= {name: old[name] for name in ("teacher", "notes", "stages", "results") if name in old}
-            if old.get("status") == "finished":
-                return cls(path, old, primary=primary)
+            new |= {
+                name: old[name] for name in ("teacher", "data", "notes", "stages", "results", "steps") if name in old
+            }
+            manifest = cls(path, old if old.get("status") == "finished" else new, primary=primary)
+            manifest.counts_rows = "steps" in old
+            return manifest
         return cls(path, new, primary=primary)
 
     @property

@@ -20,7 +20,7 @@ from lawcat_jax.config import Config, to_dict
 from lawcat_jax.data.tokenize import set_bos_rule
 from lawcat_jax.data.train_tokenizer import save_tokenizer
 from lawcat_jax.errors import UserError
-from lawcat_jax.files import check_target
+from lawcat_jax.files import check_target, remove_leftovers
 from lawcat_jax.runtime import distributed, sharding
 from lawcat_jax.tasks import report
 from lawcat_jax.tasks.runner import check_settings, evaluate_model
@@ -28,7 +28,7 @@ from lawcat_jax.training import inputs, optim, stages
 from lawcat_jax.training.checkpoint import Checkpointer
 from lawcat_jax.training.dry_run import dry_run
 from lawcat_jax.training.identity import identity as identify
-from lawcat_jax.training.identity import refuse_another
+from lawcat_jax.training.identity import refuse_another, refuse_other_evaluation
 from lawcat_jax.training.inputs import Student
 from lawcat_jax.training.loop import EXIT_INTERRUPTED, InterruptedRunError, Loop, StageRun, StopSignal
 from lawcat_jax.training.metrics import Manifest, MetricsWriter
@@ -62,6 +62,7 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
     manifest = Manifest.open(folder.local, config, primary=distributed.is_primary())
     again = manifest.finished  # and yet here: the result is made once more
     if again:
+        refuse_other_evaluation(manifest.values["config"].get("eval"), config, folder.name)
         if problem := missing_result(folder, config):
             say(f"{folder.name}: this run is finished, but {problem}; exporting it again from the last checkpoint")
             put_aside(folder.local / _result(config))
@@ -73,7 +74,10 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
     teacher = None if config.pretrain.enabled else inputs.open_teacher(config)
     model, dtype = teacher.model if teacher else inputs.architecture(config), inputs.frozen_dtype(config)
     sharding.check_mesh(config, model, mesh)
-    built = [stages.build(name, config, model, mesh, dtype=dtype) for name, _ in config.stages()]
+    rows = {}
+    if manifest.counts_rows:
+        rows = inputs.rows_of_a_pass(config, lambda: inputs.tokenizer_of(config, teacher, model)[1])
+    built = [stages.build(name, config, model, mesh, dtype=dtype, rows=rows.get(name)) for name, _ in config.stages()]
     if teacher is None:
         student = inputs.draw_teacher(config, mesh)
     else:
@@ -81,9 +85,10 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
         student = inputs.load_student(config, mesh, teacher)
         for note in student.notes:
             say(note)
-    identity = identify(config, student.origin)
-    refuse_another({"teacher": manifest.values.get("teacher")}, identity, folder.name)
-    manifest.values |= {"teacher": identity["teacher"], "notes": list(student.notes)}
+    identity = identify(config, student.origin, inputs.data_files(config))
+    refuse_another({name: manifest.values.get(name) for name in ("teacher", "data")}, identity, folder.name)
+    manifest.values |= {"teacher": identity["teacher"], "data": identity["data"], "notes": list(student.notes)}
+    manifest.values |= {"steps": {stage.name: stage.steps for stage in built}} if manifest.counts_rows else {}
 
     # Whatever a later stage, the export or the evaluation would stumble over shows before the first stage has begun.
     prepared = [inputs.prepare(stage, student, config.seed) for stage in built]
@@ -105,6 +110,13 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
                 done = manifest.values.get("stages", {}) | {stage.name: summary}
                 manifest.update(stage=stage.name, stages=done)
                 folder.sync(now=True)
+
+        # Export, evaluate, report.
+        target = folder.child(export(config, student, folder.local).name)
+        results = manifest.values.get("results", {}) if again else None
+        if results is None:
+            results = evaluate(config, student, folder) if config.eval.enabled else {}
+            writer.write_results(results)
     except InterruptedRunError as interruption:
         manifest.update(status="interrupted")
         say(f"{interruption}; run the same command again to go on")
@@ -112,16 +124,22 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
     finally:
         writer.close()
 
-    # Export, evaluate, report.
-    target = folder.child(export(config, student, folder.local).name)
-    results = manifest.values.get("results", {}) if again else None
-    if results is None:
-        results = evaluate(config, student, folder) if config.eval.enabled else {}
+    if distributed.is_primary():  # by processes that were killed: here is only this run
+        remove_leftovers(folder.local)
+        remove_leftovers(folder.local / "eval")
     manifest.update(status="finished", model=target, results=results)
     folder.sync(now=True)
     distributed.barrier("finished")  # jax's own farewell gives the slowest process little time
-    say(f"finished: {target}")
+    say(f"finished: {target}{_bad_steps(manifest.values['stages'])}")
     return 0
+
+
+def _bad_steps(summaries: dict[str, Any]) -> str:
+    """What the last line says of stages with bad steps."""
+    told = [
+        f"{done['bad_steps']} of {done['steps']} in {name}" for name, done in summaries.items() if done.get("bad_steps")
+    ]
+    return f" (bad steps, which were skipped: {', '.join(told)})" if told else ""
 
 
 def run_stage(

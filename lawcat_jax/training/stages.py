@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from kernels_pallas.common import platform_name
+from kernels_pallas.dispatch import platform_of
 from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig, Config, LoraConfig, ModelConfig, StageConfig
 from lawcat_jax.data.batch import batch_shapes
 from lawcat_jax.data.pipeline import optional_arrays
+from lawcat_jax.data.teacher_store import ARRAYS, stored_count
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import sharding
 from lawcat_jax.training import attention_transfer, finetune, optim, pretrain, state_passing
@@ -92,9 +95,9 @@ class Stage:
         return optim.unflatten(optim.flatten(params) | optim.flatten(trainable))
 
 
-def stage_steps(stage: StageConfig) -> int:
-    """Optimizer steps of a stage."""
-    return stage.steps or int(stage.epochs * stage.data.num_samples / stage.batch_size)
+def stage_steps(stage: StageConfig, rows: int | None = None) -> int:
+    """Optimizer steps of a stage, a pass over whose data has ``rows`` rows (None: ``data.num_samples``)."""
+    return stage.steps or int(stage.epochs * (rows or stage.data.num_samples) / stage.batch_size)
 
 
 def architecture(name: str, config: Config) -> tuple[AttentionConfig | None, LoraConfig | None]:
@@ -104,23 +107,37 @@ def architecture(name: str, config: Config) -> tuple[AttentionConfig | None, Lor
     return config.attention, config.lora if name == "stage2" else None
 
 
-def build(name: str, config: Config, model: ModelConfig, mesh: Mesh, *, dtype: Any = jnp.float32) -> Stage:
-    """Shapes and jitted steps of stage ``name``; ``dtype`` is that of frozen pretrained weights.
+def build(
+    name: str, config: Config, model: ModelConfig, mesh: Mesh, *, dtype: Any = jnp.float32, rows: int | None = None
+) -> Stage:
+    """Shapes and jitted steps of stage ``name``.
+
+    Args:
+      name: of the stage.
+      config, model: the experiment, and the architecture of its teacher.
+      mesh: of devices.
+      dtype: of frozen pretrained weights.
+      rows: of a pass over its data, as :func:`lawcat_jax.training.inputs.rows_of_a_pass` finds them; None is
+        ``data.num_samples``.
 
     Raises:
       UserError: a trainable pattern without parameters, a batch that does not split over the mesh, a model that
-        cannot be (see :class:`lawcat_jax.models.Decoder`).
+        cannot be (see :class:`lawcat_jax.models.Decoder`), or data that make no batch.
     """
     stage = getattr(config, name)
     sharding.check_batch(stage.batch_size, stage.grad_accum, mesh, f"config.{name}")
-    needs_teacher = name != "stage2" or finetune.needs_teacher(stage)
+    needs_teacher = name != "stage2" or finetune.runs_teacher(stage)
     for field in ("seq_length", "validation_length"):
         if needs_teacher and getattr(stage, field) > model.max_position_embeddings:
             raise UserError(
                 f"config.{name}.{field}: {getattr(stage, field)} does not fit the teacher, which has "
                 f"{model.max_position_embeddings} positions"
             )
-    steps = stage_steps(stage)
+    if name != "pretrain" and isinstance(mesh, Mesh):  # an abstract one has no devices
+        _check_implementation(config.attention.implementation, mesh)
+    steps = stage_steps(stage, rows)
+    if steps < 1:
+        raise UserError(f"config.{name}.epochs: {stage.epochs} of {rows} sequences make no batch of {stage.batch_size}")
     attention, lora = architecture(name, config)
     graphdef, shapes = models.abstract(model, attention, lora, dtype=dtype)
     trainable, frozen = optim.split(shapes, stage.trainable, f"config.{name}.trainable")
@@ -129,21 +146,30 @@ def build(name: str, config: Config, model: ModelConfig, mesh: Mesh, *, dtype: A
     state = jax.eval_shape(lambda tree, carry: init_state(tree, stage, carry), _real(trainable), carry)
     state = _with_shardings(state, mesh)
     frozen = _with_shardings(frozen, mesh)
-    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    split, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     state_shardings, frozen_shardings = _shardings_of(state), _shardings_of(frozen)
     train_step = jax.jit(
         sharding.on_mesh(make_train_step(loss_fn, stage, steps), mesh),
         donate_argnums=0,
-        in_shardings=(state_shardings, frozen_shardings, rows, everywhere),
+        in_shardings=(state_shardings, frozen_shardings, split, everywhere),
         out_shardings=(state_shardings, everywhere),  # as they came in: otherwise the second step compiles again
     )
     eval_step = jax.jit(
         sharding.on_mesh(make_eval_step(loss_fn), mesh),
-        in_shardings=(state_shardings.params, frozen_shardings, rows),
+        in_shardings=(state_shardings.params, frozen_shardings, split),
         out_shardings=everywhere,
     )
     batch = global_batch(stage, mesh)
     return Stage(name, stage, steps, graphdef, state, frozen, batch, train_step, eval_step, mesh)
+
+
+def _check_implementation(implementation: str | None, mesh: Mesh) -> None:
+    platform = platform_name(mesh.devices.flat[0].platform)
+    if needed := platform_of(implementation, platform):
+        raise UserError(
+            f"config.attention.implementation: {implementation!r} runs on {needed}, and the devices of this run are {platform}; "
+            "None takes the best one that there is"
+        )
 
 
 def _carry_shapes(graphdef: Any, shapes: optim.Params, stage: StageConfig) -> state_passing.Carry:
@@ -159,7 +185,10 @@ def _carry_shapes(graphdef: Any, shapes: optim.Params, stage: StageConfig) -> st
 def global_batch(stage: StageConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of the batch of one step over all processes, with its rows split over the mesh."""
     rows = sharding.batch_sharding(mesh)
-    shapes = batch_shapes(stage.batch_size, stage.seq_length, optional_arrays(stage.data))
+    optional, kept = optional_arrays(stage.data), 0
+    if stage.teacher_logits:
+        optional, kept = (*optional, *ARRAYS), stored_count(stage.teacher_logits)
+    shapes = batch_shapes(stage.batch_size, stage.seq_length, optional, kept_logits=kept)
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in shapes.items()}
 
 

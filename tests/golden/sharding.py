@@ -1,6 +1,7 @@
-"""The sharding manifest: which mesh axes split each array of the Llama-3.2-1B run.
+"""The sharding manifests: which mesh axes split each array of the Llama-3.2-1B and the Qwen3-8B run.
 
-``python -m tests.golden.sharding`` writes ``sharding_llama1b.json`` anew; commit it with the change that made it differ.
+``python -m tests.golden.sharding`` writes ``sharding_<config>.json`` anew; commit them with the change that made them
+differ.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lawcat_jax.runtime import sharding
 from lawcat_jax.training import stages
 
 ROOT = Path(__file__).resolve().parents[2]
-MANIFEST = Path(__file__).with_name("sharding_llama1b.json")
+MANIFESTS = {name: Path(__file__).with_name(f"sharding_{name}.json") for name in ("llama1b", "qwen3_8b")}
 SHAPE = (2, 4, 2, 2)
 """data, fsdp, tensor, sequence: every axis splits something."""
 
@@ -44,16 +45,16 @@ def _text(shape: tuple[int, ...], spec: Any) -> str:
     return " ".join(f"{size}:{axis}" for size, axis in zip(shape, axes, strict=True)) or "scalar"
 
 
-def manifest() -> dict[str, dict[str, str]]:
-    """Part -> path -> "size:axes" of every dimension ("-": whole)."""
+def manifest(name: str) -> dict[str, dict[str, str]]:
+    """Of ``configs/<name>.py``: part -> path -> "size:axes" of every dimension ("-": whole)."""
     mesh = AbstractMesh(SHAPE, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
-    config = load_config("llama1b")
+    config = load_config(name)
     model = config.teacher.architecture
     out: dict[str, dict[str, str]] = {}
-    for name, _ in config.stages():
-        built = stages.build(name, config, model, mesh, dtype="bfloat16")
-        out |= {f"{name}/state": _specs(built.state), f"{name}/frozen": _specs(built.frozen)}
-        out[f"{name}/batch"] = _specs(built.batch)
+    for stage, _ in config.stages():
+        built = stages.build(stage, config, model, mesh, dtype="bfloat16")
+        out |= {f"{stage}/state": _specs(built.state), f"{stage}/frozen": _specs(built.frozen)}
+        out[f"{stage}/batch"] = _specs(built.batch)
     graphdef, shapes = models.abstract(model, config.attention, config.lora)
     cache, _ = jax.eval_shape(
         lambda params: generation.empty_cache(params, graphdef=graphdef, batch=16, length=1), shapes
@@ -64,7 +65,8 @@ def manifest() -> dict[str, dict[str, str]]:
 
 
 if __name__ == "__main__":
-    temporary = MANIFEST.with_suffix(".tmp")
-    temporary.write_text(json.dumps(manifest(), indent=1) + "\n", encoding="utf-8")
-    temporary.replace(MANIFEST)
-    print(MANIFEST)
+    for name, file in MANIFESTS.items():
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(manifest(name), indent=1) + "\n", encoding="utf-8")
+        temporary.replace(file)
+        print(file)

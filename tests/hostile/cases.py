@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from tests.hostile.driver import ASSET, ROOT, Case
+from tests.hostile.driver import ASSET, EITHER, ROOT, Case
+from tests.hostile.launch import launch_cases
 
 WRONG: tuple[Any, ...] = (None, "x", -1, 0, 1.5, [], {}, [None], True, 10**30, float("inf"), "\ud800")
 GENERATE = ["generate", "--prompt=The sky", "--max_new_tokens=2"]
-EITHER = (0, 2)
 
 
 def cut(part: int) -> Callable[[bytes], bytes]:
@@ -254,6 +254,44 @@ def generation_cases() -> Iterator[Case]:
         yield Case("generation", f"prompt {name}", fixed(*known, f"--prompt={prompt}"), EITHER)
     for name, content in {"empty": b"", "not UTF-8": b"\xff\xfea", "null": b"\0", "long": b"word " * 3000}.items():
         yield Case("generation", f"stdin {name}", fixed(*known, "--prompt=-"), EITHER, stdin=content)
+    for command in ("train", "convert", "evaluate", "generate", "aot", "throughput", "train_tokenizer"):
+        yield Case("generation", f"help of {command}", fixed(command, "--help"), (0,))
+    for flag in ("top_k", "top_p", "min_p", "repetition_penalty"):
+        for value in ("x", "", "-1", "1e999", "nan", "²"):
+            drawn = fixed(*known, "--prompt=a", "--temperature=1", f"--{flag}={value}")
+            yield Case("generation", f"{flag}={value}", drawn)
+    batch = [*known, "--input=rows.jsonl", "--output=out/answers.jsonl"]
+    for name, content in {
+        "empty": b"",
+        "no JSON": b"{",
+        "not UTF-8": b'{"prompt": "\xff\xfe"}',
+        "a list": b"[1]",
+        "neither": b"{}",
+        "both": b'{"prompt": "a", "messages": []}',
+        "a number": b'{"prompt": 3}',
+        "odd turns": b'{"messages": [{"role": 1}]}',
+        "no template": b'{"messages": [{"role": "user", "content": "a"}]}',
+        "empty prompt": b'{"prompt": ""}\n{"prompt": "a"}',
+        "too long": b'{"prompt": "' + b"word " * 3000 + b'"}',
+        "deep": b"[" * 100_000,
+    }.items():
+
+        def arrange(folder: Path, models: Path, content: bytes = content) -> list[str]:
+            (folder / "rows.jsonl").write_bytes(content)
+            return batch
+
+        yield Case("generation", f"rows {name}", arrange, EITHER if name == "empty prompt" else (2,))
+    for name, more in {
+        "input without output": ["--input=x"],
+        "output without input": ["--output=x", "--prompt=a"],
+        "input and prompt": ["--input=x", "--output=y", "--prompt=a"],
+        "input not there": ["--input=x", "--output=y"],
+        "chat without template": ["--chat", "--prompt=a"],
+        "system without chat": ["--nochat", "--system=x", "--prompt=a"],
+        "empty stop": ["--stop=", "--prompt=a"],
+        "interactive and -": ["--interactive", "--prompt=-"],
+    }.items():
+        yield Case("generation", name, fixed(*known, *more))
     for flag in ("max_new_tokens", "seed", "temperature"):
         for value in ("x", "", "-1", "1e999", "nan", "inf", "9" * 30, "0x10", "²", "1_000_000_000_000_000"):
             codes = EITHER if (flag, value) in {("seed", "-1"), ("seed", "0x10")} else (2,)
@@ -285,7 +323,7 @@ def generation_cases() -> Iterator[Case]:
         yield Case("generation", f"convert {flag}", fixed("convert", "--source=asset:tiny_llama", *flag.split()))
 
 
-def op_cases() -> Iterator[Case]:
+def size_cases() -> Iterator[Case]:
     """Sizes and topologies of the commands that compute nothing."""
     tiny = f"--config={ROOT / 'configs' / 'tiny.py'}"
     for topology in (
@@ -301,12 +339,12 @@ def op_cases() -> Iterator[Case]:
         "h200:²",
         "h200:0",
     ):
-        yield Case("ops", f"aot {topology}", lambda f, m, t=topology: ["aot", tiny, f"--topology={t}"])
+        yield Case("sizes", f"aot {topology}", lambda f, m, t=topology: ["aot", tiny, f"--topology={t}"])
     for value in ("x", "stage1,nothing", "²"):
-        yield Case("ops", f"aot stages {value}", lambda f, m, v=value: ["aot", tiny, f"--stages={v}"])
+        yield Case("sizes", f"aot stages {value}", lambda f, m, v=value: ["aot", tiny, f"--stages={v}"])
     for name in ("prefill_length", "prefill_batch", "decode_batch"):
         for value in ("-1", "x", "9" * 30, "²"):
-            yield Case("ops", f"aot {name}={value[:5]}", lambda f, m, n=name, v=value: ["aot", tiny, f"--{n}={v}"])
+            yield Case("sizes", f"aot {name}={value[:5]}", lambda f, m, n=name, v=value: ["aot", tiny, f"--{n}={v}"])
 
 
 def environment_cases() -> Iterator[Case]:
@@ -359,6 +397,7 @@ def header_cases() -> Iterator[Case]:
 def all_cases() -> list[Case]:
     """Every case, in a fixed order."""
     makers = (
-        config_cases, run_cases, data_cases, generation_cases, environment_cases, op_cases, model_cases, header_cases,
+        config_cases, run_cases, data_cases, generation_cases, environment_cases, size_cases, model_cases, header_cases,
+        launch_cases,
     )  # fmt: skip
     return [case for make in makers for case in make()]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 ASSET = ROOT / "lawcat_jax" / "assets" / "tiny_llama"
+EITHER = (0, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +50,23 @@ class Commands:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._environment,
         )  # fmt: skip
 
-    def run(self, argv: list[str], cwd: Path, case: Case, stdin: Path | None, seconds: float = 60.0) -> dict:
-        """``{rc, out, err}``; ``rc`` None after ``seconds``."""
-        if case.fresh:
-            done = subprocess.run(
-                [sys.executable, "-m", f"lawcat_jax.{argv[0]}", *argv[1:]],
-                cwd=cwd, env=self._environment | case.environment, capture_output=True, timeout=seconds, check=False,
-                stdin=subprocess.DEVNULL,
-            )  # fmt: skip
-            return {"rc": done.returncode, "out": done.stdout.decode(), "err": done.stderr.decode()}
+    def run(self, argv: list[str], cwd: Path, case: Case, stdin: Path | None, seconds: float = 120.0) -> dict:
+        """``{rc, out, err}``; ``rc`` None after ``seconds``. ``launch/...`` is a script of that folder."""
+        script = argv[0].startswith("launch/")
+        if case.fresh or script:
+            command = ["bash", str(ROOT / argv[0])] if script else [sys.executable, "-m", f"lawcat_jax.{argv[0]}"]
+            try:
+                done = subprocess.run(
+                    [*command, *argv[1:]], cwd=cwd, env=self._environment | case.environment, stdin=subprocess.DEVNULL,
+                    capture_output=True, timeout=seconds, check=False,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                return {"rc": None, "out": "", "err": ""}
+            said = {"out": done.stdout, "err": done.stderr}
+            return {
+                "rc": done.returncode,
+                **{name: text.decode(errors="backslashreplace") for name, text in said.items()},
+            }
         request = {
             "argv": argv, "env": case.environment, "cwd": str(cwd), "stdin": stdin and str(stdin), "seconds": seconds,
         }  # fmt: skip
@@ -112,4 +121,4 @@ def check(case: Case, folder: Path, models: Path, commands: Commands) -> None:
 
 
 # What commands tell beside the error.
-NOTES = ("--prompt: ", "standard input: ", "JAX_ENABLE_X64 is ignored", "loading ")
+NOTES = ("--prompt: ", "standard input: ", "this model has a chat template", "JAX_ENABLE_X64 is ignored", "loading ")

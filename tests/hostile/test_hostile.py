@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
 import typing
 from pathlib import Path
 
+import jax
 import pytest
 from absl import flags
 
@@ -18,9 +20,11 @@ from lawcat_jax.config import Config, ConfigError
 from lawcat_jax.errors import UserError
 from tests.hostile.cases import all_cases
 from tests.hostile.driver import ASSET, ROOT, Case, Commands, check
+from tests.hostile.ops import OpCall, op_calls
 
-CASES = all_cases()
+CASES, OP_CALLS = all_cases(), list(op_calls())
 FAST = [case for case in CASES if case.area == "config" and "override" not in case.name][::2]
+FAST += [case for case in CASES if case.area == "launch"][::40]
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +42,16 @@ def models(tmp_path_factory) -> Path:
     shutil.copy(ROOT / "tests" / "runtime" / "tiny.py", folder / "config.py")
     command = [sys.executable, "-m", "lawcat_jax.train", "--config=config.py", "--workdir=run"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=300)
+    subprocess.run(command, cwd=folder, env=environment, check=True, timeout=900)
     return folder
 
 
 def test_the_table_is_large_enough():
     assert len(CASES) >= 300
     assert len({str(case) for case in CASES}) == len(CASES)
-    assert {case.area for case in CASES} == {"model", "run", "config", "data", "generation", "ops", "environment"}
+    areas = {"model", "run", "config", "data", "generation", "sizes", "environment", "launch"}
+    assert {case.area for case in CASES} == areas
+    assert len(OP_CALLS) >= 300
 
 
 @pytest.mark.parametrize("case", FAST, ids=str)
@@ -54,10 +60,40 @@ def test_some_hostile_inputs(case, tmp_path, commands):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(1200)  # the first of a process trains the run
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_hostile_input(case: Case, tmp_path, models, commands):
     check(case, tmp_path, models, commands)
+
+
+def check_op(call: OpCall) -> None:
+    """A ValueError of one line that begins with an argument's name, or arrays."""
+    try:
+        found = call.call()
+    except ValueError as problem:
+        told = str(problem)
+        assert re.match(r"[a-z_]+( [A-Za-z]+| [qk] rows)?: ", told), told
+        assert "\n" not in told
+        assert len(told) < 500
+    else:
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found))
+
+
+def test_some_hostile_arguments_of_the_ops():
+    """Those that are refused without computing anything."""
+    quick = [
+        call for call in OP_CALLS if any(word in call.name for word in ("float64", "dtype float16", "object", "list"))
+    ]
+    assert len(quick) > 60
+    for call in quick:
+        check_op(call)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("call", OP_CALLS, ids=str)
+def test_every_hostile_argument_of_the_ops(call: OpCall):
+    check_op(call)
 
 
 def leaves(kind: type, path: str = "config") -> list[str]:

@@ -1,6 +1,7 @@
 """Generation equals a plain loop that recomputes the whole prefix for every token."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -8,6 +9,9 @@ import pytest
 
 from lawcat_jax.errors import UserError
 from lawcat_jax.inference import generation
+from lawcat_jax.inference import session as session_module
+from lawcat_jax.inference.sampling import Sampling
+from lawcat_jax.inference.session import Session
 from lawcat_jax.tasks import decoder_model
 from tests.models.helpers import LAWCAT, TINY, build, forward
 
@@ -45,7 +49,7 @@ def test_greedy_batches_equal_full_recomputation(model, as_teacher):
     got = generation.generate(graphdef, params, prompts(), **options, batch_size=2, prefill_chunk=16)
     assert got == expected
     if not as_teacher:
-        streamed = generation.stream(graphdef, params, prompts()[2], **options, prefill_chunk=16)
+        streamed = Session(graphdef, params, prefill_chunk=16).stream(prompts()[2], max_new_tokens=NEW)
         assert list(streamed) == expected[2]
 
 
@@ -80,13 +84,61 @@ def test_prompts_are_read_in_whole_chunks_while_all_go_on():
     assert generation.default_chunk(5) == 2048
 
 
+@pytest.mark.parametrize("as_teacher", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_session_goes_on_as_if_everything_was_read_again(model, as_teacher):
+    """Three turns, the second left off in the middle; buffers of softmax layers grow on the way."""
+    graphdef, params = model
+    sampling = Sampling(0.9, top_p=0.9, repetition_penalty=1.3)
+    session = Session(graphdef, params, as_teacher=as_teacher, prefill_chunk=16)
+    read, sizes = [], []
+    for number, turn in enumerate(prompts()[:3]):
+        before = len(session.tokens)
+        made = session.stream(turn, max_new_tokens=NEW, sampling=sampling if number < 2 else Sampling())
+        answer = list(itertools.islice(made, NEW - 2 * (number == 1)))
+        assert session.tokens[before:] == [*turn, *answer]
+        read.append([*session.tokens[: before + len(turn)]])
+        sizes.append(session.nbytes)
+    options = dict(max_new_tokens=NEW, as_teacher=as_teacher, batch_size=1, prefill_chunk=16)
+    assert [answer] == generation.generate(graphdef, params, [read[2]], **options)
+    (first,) = generation.generate(graphdef, params, [read[0]], sampling=sampling, **options)
+    assert read[1][: len(read[0]) + NEW] == read[0] + first
+    assert sizes[0] < sizes[2]  # of the hybrid's softmax layer too
+    consumed = []
+    read_prompts = session_module.read_prompts
+    session_module.read_prompts = lambda **given: consumed.append(given["prompts"]) or read_prompts(**given)
+    try:
+        list(session.stream([3, 4], max_new_tokens=1))
+    finally:
+        session_module.read_prompts = read_prompts
+    assert consumed == [[[answer[-1], 3, 4]]]  # nothing that was read before
+
+
+@pytest.mark.slow
+def test_answers_end_soon_after_a_stop(model):
+    graphdef, params = model
+    options = dict(max_new_tokens=80, batch_size=2, prefill_chunk=16)
+    whole = generation.generate(graphdef, params, prompts(), **options)
+    word = whole[0][3]
+    asked = []
+
+    def stop(tokens):
+        asked.append(len(tokens))
+        return word in tokens
+
+    for full, cut in zip(whole, generation.generate(graphdef, params, prompts(), stop=stop, **options), strict=True):
+        end = full.index(word) if word in full else 80
+        assert cut == full[: min(80, -(-(end + 1) // generation.STOP_EVERY) * generation.STOP_EVERY)]
+    assert set(asked) <= {32, 64, 80}
+
+
 def test_sampling_depends_on_seed_and_prompt_only(model):
     graphdef, params = model
-    options = dict(max_new_tokens=NEW, temperature=1.5, batch_size=2, prefill_chunk=16)
-    first = generation.generate(graphdef, params, prompts(), seed=1, **options)
-    assert first == generation.generate(graphdef, params, prompts(), seed=1, **options)
-    assert first != generation.generate(graphdef, params, prompts(), seed=2, **options)
-    assert first[:2] == generation.generate(graphdef, params, prompts()[:2], seed=1, **options)
+    options = dict(max_new_tokens=NEW, batch_size=2, prefill_chunk=16)
+    one, two = (Sampling(1.5, top_k=20, repetition_penalty=1.2, seed=seed) for seed in (1, 2))
+    first = generation.generate(graphdef, params, prompts(), sampling=one, **options)
+    assert first == generation.generate(graphdef, params, prompts(), sampling=one, **options)
+    assert first != generation.generate(graphdef, params, prompts(), sampling=two, **options)
+    assert first[:2] == generation.generate(graphdef, params, prompts()[:2], sampling=one, **options)
 
 
 @pytest.mark.parametrize(
@@ -96,8 +148,8 @@ def test_sampling_depends_on_seed_and_prompt_only(model):
         ({"prompts": [[40]]}, "vocabulary of 40"),
         ({"prompts": [[1]], "max_new_tokens": 0}, "max_new_tokens"),
         ({"prompts": [[1]], "batch_size": 0}, "batch_size"),
-        ({"prompts": [[1]], "temperature": float("nan")}, "temperature: nan"),
-        ({"prompts": [[1]], "seed": 2**70}, "seed"),
+        ({"prompts": [[1]], "sampling": Sampling(float("nan"))}, "temperature: nan"),
+        ({"prompts": [[1]], "sampling": Sampling(seed=2**70)}, "seed"),
     ],
 )
 def test_bad_requests_are_refused(model, arguments, message):
@@ -129,7 +181,7 @@ def test_logits_that_are_not_finite_name_the_first_such_layer(model, path, index
     with pytest.raises(UserError, match=message):
         generation.generate(graphdef, broken, prompts(), batch_size=2, **options)
     with pytest.raises(UserError, match=message):
-        list(generation.stream(graphdef, broken, prompts()[2], **options))
+        list(Session(graphdef, broken, prefill_chunk=16).stream(prompts()[2], max_new_tokens=NEW))
     nll = decoder_model.model_nll(graphdef, broken, as_teacher=False)
     tokens = np.asarray([prompts()[2][:16]] * 2, np.int32)
     batch = {"tokens": tokens, "targets": tokens, "loss_weights": np.ones((2, 16), np.float32)}

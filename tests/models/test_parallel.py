@@ -14,6 +14,7 @@ from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig, MeshConfig, ModelConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.inference import generation
+from lawcat_jax.inference.session import Session
 from lawcat_jax.models import parallel
 from lawcat_jax.models.attention import softmax_attention
 from lawcat_jax.runtime import sharding
@@ -76,7 +77,7 @@ def test_generation_on_a_mesh():
     where = mesh(data=2, fsdp=1, tensor=2, sequence=2)
     placed = jax.tree.map(jax.device_put, params, sharding.shardings(params, where))
     assert generation.generate(graphdef, placed, prompts, **options) == expected
-    assert list(generation.stream(graphdef, placed, prompts[0], max_new_tokens=6)) == expected[0]
+    assert list(Session(graphdef, placed).stream(prompts[0], max_new_tokens=6)) == expected[0]
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import pytest
 from doubles import Run
 
 from lawcat_jax.checkpoints import orbax_errors
+from lawcat_jax.checkpoints.conversion import convert
 from lawcat_jax.config import Config
 from lawcat_jax.errors import UserError
 from lawcat_jax.training import checkpoint, loop, metrics, run
@@ -61,6 +62,14 @@ def test_full_disk_stops_the_run_and_keeps_what_is_finished(disk, tmp_path, capf
     again = Run(disk / "run", every_steps=2, keep=99)
     jax.tree.map(np.testing.assert_array_equal, again.go(), expected)
     assert kept <= finished(again.directory)
+
+
+def test_a_model_that_does_not_fit_is_one_line(disk, caplog):
+    """Neither orbax nor asyncio print tracebacks of their own beside it, and nothing is left."""
+    with pytest.raises(UserError, match=f"^cannot write {disk}/model: No space left on device$"):
+        convert("asset:tiny_llama", str(disk / "model"))
+    assert not caplog.records
+    assert not list(disk.iterdir())
 
 
 def no_space(*_args, **_options):

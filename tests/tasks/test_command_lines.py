@@ -50,12 +50,12 @@ def student(tmp_path_factory):
     return run / "student"
 
 
-def _run(module, *arguments, cwd):
+def _run(module, *arguments, cwd, **variables):
     root = Path(__file__).resolve().parents[2]
     return subprocess.run(
         [sys.executable, "-m", f"lawcat_jax.{module}", *arguments],
         cwd=cwd,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root), **variables},
         capture_output=True,
         text=True,
         timeout=300,
@@ -96,8 +96,9 @@ def test_evaluation_of_a_loaded_student(student, tmp_path):
 
 @pytest.mark.slow
 def test_every_task_with_the_teacher_and_generation(student, tmp_path):
-    from lawcat_jax.inference.generation import generate, stream
+    from lawcat_jax.inference.generation import generate
     from lawcat_jax.inference.loading import load_for_inference
+    from lawcat_jax.inference.session import Session
 
     model = load_for_inference(str(student))
     assert model.directory == student.parent
@@ -120,7 +121,8 @@ def test_every_task_with_the_teacher_and_generation(student, tmp_path):
     prompt = encode_prompt(model.tokenizer, "The sky is")
     options = {"max_new_tokens": 12, "eos_ids": model.eos_ids}
     (whole,) = generate(model.graphdef, model.params, [prompt], **options)
-    pieces = list(stream_text(model.tokenizer, stream(model.graphdef, model.params, prompt, **options), context=prompt))
+    tokens = Session(model.graphdef, model.params).stream(prompt, **options)
+    pieces = list(stream_text(model.tokenizer, tokens, context=prompt))
     assert "The sky is" + "".join(pieces) == decode(model.tokenizer, prompt + whole)
 
 
@@ -206,6 +208,53 @@ def test_settings_of_an_evaluation():
         chosen_settings({}, {"tasks": ("x",)})
 
 
+@pytest.mark.parametrize(
+    ("given", "options", "told"),
+    [
+        ({"tasks": ("passkey",), "text": "book.txt"}, {}, r"^--text: not read by --tasks=passkey with --form=landmark"),
+        ({"seed": 3, "sample_seed": 3}, {}, "^--seed: not read by --tasks=passkey with --form=landmark"),
+        ({"tasks": ("passkey",), "haystack": "x", "babi": "y"}, {}, "^--haystack, --babi: not read by"),
+        (
+            {"tasks": ("perplexity",), "text": "t", "passkey_form": "train"},
+            {},
+            "^--form: not read by --tasks=perplexity;",
+        ),
+        ({"tasks": ("perplexity",), "text": "t", "prefill_chunk": 8}, {}, "^--prefill_chunk: not read by"),
+        ({"tasks": ("perplexity",), "text": "t", "position_block": 8}, {}, "^--position_block: not read by"),
+        ({"text_key": "body"}, {}, "^--text_key: not read by"),
+        ({"tasks": ("babilong_qa1",), "babi": "y", "haystack": "x", "lengths": (0,)}, {}, "^--haystack: not read by"),
+        ({"teacher": True}, {}, "^--teacher evaluates the teacher of a student .* no --checkpoint is a student$"),
+        ({}, {"revision": "main"}, "^--revision goes with a hub repository, and no --checkpoint is one$"),
+        ({}, {"base": "asset:tiny_llama"}, "^--base goes with a student's small file"),
+    ],
+)
+def test_a_flag_that_nothing_reads_is_refused(given, options, told, tmp_path):
+    from lawcat_jax.tasks.compare import evaluate_checkpoints
+
+    with pytest.raises(UserError, match=told):
+        evaluate_checkpoints(
+            ["asset:tiny_llama"], {"lengths": (150,), **given}, output=str(tmp_path / "out"), **options
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_flags_that_a_task_reads_are_taken():
+    from lawcat_jax.tasks.registry import tasks
+
+    every = set().union(*(task.reads(EvalConfig(passkey_form="train")) for task in tasks().values()))
+    assert every >= {"text", "text_key", "haystack", "babi", "seed", "sample_seed", "position_block", "prefill_chunk"}
+    assert all(set(task.settings) >= task.reads(EvalConfig()) - {"prefill_chunk"} for task in tasks().values())
+    assert "text_key" in tasks()["niah_single_2"].identity(EvalConfig())  # another field of the rows is another hay
+
+
+def test_a_revision_goes_with_a_repository(student):
+    from lawcat_jax.checkpoints.model_dir import open_checkpoint
+
+    for source in ("asset:tiny_llama", str(student)):
+        with pytest.raises(UserError, match=r"^revision 'main' goes with a hub repository, and .* is on this machine"):
+            open_checkpoint(source, "main")
+
+
 def test_the_fingerprint_of_a_model_is_of_its_weights(student):
     import jax
 
@@ -261,17 +310,17 @@ def test_error_lines(module, arguments, message, tmp_path):
 
 
 def test_prompts_that_cannot_be_run_are_refused_before_they_are(student, monkeypatch):
-    from lawcat_jax.inference import text
     from lawcat_jax.inference.loading import load_for_inference
+    from lawcat_jax.inference.session import Session
+    from lawcat_jax.inference.text import Request, continue_text
 
     model = load_for_inference(str(student))
-    monkeypatch.setattr(text, "stream", lambda *_args, **_options: iter(()))
+    monkeypatch.setattr(Session, "_stream", lambda *_args, **_options: iter(()))
     with pytest.raises(UserError, match="softmax attention was trained for 256 positions"):
-        text.continue_text(model, "The sky is blue. " * 60_000, max_new_tokens=4, teacher=True)
-    assert list(text.continue_text(model, "The sky is blue. " * 1000, max_new_tokens=4)) == []
-    monkeypatch.undo()
+        continue_text(model, "The sky is blue. " * 60_000, Request(4, teacher=True))
+    assert list(continue_text(model, "The sky is blue. " * 1000, Request(4))) == []
     with pytest.raises(UserError, match="more than can be run"):
-        list(text.continue_text(model, "The sky", max_new_tokens=2**40))
+        continue_text(model, "The sky", Request(2**40))
 
 
 def test_loading_errors(student, tmp_path):
@@ -284,3 +333,26 @@ def test_loading_errors(student, tmp_path):
         load_for_inference("")
     with pytest.raises(UserError, match="not a model directory"):
         load_for_inference(str(tmp_path))
+
+
+def test_mistakes_in_stored_settings_say_where_they_are_stored():
+    from lawcat_jax.tasks.compare import chosen_settings
+
+    with pytest.raises(
+        UserError, match=r"^the evaluation settings stored with the checkpoint \(extra\.eval of model\.json\)"
+    ):
+        chosen_settings({"samples": -1}, {})
+    assert chosen_settings({"samples": -1}, {"samples": 2}).samples == 2  # the flags win
+
+
+@pytest.mark.slow
+def test_64_bits_change_nothing(student, tmp_path):
+    """jax's switch would give arrays that the layers do not take; the commands say that they ignore it."""
+    arguments = (f"--checkpoint={student}", "--tasks=passkey", "--lengths=200", "--samples=3", "--dtype=float32")
+    reports = []
+    for name, variables in (("plain", {}), ("wide", {"JAX_ENABLE_X64": "1"})):
+        done = _run("evaluate", *arguments, f"--output={tmp_path / name}", cwd=tmp_path, **variables)
+        assert done.returncode == 0, done.stderr
+        assert ("JAX_ENABLE_X64 is ignored" in done.stderr) == bool(variables)
+        reports.append(json.loads((tmp_path / name / "passkey.json").read_text())["results"])
+    assert reports[0] == reports[1]

@@ -57,6 +57,44 @@ def test_report(book, tmp_path):
     assert "50.000" in lines[0]
 
 
+def test_what_is_reported_and_computed_are_the_sequences_that_there_are(book, tmp_path):
+    """A text of some 60 sequences of 100 tokens, of which a thousand are asked for: nothing is padded but a last row or so."""
+    batches, seen, lines = [], [], []
+
+    def nll(batch):
+        batches.append(np.sum(batch["loss_weights"], axis=1) > 0)
+        return _uniform(batch)
+
+    settings = EvalConfig(tasks=("perplexity",), lengths=(100,), samples=1000, batch_size=25, text=book)
+    subject = model(small.byte_level(), nll=nll)
+    result = PERPLEXITY.measure(subject, 100, settings, lambda *state: seen.append(state))[100]
+    there_are = result.samples
+    assert result.n == 100 * there_are
+    assert 10 < there_are < 100
+    assert seen[-1] == (100, there_are, there_are)
+    assert sum(map(len, batches)) - there_are < len(batches)  # rows of padding
+    assert len({len(rows) for rows in batches}) == 1  # one program
+    batches.clear()
+    run_evaluation(settings, [subject], output=tmp_path / "eval", echo=lines.append)
+    written = json.loads((tmp_path / "eval" / "perplexity.json").read_text())
+    assert written["samples"] == written["results"]["100"]["samples"] == there_are
+    for text in (lines[0], (tmp_path / "eval" / "perplexity.md").read_text()):
+        assert f"{there_are} samples of a length, and not the 1000 that were asked for" in text
+
+
+def test_batches_divide_over_devices(book):
+    settings = EvalConfig(tasks=("perplexity",), text=book, samples=9, batch_size=3)
+    sizes = []
+
+    def nll(batch):
+        sizes.append(len(batch["tokens"]))
+        return _uniform(batch)
+
+    result = PERPLEXITY.measure(model(small.byte_level(), nll=nll, devices=2), 32, settings)[32]
+    assert result.samples == 9
+    assert sizes == [6, 6]  # at most 3 for each of two devices
+
+
 def test_no_text():
     with pytest.raises(UserError, match="name a text"):
         PERPLEXITY.check(EvalConfig(lengths=(32,)), small.byte_level())

@@ -244,6 +244,28 @@ def test_another_evaluation_does_not_replace_a_report(tmp_path):
     assert (tmp_path / "passkey.json").read_bytes() != first
 
 
+def test_a_report_of_other_weights_is_kept(tmp_path):
+    """Two models of one name, as /a/student and /b/student have in the current folder; and the same one again."""
+    tokenizer, said = small.byte_level(), []
+
+    def run(weights, **settings):
+        subject = model(tokenizer, Oracle(tokenizer), fingerprint=weights)
+        options = {"output": tmp_path, "replace": False, "echo": said.append}
+        run_evaluation(EvalConfig(lengths=(250,), samples=2, **settings), [subject], **options)
+        return {file.name for file in tmp_path.glob("*.json")}
+
+    assert run("first") == {"passkey.json"}
+    before = (tmp_path / "passkey.json").read_bytes()
+    assert json.loads(before)["weights"] == "first"
+    files = run("second")
+    assert files == {"passkey.json", "passkey_landmark_n2_250.json"}
+    assert run("second") == files
+    assert len(run("third")) == 3  # where a report with the same settings in its name is of the second
+    assert len(run("third")) == 3
+    assert (tmp_path / "passkey.json").read_bytes() == before
+    assert re.fullmatch(r"wrote \S+\.json, \S+\.md, \S+\.png and \S+_depth\.png", said[1]), said[1]
+
+
 def test_a_model_has_its_colour_by_its_name():
     alone = figures.looks(["mine"])["mine"]
     assert alone["color"] == figures._COLOURS[zlib.crc32(b"mine") % len(figures._COLOURS)]
@@ -255,3 +277,28 @@ def test_a_model_has_its_colour_by_its_name():
     eight = figures.looks([f"model {number}" for number in range(8)])
     assert len({look["color"] for look in eight.values()}) == 8
     assert len(figures.looks([f"model {number}" for number in range(20)])) == 20
+
+
+def test_a_result_that_is_no_number_is_an_error_and_no_report(tmp_path):
+    subject = model(small.byte_level(), nll=lambda batch: (float("nan"), 10.0))
+    (tmp_path / "a.txt").write_text("The sky is blue. " * 50)
+    settings = EvalConfig(tasks=("perplexity",), lengths=(20,), samples=2, text=str(tmp_path / "a.txt"))
+    with pytest.raises(UserError, match=r"^perplexity of student, tokens 20, is no number .*; no report is written$"):
+        run_evaluation(settings, [subject], output=tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.json"))
+
+
+def test_a_table_is_shown_before_its_files_are_written(tmp_path, monkeypatch):
+    def full(*_):
+        raise UserError("cannot write")
+
+    monkeypatch.setattr(report, "write_document", full)
+    tokenizer, said = small.byte_level(), []
+    with pytest.raises(UserError, match="cannot write"):
+        run_evaluation(
+            EvalConfig(lengths=(250,), samples=2),
+            [model(tokenizer, Oracle(tokenizer))],
+            output=tmp_path,
+            echo=said.append,
+        )
+    assert "100.0 %" in said[0]

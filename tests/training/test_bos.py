@@ -56,7 +56,7 @@ def test_a_checkpoint_of_an_earlier_version_is_that_of_the_run_that_goes_on():
     """Its metadata says true or false, the resumed run always or never."""
     config, origin = Config(), {"model": {}, "dtype": "float32", "weights": None, "tokenizer": "a"}
     config.stage1.data.add_bos, config.stage2.data.add_bos = "always", "never"
-    own = identity(config, origin)
+    own = identity(config, origin, {})
     old = json.loads(json.dumps(own))
     old["config"]["stage1"]["data"]["add_bos"], old["config"]["stage2"]["data"]["add_bos"] = True, False
     refuse_another(old, own, "there")

@@ -106,10 +106,13 @@ def test_broken_config_file(parse, tmp_path):
         ("x = (", "never closed"),
         ("def get_config(): return 3", "must return"),
         ("x = 1", "get_config"),
+        ("x = '\0'", "null bytes"),
+        ("def get_config(): return open('nothing')", r"line 1 .*FileNotFoundError.*'nothing'"),
     ):
         (tmp_path / "c.py").write_text(text)
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=message) as caught:
             parse(f"--config={tmp_path / 'c.py'}")
+        assert str(caught.value).count(str(tmp_path / "c.py")) == 1  # names the file, and once
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "configs").glob("*.py"))])

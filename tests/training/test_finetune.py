@@ -18,6 +18,7 @@ from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig, LoraConfig, MeshConfig, ModelConfig, StageConfig
 from lawcat_jax.runtime import sharding
 from lawcat_jax.training import finetune
+from lawcat_jax.training.divergence import Teacher
 from lawcat_jax.training.step import StepInputs
 
 MODEL = ModelConfig(
@@ -165,7 +166,7 @@ def test_tokens_without_weight_reach_neither_sums_nor_gradients(chunk):
     @jax.jit
     def run(hidden, teacher, kernel):
         def loss(hidden, kernel):
-            values = finetune.Teacher(teacher, held, 2.0)
+            values = Teacher(teacher, held, 2.0)
             head = lambda x: x @ kernel  # noqa: E731
             sums = finetune.chunked_token_sums(head, hidden, targets, weights, values, chunk)
             return sums["cross_entropy"] + sums["kl"], sums

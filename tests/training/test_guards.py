@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +17,12 @@ import pytest
 from training_doubles import STEPS, Run
 
 from lawcat_jax import models
-from lawcat_jax.config import AttentionConfig, Config, ConfigError, ModelConfig, StageConfig
+from lawcat_jax.config import AttentionConfig, Config, ConfigError, LogConfig, ModelConfig, StageConfig
+from lawcat_jax.errors import UserError
 from lawcat_jax.models import flops
-from lawcat_jax.training import loop
+from lawcat_jax.training import checkpoint, loop
 from lawcat_jax.training.loop import TrainingError
+from lawcat_jax.training.metrics import MetricsWriter
 from lawcat_jax.training.utilization import peak_flops, utilization
 
 
@@ -158,3 +164,35 @@ def test_utilization_is_logged_with_the_speed(tmp_path):
     run.go()
     assert lines(tmp_path, "mfu") == [None] * len(lines(tmp_path, "tokens_per_second"))
     assert lines(tmp_path, "tokens_per_second")
+
+
+def test_a_checkpoint_folder_that_cannot_be_written_ends_the_run_at_once(tmp_path, monkeypatch):
+    """A mount that has become read-only: orbax' threads would wait for minutes for what they could not write."""
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    run = Run(tmp_path, every_steps=2)
+    monkeypatch.setattr(checkpoint.tempfile, "TemporaryFile", read_only)
+    started = time.monotonic()
+    with pytest.raises(
+        UserError, match=rf"^checkpoint in {run.directory} could not be written: .*Read-only file system"
+    ):
+        run.go()
+    assert time.monotonic() - started < 60
+
+
+def test_results_of_an_evaluation_reach_the_other_writers(tmp_path):
+    writer = MetricsWriter(tmp_path, LogConfig(tensorboard=False))
+    curves, logged = [], []
+    writer._tensorboard = SimpleNamespace(add_scalar=lambda *point: curves.append(point), close=lambda: None)
+    writer._wandb = SimpleNamespace(log=logged.append, finish=lambda: None)
+    row = {"accuracy": 0.5, "interval": [0.4, 0.6]}
+    writer.write_results({"passkey": {"student": {256: row, 128: row}}})
+    writer.write_results({"passkey": {"student": {128: row}}})  # again: the file has the last ones only
+    writer.close()
+    assert curves[0] == ("eval/passkey/student/accuracy", 0.5, 128)
+    assert ("eval/passkey/student/interval/1", 0.6, 256) in curves
+    assert logged[0]["eval/passkey/student/accuracy"] == 0.5
+    assert logged[0]["eval/step"] == 128
+    assert lines(tmp_path, "step") == [128]

@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 from training_doubles import STEPS, Run
 
-from lawcat_jax.config import StageConfig
+from lawcat_jax.config import Config, DataConfig, MixtureSource, StageConfig
 from lawcat_jax.errors import UserError
+from lawcat_jax.training import inputs
+from lawcat_jax.training import run as run_module
 from lawcat_jax.training.loop import InterruptedRunError, TrainingError
 from lawcat_jax.training.workdir import Workdir
 
 ROOT = Path(__file__).parents[2]
 TEACHER = {"model": {"rope_theta": 1e4}, "dtype": "float32", "weights": "a", "tokenizer": "b"}
-OWN = {"config": {"seed": 0, "stage1": {"learning_rate": 0.1}}, "teacher": TEACHER}
+FILES = {"stage1": {"books/*.txt": [["a.txt", 70], ["b.txt", 80]]}}
+OWN = {"config": {"seed": 0, "stage1": {"learning_rate": 0.1}}, "teacher": TEACHER, "data": FILES}
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +39,10 @@ def begun(tmp_path_factory) -> Path:
         ({"config": {**OWN["config"], "seed": 1}}, "another configuration (config.seed: 0 there, 1 here)"),
         ({"teacher": {**TEACHER, "weights": "x"}}, "another teacher (its weights have changed)"),
         ({"teacher": {**TEACHER, "tokenizer": "x"}}, "another teacher (the tokenizer has changed)"),
+        (
+            {"data": {"stage1": {"books/*.txt": [["a.txt", 70], ["b.txt", 81]]}}},
+            "began with other data: the files of books/*.txt have other names or sizes now",
+        ),
         ({"teacher": {**TEACHER, "model": {"rope_theta": 5e5}}}, "rope_theta: 10000.0 there, 500000.0 here"),
     ],
 )
@@ -46,6 +53,26 @@ def test_checkpoint_of_another_run_is_refused(begun, changes, message):
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in begun.rglob("*")) == before
+
+
+def test_files_of_the_data_are_part_of_a_run(tmp_path):
+    for name, words in (("a.txt", "one"), ("b.txt", "two words")):
+        (tmp_path / name).write_text(words)
+    part = MixtureSource(kind="niah", hay="books", hay_source=str(tmp_path / "a.txt"))
+    config = Config(
+        stage1=StageConfig(data=DataConfig(kind="text", source=f"{tmp_path}/*.txt", validation_source="hf:a")),
+        stage2=StageConfig(data=DataConfig(kind="mixture", mixture=(part,))),
+    )
+    assert inputs.data_files(config) == {
+        "stage1": {f"{tmp_path}/*.txt": [["a.txt", 3], ["b.txt", 9]]},
+        "stage2": {str(tmp_path / "a.txt"): [["a.txt", 3]]},
+    }
+
+
+def test_a_stage_of_another_length_is_refused(begun):
+    """As after a change of the text whose passes its steps are."""
+    with pytest.raises(UserError, match=r"at step 2 is of a stage of 12 steps, which now has 20: its data is longer"):
+        Run(begun, steps=20, options={"identity": OWN}).go()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -86,6 +113,23 @@ def test_a_stage_whose_steps_were_all_bad_fails(tmp_path):
         run.go()
     with pytest.raises(TrainingError, match=f"all {STEPS} steps were bad"):  # and is not finished afterwards either
         Run(tmp_path, poison=tuple(range(STEPS)), max_bad_steps=99).go()
+
+
+@pytest.mark.parametrize(("poison", "fails"), [((1, 3, 5, 7, 8, 10, 11), True), ((1, 3, 5, 7, 8, 10), False)])
+def test_a_stage_fails_when_more_than_half_of_its_steps_were_bad(tmp_path, poison, fails):
+    run = Run(tmp_path, poison=poison, max_bad_steps=99)
+    if fails:
+        with pytest.raises(TrainingError, match=r"most steps were bad .* \(7 of 12 steps bad\)"):
+            run.go()
+    else:
+        run.go()
+        assert run.loop.summary["bad_steps"] == 6
+
+
+def test_the_last_line_of_a_run_tells_of_bad_steps():
+    summaries = {"stage1": {"steps": 9, "bad_steps": 0}, "stage2": {"steps": 12, "bad_steps": 5}, "old": {}}
+    assert run_module._bad_steps(summaries) == " (bad steps, which were skipped: 5 of 12 in stage2)"
+    assert run_module._bad_steps({"stage1": {"steps": 9, "bad_steps": 0}}) == ""
 
 
 @pytest.mark.parametrize("last", [math.nan, math.inf])

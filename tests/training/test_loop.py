@@ -28,11 +28,11 @@ def lines(workdir: Path) -> list[dict]:
 
 def losses(workdir: Path) -> list[tuple]:
     """Every number that must not depend on interruptions: losses, rates, norms, validation."""
-    skip = {"tokens_per_second", "first_step_seconds"}
+    speed = {"tokens_per_second", "first_step_seconds"}
     return [
-        tuple(sorted((k, v) for k, v in line.items() if k not in skip))
+        tuple(sorted((k, v) for k, v in line.items() if k not in {"time", *speed}))
         for line in lines(workdir)
-        if not skip & {*line} or "loss" in line
+        if not speed & {*line} or "loss" in line
     ]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -30,8 +32,9 @@ from lawcat_jax.config import (
 )
 from lawcat_jax.data.train_tokenizer import passkey_sentences, save_tokenizer, train_tokenizer
 from lawcat_jax.errors import UserError
-from lawcat_jax.runtime import sharding
-from lawcat_jax.training import identity, inputs, loop, optim, run
+from lawcat_jax.runtime import network, sharding
+from lawcat_jax.training import dry_run, identity, inputs, loop, optim, run
+from lawcat_jax.training.metrics import Manifest
 
 LENGTH = 128
 
@@ -94,7 +97,7 @@ def make_config(teacher: Path, workdir: Path, **changes) -> Config:
 
 
 def numbers(workdir: Path) -> list[dict]:
-    skip = {"tokens_per_second", "first_step_seconds", "mfu"}  # what the clock says
+    skip = {"time", "tokens_per_second", "first_step_seconds", "mfu"}  # what the clock says
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in skip} for line in lines if "first_step_seconds" not in line]
 
@@ -144,11 +147,63 @@ def test_losses_fall_and_are_logged(straight):
     assert any("kl" in line for line in lines if line["stage"] == "stage2")
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda c: c.stage2.__setattr__("data", DataConfig(kind="text", source="/nowhere.txt")), "no such file"),
+        (lambda c: c.eval.__setattr__("lengths", (1,)), "too short|at least"),
+        (lambda c: Path(c.workdir, "eval").write_text("mine"), "is a file; the reports"),
+    ],
+)
+def test_late_mistakes_show_before_the_first_step_and_leave_the_folder_free(
+    teacher, tmp_path, change, told, monkeypatch
+):
+    monkeypatch.setattr(run, "run_stage", lambda *_, **__: pytest.fail("trained"))
+    config = make_config(teacher, tmp_path)
+    change(config)
+    with pytest.raises(UserError, match=told):
+        run.run(config)
+    assert not {"manifest.json", "metrics.jsonl", "checkpoints"} & {path.name for path in tmp_path.iterdir()}
+
+
+def test_every_number_has_its_time_and_is_in_the_documentation(straight):
+    lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    times = [datetime.datetime.fromisoformat(line["time"]) for line in lines]
+    assert times == sorted(times)
+    table = (Path(__file__).parents[2] / "docs" / "training.md").read_text().partition("## Metrics")[2]
+    named = set(re.findall(r"`([\w/<>]+)`", table.partition("## What resuming")[0]))
+    names = {name for line in lines if line["stage"] != "eval" for name in line} - {"stage", "step"}
+    names = {re.sub("^(validation|diagnostics)/", "", name) for name in names}
+    names = {re.sub("^(grad_norm)/.*", r"\1/<group>", name).split("/mixers/")[0] for name in names}
+    assert not names - named, f"not in docs/training.md: {names - named}"
+
+
+def test_results_are_curves_too(straight):
+    lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    (found,) = [line for line in lines if line["stage"] == "eval"]
+    results = json.loads((straight / "manifest.json").read_text())["results"]["passkey"]["student"][str(LENGTH)]
+    assert found["step"] == LENGTH
+    assert {name.removeprefix("passkey/student/"): found[name] for name in found if "/" in name} == results
+
+
 def test_finished_run_exits_at_once(straight, teacher, capsys):
     before = (straight / "metrics.jsonl").read_bytes()
     assert run.run(make_config(teacher, straight)) == 0
     assert "finished" in capsys.readouterr().out
     assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_is_not_evaluated_with_other_settings(straight, teacher):
+    config = make_config(teacher, straight)
+    config.eval.batch_size = 1  # changes no result
+    assert run.run(config) == 0
+    config.eval.samples = 5
+    with pytest.raises(
+        UserError, match=r"finished run, evaluated with other settings \(config\.eval\.samples: 2 there, 5"
+    ):
+        run.run(config)
+    config.eval.enabled = False
+    assert run.run(config) == 0
 
 
 def test_interrupted_run_resumes_bit_for_bit(straight, teacher, tmp_path, monkeypatch):
@@ -303,6 +358,82 @@ def test_dry_run_writes_nothing(teacher, tmp_path, capsys):
     assert "all checks passed" in out
     assert "compiled in" in out
     assert not (tmp_path / "none").exists()
+
+
+@pytest.fixture
+def quick_dry_run(monkeypatch):
+    """Without compiling, which the test above does."""
+    monkeypatch.setattr(dry_run, "_compiled", lambda built: "not compiled")
+
+
+def test_dry_run_compares_a_declared_architecture_with_the_teacher(teacher, tmp_path, capsys, quick_dry_run):
+    config = make_config(teacher, tmp_path, dry_run=True)
+    config.teacher.architecture = dataclasses.replace(model_json.read(teacher).model, num_layers=3)
+    with pytest.raises(UserError, match="num_layers: declared 3, found 2"):
+        run.run(config)
+    config.teacher.architecture.num_layers = 2
+    assert run.run(config) == 0
+    out = capsys.readouterr().out
+    assert "read from its files, as declared in the config" in out
+    assert out.endswith("dry run: all checks passed\n")
+
+
+@pytest.mark.parametrize("source", ["nobody/at-home", "/nowhere/at/all", "package:nothing_of_that_name"])
+def test_dry_run_says_that_a_missing_teacher_was_not_checked(
+    source, teacher, tmp_path, capsys, quick_dry_run, monkeypatch
+):
+    monkeypatch.setattr(network, "hub_or_offline", lambda: False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = make_config(teacher, tmp_path, dry_run=True)
+    config.teacher.source = source
+    with pytest.raises(UserError, match=r"or declare config\.teacher\.architecture|no module|package"):
+        run.run(config)
+    config.teacher.architecture = model_json.read(teacher).model
+    config.teacher.tokenizer = str(teacher / "tokenizer")
+    assert run.run(config) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"dry run: no mistake found; not checked: the teacher (there is no {source} on this machine)"
+
+
+def test_dry_run_checks_the_evaluation_too(teacher, tmp_path, quick_dry_run):
+    config = make_config(teacher, tmp_path, dry_run=True)
+    config.eval = EvalConfig(tasks=("perplexity",), text=str(tmp_path / "nothing.txt"), lengths=(LENGTH,))
+    with pytest.raises(UserError, match=r"nothing\.txt"):
+        run.run(config)
+
+
+def test_epochs_are_passes_over_the_text(teacher, tmp_path, capsys, quick_dry_run, monkeypatch):
+    """A text of some 40 sequences makes 2 x 40 / 4 steps, however large ``num_samples`` is."""
+    monkeypatch.setenv("LAWCAT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.txt").write_text("The sky is blue. Here we go. " * 300)
+    config = make_config(teacher, tmp_path / "run", dry_run=True)
+    config.stage1.data = DataConfig(kind="text", source=str(tmp_path / "a.txt"), validation_samples=3)
+    config.stage1.steps, config.stage1.epochs, config.stage2.enabled = 0, 2.0, False
+    assert run.run(config) == 0
+    out = capsys.readouterr().out
+    rows = int(re.search(r"a pass has (\d+) rows", out)[1])
+    assert 10 < rows < 100
+    assert f"stage1: {2 * rows // 4} steps of 4 x {LENGTH} tokens" in out
+    assert re.search(
+        rf"corpus: 1 document\(s\) of [\d,]+ tokens, {rows} sequences of {LENGTH} for training; a pass", out
+    )
+    config.stage1.epochs = 0.01
+    with pytest.raises(UserError, match=rf"config\.stage1\.epochs: 0\.01 of {rows} sequences make no batch of 4"):
+        run.run(config)
+
+
+def test_runs_of_earlier_versions_keep_their_steps(straight, teacher, tmp_path):
+    """They took an epoch to be ``num_samples`` sequences, whatever the text."""
+    manifest = json.loads((straight / "manifest.json").read_text())
+    assert manifest["steps"] == {"stage1": 4, "stage2": 4}
+    config = make_config(teacher, tmp_path)
+    assert Manifest.open(tmp_path, config).counts_rows
+    for status in ("running", "finished"):
+        old = {name: value for name, value in manifest.items() if name != "steps"} | {"status": status}
+        (tmp_path / "manifest.json").write_text(json.dumps(old))
+        assert not Manifest.open(tmp_path, config).counts_rows
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert Manifest.open(tmp_path, config).counts_rows
 
 
 def test_pretraining_writes_a_hugging_face_teacher(teacher, tmp_path):

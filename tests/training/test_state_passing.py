@@ -13,6 +13,7 @@ from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig, Config, LoraConfig, MeshConfig, ModelConfig, StageConfig
 from lawcat_jax.runtime import sharding
 from lawcat_jax.training import finetune, optim, stages, state_passing
+from lawcat_jax.training.divergence import Teacher
 from lawcat_jax.training.step import StepInputs, init_state, make_train_step
 
 MODEL = ModelConfig(
@@ -213,7 +214,7 @@ def test_divergence_of_tempered_distributions(direction):
     rng = np.random.default_rng(0)
     logits, wanted = (jnp.asarray(rng.normal(size=(5, 7)), jnp.float32) for _ in range(2))
     weights = jnp.asarray([1.0, 0.0, 2.0, 1.0, 0.5])
-    held = finetune.Teacher(wanted, weights, temperature=2.0, reverse=direction == "reverse")
+    held = Teacher(wanted, weights, temperature=2.0, reverse=direction == "reverse")
     got = finetune.token_sums(logits, jnp.zeros(5, jnp.int32), jnp.zeros(5), held)["kl"]
     p, q = (np.asarray(jax.nn.softmax(x / 2.0), np.float64) for x in (logits, wanted))
     if direction == "forward":

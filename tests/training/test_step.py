@@ -14,6 +14,7 @@ from training_doubles import loss_fn, make_batch, params
 from lawcat_jax.config import StageConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.training import finetune, optim, step
+from lawcat_jax.training.divergence import Teacher
 
 
 def one_step(stage: StageConfig, loss=loss_fn, batch=None):
@@ -157,7 +158,7 @@ def test_chunked_cross_entropy_and_its_gradient(chunk):
     weights = jnp.asarray(rng.integers(0, 3, size=(2, 13)), jnp.float32)
 
     def total(kernel, chunk):
-        held = finetune.Teacher(teacher, weights)
+        held = Teacher(teacher, weights)
         sums = finetune.chunked_token_sums(lambda h: h @ kernel, hidden, targets, weights, held, chunk)
         return sums["cross_entropy"] + sums["kl"], sums
 

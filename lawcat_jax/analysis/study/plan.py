@@ -15,6 +15,7 @@ from lawcat_jax.checkpoints.gguf.read import PACKAGE, is_gguf
 from lawcat_jax.config import Config, to_dict
 from lawcat_jax.config.tree import nearest
 from lawcat_jax.errors import UserError
+from lawcat_jax.tasks.registry import task_named
 from lawcat_jax.training.identity import HARMLESS, HARMLESS_OF_DATA
 
 Does = Literal["convert", "stage1", "train", "evaluate"]
@@ -297,11 +298,12 @@ def _evaluation(run: Run, evaluation: Evaluation, after: tuple[str, ...], output
         f"--lengths={','.join(map(str, evaluation.lengths))}",
         f"--samples={evaluation.samples}",
         f"--batch_size={evaluation.batch_size}",
-        f"--form={evaluation.passkey_form}",
-        f"--position_block={evaluation.position_block}",
     ]
-    sources = ("text", "haystack", "babi")
-    arguments += [f"--{name}={value}" for name in sources if (value := getattr(evaluation, name))]
+    settings = evaluation.settings()
+    read = {name for task in evaluation.tasks for name in task_named(task).reads(settings)}
+    for name in ("passkey_form", "position_block", "text", "haystack", "babi"):
+        if name in read and (value := getattr(evaluation, name)):
+            arguments.append(f"--{'form' if name == 'passkey_form' else name}={value}")
     facts = json.loads(json.dumps(dataclasses.asdict(evaluation)))
     for name in ("name", "groups", "rows", "batch_size"):  # who is measured, and how many at once, change no number
         facts.pop(name)

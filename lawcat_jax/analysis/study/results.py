@@ -104,7 +104,7 @@ def result(task: str, row: Mapping[str, Any]) -> Accuracy | Likelihood:
     """A cell of the results as the object that tables and figures of :mod:`lawcat_jax.tasks` are made of."""
     if task_named(task).percent:
         return Accuracy(row["accuracy"], row["n"], row.get("mean_tokens", 0.0))
-    return Likelihood(row["nats"], row["n"])
+    return Likelihood(row["nats"], row["n"], row.get("samples", 0))
 
 
 def pooled(task: str, seeds: Iterable[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -118,7 +118,8 @@ def pooled(task: str, seeds: Iterable[Mapping[str, Mapping[str, Any]]]) -> dict[
         n = sum(cell["n"] for cell in cells[length])
         name = "accuracy" if task_named(task).percent else "nats"
         mean = sum(cell[name] * cell["n"] for cell in cells[length]) / n
-        whole = Accuracy(mean, n, 0.0) if name == "accuracy" else Likelihood(mean, n)
+        samples = sum(cell.get("samples", 0) for cell in cells[length])
+        whole = Accuracy(mean, n, 0.0) if name == "accuracy" else Likelihood(mean, n, samples)
         row = task_named(task).row(whole)
         row.pop("mean_tokens", None)
         found[length] = row | {"seeds": len(cells[length])}

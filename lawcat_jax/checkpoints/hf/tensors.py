@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
+from lawcat_jax.checkpoints.fingerprints import SWITCH, fingerprint, fingerprint_part, wanted
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import MARK
 
@@ -26,6 +28,7 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+_SUMS = "lawcat_fingerprints"  # in the metadata: 8 hex digits for each tensor, in the order of their names
 _HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors library
 BLOCK_BYTES = 32 << 20  # of one read: small beside any large tensor, large enough for full disk speed
 
@@ -62,11 +65,17 @@ class StoredTensor(Protocol):
 
 
 class Tensor:
-    """One tensor in a file: ``shape``, ``dtype`` (None if not one of :data:`DTYPES`), and reads of rows."""
+    """One tensor in a file: ``shape``, ``dtype`` (None if not one of :data:`DTYPES`), and reads of rows.
 
-    def __init__(self, file: Path, name: str, code: str, shape: tuple[int, ...], offset: int):
+    Where its fingerprint is stated (:func:`write_tensors` does) it is checked as soon as all rows have been read, in order.
+    """
+
+    def __init__(
+        self, file: Path, name: str, code: str, shape: tuple[int, ...], offset: int, stated: int | None = None
+    ):
         self.file, self.name, self.code, self.shape, self._offset = file, name, code, shape, offset
         self.dtype = DTYPES.get(code)
+        self._stated, self._seen = stated, (0, 0)  # rows read so far, and their part of the fingerprint
 
     @property
     def nbytes(self) -> int:
@@ -99,7 +108,21 @@ class Tensor:
                     done += count
         except OSError as problem:
             raise UserError(f"cannot read {self.file}: {problem.strerror or problem}") from None
+        if self._stated is not None and wanted():
+            self._follow(start, stop, out)
         return out
+
+    def _follow(self, start: int, stop: int, rows: np.ndarray) -> None:
+        done, total = (0, 0) if start == 0 else self._seen
+        if start != done:  # out of order: the whole is not seen this time
+            return
+        total += fingerprint_part(rows, start * math.prod(self.shape[1:]))
+        self._seen = stop, total
+        if stop == self.shape[0] and total % (1 << 32) != self._stated:
+            raise UserError(
+                f"{self.file}: the contents of {self.name} have changed since they were written; get a fresh copy or convert "
+                f"again ({SWITCH}=off in the environment reads them unchecked)"
+            )
 
     def blocks(self, start: int, stop: int) -> Iterable[tuple[int, np.ndarray]]:
         """(first row, rows) of [start, stop) in pieces of about :data:`BLOCK_BYTES`, one buffer for all."""
@@ -154,6 +177,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
       UserError: missing, not a safetensors file, truncated, or with an inconsistent header (overlapping tensors, say).
     """
     header, start, size = _read_header(path)
+    sums = _stated_sums(header)
     tensors: dict[str, Tensor] = {}
     ranges: list[tuple[int, int, str]] = []
     for name, entry in header.items():
@@ -172,7 +196,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
             raise UserError(
                 f"{path}: tensor {name!r} of shape {list(shape)} {code} does not fill its {end - begin} bytes"
             )
-        tensors[name] = Tensor(path, name, code, shape, start + begin)
+        tensors[name] = Tensor(path, name, code, shape, start + begin, sums.get(name))
         ranges.append((begin, end, name))
     ranges.sort()
     for (_, end, name), (begin, _, other) in itertools.pairwise(ranges):
@@ -181,11 +205,23 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _stated_sums(header: Mapping[str, Any]) -> dict[str, int]:
+    """Fingerprint of each tensor, where this program wrote the file."""
+    names = sorted(name for name in header if name != "__metadata__")
+    metadata = header.get("__metadata__")
+    text = metadata.get(_SUMS) if isinstance(metadata, dict) else None
+    if not isinstance(text, str) or not re.fullmatch(rf"[0-9a-f]{{{8 * len(names)}}}", text):
+        return {}
+    return {name: int(text[8 * index : 8 * index + 8], 16) for index, name in enumerate(names)}
+
+
 def write_tensors(
     path: Path,
     entries: list[tuple[str, np.dtype, tuple[int, ...], Callable[[], Any]]],
     on_bytes: Callable[[int], object] = lambda count: None,
     metadata: Mapping[str, str] | None = None,
+    *,
+    sums: bool = True,
 ) -> None:
     """Write one safetensors file, holding one tensor in memory at a time.
 
@@ -194,9 +230,11 @@ def write_tensors(
       entries: (name, dtype, shape, function that returns the array when it is its turn).
       on_bytes: called with the bytes of every tensor written (progress).
       metadata: free text for the header; see :func:`read_metadata`.
+      sums: put the fingerprint of each tensor into the metadata, which reads are compared with.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", MARK: "1", **(metadata or {})}}
-    offset = 0
+    stated = {_SUMS: "0" * 8 * len(entries)} if sums else {}  # filled in at the end
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", MARK: "1", **stated, **(metadata or {})}}
+    offset, found = 0, {}
     for name, dtype, shape, _ in entries:
         size = math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
@@ -210,6 +248,11 @@ def write_tensors(
             if array.shape != shape or array.dtype != dtype:
                 raise ValueError(f"{name} is {array.dtype}{array.shape}, announced as {dtype}{shape}")
             stream.write(array.reshape(-1).view(np.uint8).data)
+            if sums:
+                found[name] = f"{fingerprint(array):08x}"
             on_bytes(array.nbytes)
+        if sums:
+            stream.seek(8 + text.index(_SUMS.encode()) + len(f'{_SUMS}":"'))
+            stream.write("".join(found[name] for name in sorted(found)).encode())
         stream.flush()
         os.fsync(stream.fileno())

@@ -191,6 +191,7 @@ CHANGES = {
     "gate_per_head": {"attention.gate_kind"},
     "hybrid": {"attention.softmax_layers"},
     "shuffled": {"stage2.state_passing"},
+    "ends": {"stage2.data.mixture"},
     "one_wording": {"stage1.data.mixture", "stage2.data.mixture"},
     "passkey_only": {"stage1.data.mixture", "stage2.data.mixture", "stage2.kl_weight"},
 }

@@ -49,7 +49,7 @@ def measured(folder: Path, plan, shares=SHARES) -> None:
         evaluation_folder(folder, "teacher", "text"),
         "perplexity",
         plan.study.evaluations[1].settings(),
-        {128: Likelihood(2.0, 1000)},
+        {128: Likelihood(2.0, 1000, 8)},
     )
     finished("teacher.text")
 

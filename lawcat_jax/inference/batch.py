@@ -1,0 +1,107 @@
+"""Prompts from a JSONL file, answers to a JSONL file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lawcat_jax.data.tokenize import decode
+from lawcat_jax.errors import UserError
+from lawcat_jax.files import atomic_file
+from lawcat_jax.inference.generation import generate
+from lawcat_jax.inference.loading import LoadedModel
+from lawcat_jax.inference.text import PLAIN, Request, chat_text, cut, prompt_tokens, stopped
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file: objects with ``prompt``, a text, or ``messages``, a conversation of role and content.
+
+    Raises:
+      UserError: naming the line that is neither, or a file that cannot be read or has none.
+    """
+    rows = list(_rows(Path(path)))
+    if not rows:
+        raise UserError(f"{path}: no prompts in it")
+    return rows
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as problem:
+        raise UserError(f"cannot read {path}: {problem.strerror or problem}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError) as problem:
+            raise UserError(f"{where}: not valid JSON ({problem})") from None
+        if not isinstance(row, dict) or isinstance(row.get("prompt"), str) == ("messages" in row):
+            raise UserError(f"{where}: expected an object with either prompt, a text, or messages, a list")
+        turns = row.get("messages", [])
+        if not isinstance(turns, list) or not all(
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+            for turn in turns
+        ):
+            raise UserError(f"{where}: messages is a list of objects with role and content, both text")
+        yield row
+
+
+def answer_file(
+    model: LoadedModel,
+    rows: list[dict[str, Any]],
+    output: str | Path,
+    request: Request = PLAIN,
+    *,
+    chat: bool = False,
+    system: str = "",
+    batch_size: int = 8,
+) -> int:
+    """Write each row with its ``answer``, the number of its ``tokens``, and why it ended, ``finish``: "end" (the model's
+    end token), "stop" (a stop string) or "length". The file appears when all are there.
+
+    Args:
+      rows: see :func:`read_rows`. ``messages`` are written by the model's chat template.
+      output: the file.
+      request: how answers are made. Its default length is what the longest prompt leaves room for.
+      chat: a ``prompt`` is a question in a conversation too, behind ``system`` if there is one.
+      batch_size: answers made together.
+
+    Returns:
+      Tokens of all answers.
+
+    Raises:
+      UserError: as :func:`lawcat_jax.inference.text.continue_text`, or the file cannot be written.
+    """
+    prompts = [prompt_tokens(model, _prompt(model, row, chat, system)) for row in rows]
+    answers = generate(
+        model.graphdef,
+        model.params,
+        prompts,
+        max_new_tokens=min(request.new_tokens(model, len(prompt)) for prompt in prompts),
+        eos_ids=model.eos_ids,
+        sampling=request.sampling,
+        stop=stopped(model.tokenizer, request.stop),
+        as_teacher=request.softmax(model),
+        batch_size=min(batch_size, len(prompts)),
+    )
+    with atomic_file(output) as out:
+        for row, tokens in zip(rows, answers, strict=True):
+            text = decode(model.tokenizer, tokens)
+            shown = cut(text, request.stop)
+            finish = "stop" if shown != text else "end" if tokens[-1] in model.eos_ids else "length"
+            result = {**row, "answer": shown, "tokens": len(tokens), "finish": finish}
+            out.write(json.dumps(result, ensure_ascii=False) + "\n")
+    return sum(map(len, answers))
+
+
+def _prompt(model: LoadedModel, row: dict[str, Any], chat: bool, system: str) -> str:
+    turns = row.get("messages") or ([{"role": "user", "content": row["prompt"]}] if chat else None)
+    if turns is None:
+        return row["prompt"]
+    own = any(turn["role"] == "system" for turn in turns)
+    return chat_text(model.tokenizer, turns if own or not system else [{"role": "system", "content": system}, *turns])
