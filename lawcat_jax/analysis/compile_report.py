@@ -1,7 +1,8 @@
 """Compile the programs of a configuration for TPUs or GPUs that are not there, and report what they need.
 
 The compiler is libtpu's or that of jax's CUDA plugin, running on a CPU; what it compiles are the jitted functions that
-the trainer and the generator call, with their shardings and donated buffers.
+the trainer and the generator call, with their shardings and donated buffers. Imports jax: see
+:func:`lawcat_jax.analysis.topology.prepare_environment` for what must come first.
 """
 
 from __future__ import annotations
@@ -10,13 +11,18 @@ import dataclasses
 import time
 from typing import Any
 
-from lawcat_jax.analysis import flops, hlo
+import jax
+import jax.numpy as jnp
+
+from lawcat_jax.analysis import flops, generator_programs, hlo
+from lawcat_jax.analysis.generator_programs import Options
 from lawcat_jax.analysis.out_of_memory import largest_arrays, largest_buffers, needed_bytes
 from lawcat_jax.analysis.topology import compiler_wheels, cuda_extra, memory_limit
 from lawcat_jax.config import Config, ModelConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.models.flops import model_flops
 from lawcat_jax.runtime.chips import GIB, Chip
+from lawcat_jax.training import stages
 
 PROGRAMS = ("pretrain", "stage1", "stage2", "prefill", "decode")
 GPU_OPTIONS = {
@@ -28,15 +34,6 @@ GPU_OPTIONS = {
 tiles of a list; here matrix products are calls of cuBLAS, and reductions are fused without Triton, which in jax 0.10.2
 does not compile for every shape.
 """
-
-
-@dataclasses.dataclass
-class Options:
-    """Sizes of the generator's programs; 0 takes the default (see :func:`programs`)."""
-
-    prefill_length: int = 0
-    prefill_batch: int = 0
-    decode_batch: int = 0
 
 
 @dataclasses.dataclass
@@ -93,10 +90,7 @@ def compile_program(name: str, config: Config, model: ModelConfig, mesh: Any, ch
         raise UserError(f"{name}: {problem} {compiler_wheels(cuda_extra())} (it needs no GPU)") from problem
     report = Report(name, tokens, True, memory_limit(chip))
     report.flops = flops.traced_flops(traced.jaxpr) / mesh.size
-    report.model_flops = model_flops(name, config, model, length) * tokens / mesh.size
-    if name == "prefill":  # only the last token of a sequence goes through the head
-        rows = tokens // length
-        report.model_flops += 2.0 * model.hidden_size * model.vocab_size * rows / mesh.size
+    report.model_flops = needed_flops(name, config, model, tokens, length) / mesh.size
     started = time.monotonic()
     try:
         compiled = traced.lower().compile(compiler_options=GPU_OPTIONS if chip.is_gpu else None)
@@ -128,6 +122,14 @@ def compile_program(name: str, config: Config, model: ModelConfig, mesh: Any, ch
         if report.peak_bytes < chip.hbm_bytes:
             report.problem += f", or a larger XLA_CLIENT_MEM_FRACTION (of {chip.hbm_bytes / GIB:.1f} GiB)"
     return report
+
+
+def needed_flops(name: str, config: Config, model: ModelConfig, tokens: int, length: int) -> float:
+    """Operations that the model needs for one call of a program with ``tokens`` tokens in sequences of ``length``."""
+    needed = model_flops(name, config, model, length) * tokens
+    if name == "prefill":  # only the last token of a sequence goes through the head
+        needed += 2.0 * model.hidden_size * model.vocab_size * (tokens // length)
+    return needed
 
 
 def _measure(report: Report, compiled: Any, text: str, chip: Chip, mesh: Any) -> None:
@@ -169,61 +171,15 @@ def _link_seconds(collectives: list[hlo.Collective], chip: Chip) -> dict[str, fl
 
 def _trace(name: str, config: Config, model: ModelConfig, mesh: Any, options: Options) -> tuple[Any, int, int]:
     """(traced program, tokens per call, tokens per sequence)."""
-    import jax
-    import jax.numpy as jnp
-
-    from lawcat_jax.training import stages
-
-    if name in ("prefill", "decode"):
-        return _trace_generator(name, config, model, mesh, options)
     dtype = jnp.float32 if name == "pretrain" or config.teacher.dtype == "float32" else jnp.bfloat16
+    if name in ("prefill", "decode"):
+        found = generator_programs.program(name, config, model, mesh, options, dtype)
+        return found.trace(), found.batch * found.length, found.length
     built = stages.build(name, config, model, mesh, dtype=dtype)
     key = jax.eval_shape(lambda: jax.random.key(0))
     stage = built.config
     traced = built.train_step.trace(built.state, built.frozen, built.batch, key)
     return traced, stage.batch_size * stage.seq_length, stage.seq_length
-
-
-def _trace_generator(name: str, config: Config, model: ModelConfig, mesh: Any, options: Options):
-    import jax
-    import jax.numpy as jnp
-
-    from lawcat_jax import models
-    from lawcat_jax.inference import generation
-    from lawcat_jax.runtime import sharding
-
-    _, stage = config.stages()[-1]
-    attention, lora = config.attention, config.lora if config.stage2.enabled else None
-    dtype = jnp.float32 if config.teacher.dtype == "float32" else jnp.bfloat16
-    graphdef, shapes = models.abstract(model, attention, lora, dtype=dtype)
-    length = (options.prefill_length or stage.seq_length) if name == "prefill" else 1
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    batch = (options.prefill_batch if name == "prefill" else options.decode_batch) or rows
-    room = options.prefill_length or stage.seq_length  # of the key-value buffer, where softmax layers are left
-    cache, logits = jax.eval_shape(
-        lambda params: generation.empty_cache(params, graphdef=graphdef, batch=batch, length=room), shapes
-    )
-
-    def placed(tree, shardings):
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-    everywhere = sharding.replicated(mesh)
-    params = placed(shapes, sharding.shardings(shapes, mesh))
-    cache = placed(cache, sharding.shardings(cache, mesh))
-
-    def whole(*shape, dtype=jnp.int32):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
-
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        if name == "prefill":
-            logits = whole(*logits.shape, dtype=logits.dtype)
-            arguments = (params, cache, logits, whole(batch, length), whole(batch))
-            traced = generation.prefill_chunk.trace(*arguments, graphdef=graphdef, as_teacher=False)
-        else:
-            keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-            arguments = (params, cache, whole(batch), whole(), keys, {"temperature": whole(dtype=jnp.float32)}, None)
-            traced = generation.decode_step.trace(*arguments, graphdef=graphdef, as_teacher=False)
-    return traced, batch * length, length
 
 
 def advice(name: str, report: Report, config: Config) -> str:

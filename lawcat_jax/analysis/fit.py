@@ -21,7 +21,7 @@ def print_fit(
     Args:
       topology: devices to compile for, such as ``v5e:4x4`` or ``h200:8``.
       programs: which to compile; None for all that ``config`` has (enabled stages, prefill, decode).
-      sizes: the fields of :class:`lawcat_jax.analysis.compile_report.Options`, 0 for the default.
+      sizes: ``prefill_length``, ``prefill_batch`` and ``decode_batch``, 0 for the default.
       as_json: one JSON object instead of text.
 
     Raises:
@@ -37,11 +37,15 @@ def print_fit(
     for name, value in sizes.items():
         if value < 0:
             raise UserError(f"--{name}={value}: must be at least 1, or 0 for the default")
-    options = compile_report.Options(**sizes)
+    options = compile_report.Options(sizes["prefill_length"], sizes["prefill_batch"], sizes["decode_batch"])
     model = inputs.architecture(config)
     devices = topologies.topology_devices(topology)
     chip = chip.as_devices(len(devices), topology)
     mesh = sharding.make_mesh(config.mesh, devices, rows=sharding.common_rows(config))
+    sharding.check_mesh(config, model, mesh, names)
+    length, parts = options.prefill_length or config.stages()[-1][1].seq_length, mesh.shape["sequence"]
+    if "prefill" in names and length % parts:
+        raise UserError(f"--prefill_length={length}: config.mesh.sequence={parts} does not divide it")
     if not as_json:
         print(compile_report_text.heading(topology, chip, mesh, config), flush=True)
     reports = []

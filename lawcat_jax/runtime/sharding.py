@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lawcat_jax.config import Config, MeshConfig
+from lawcat_jax.config import Config, MeshConfig, ModelConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.projections import PROJECTIONS
 
@@ -66,13 +66,8 @@ def common_rows(config: Config) -> int:
     return math.gcd(*(stage.batch_size // stage.grad_accum for _, stage in config.stages()))
 
 
-def make_mesh(
-    config: MeshConfig,
-    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  # a variable to pyright
-    *,
-    rows: int = 0,
-) -> Mesh:
-    """Mesh over ``devices`` (default: all) with axes :data:`AXES`, of Auto type; -1 takes the rest.
+def axis_sizes(config: MeshConfig, devices: int, *, rows: int = 0) -> dict[str, int]:
+    """Devices along each of :data:`AXES` on ``devices`` in all; -1 takes the rest.
 
     With ``rows`` (sequences of a micro-batch) a ``data`` or ``fsdp`` of -1 takes no more than the sequences can be
     split over; what is left multiplies ``tensor``.
@@ -80,20 +75,37 @@ def make_mesh(
     Raises:
       UserError: the axis sizes do not multiply to the number of devices.
     """
-    devices = list(jax.devices() if devices is None else devices)
-    sizes = [getattr(config, axis) for axis in AXES]
-    fixed = math.prod(size for size in sizes if size != -1)
-    described = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-    if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
-        raise UserError(f"config.mesh: {described} does not fit {len(devices)} device(s)")
-    rest = len(devices) // fixed
-    free = next((axis for axis in BATCH_AXES if getattr(config, axis) == -1), None)
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if devices % fixed or (-1 not in sizes.values() and fixed != devices):
+        described = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+        wanted = f"their product, {fixed}, must divide it" if -1 in sizes.values() else f"their product is {fixed}"
+        raise UserError(
+            f"config.mesh: {described} does not fit {devices} device(s): {wanted}; -1 in one axis takes the rest"
+        )
+    rest = devices // fixed
+    free = next((axis for axis in BATCH_AXES if sizes[axis] == -1), None)
     if rows and free is not None:
         other = config.data if free == "fsdp" else config.fsdp
         taken = math.gcd(rest, rows // other) if rows % other == 0 else rest
-        sizes[AXES.index("tensor")] *= rest // taken
+        sizes["tensor"] *= rest // taken
         rest = taken
-    shape = tuple(rest if size == -1 else size for size in sizes)
+    return {axis: rest if size == -1 else size for axis, size in sizes.items()}
+
+
+def make_mesh(
+    config: MeshConfig,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]  # a variable to pyright
+    *,
+    rows: int = 0,
+) -> Mesh:
+    """Mesh over ``devices`` (default: all) with axes :data:`AXES` of Auto type, as large as :func:`axis_sizes` says.
+
+    Raises:
+      UserError: the axis sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = tuple(axis_sizes(config, len(devices), rows=rows).values())
     # Auto, since the default (Explicit) asks for shardings in the types of every intermediate array.
     kinds = (AxisType.Auto,) * len(AXES)
     try:
@@ -101,6 +113,41 @@ def make_mesh(
     except NotImplementedError:  # a 4x4 torus as 8 x 2, say: some axis of the torus has to serve two of the mesh
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(array, AXES, axis_types=kinds)
+
+
+def check_mesh(
+    config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh, stages: Iterable[str] | None = None
+) -> None:
+    """Refuse a mesh over which ``config`` cannot be split, or whose axes would split nothing; compiles nothing.
+
+    Args:
+      config: of the run; a ``tensor`` axis that it leaves at 1 may have grown, and is not checked (see
+        :func:`axis_sizes`).
+      model: the teacher's shape.
+      mesh: of :func:`make_mesh`, or its sizes alone.
+      stages: those that will run; default: all enabled ones.
+
+    Raises:
+      UserError: a batch that ``data`` x ``fsdp`` does not divide, a length that ``sequence`` does not divide, packed rows
+        with ``sequence``, or a ``tensor`` that does not divide the key-value heads.
+    """
+    heads, parts = mesh.shape["tensor"], mesh.shape["sequence"]
+    if config.mesh.tensor != 1 and model.num_kv_heads % heads:
+        fitting = ", ".join(str(size) for size in range(1, model.num_kv_heads + 1) if model.num_kv_heads % size == 0)
+        raise UserError(
+            f"config.mesh.tensor: {heads} does not divide the {model.num_kv_heads} key-value heads of the model; "
+            f"choose one of {fitting}"
+        )
+    for name, stage in config.stages():
+        if stages is not None and name not in stages:
+            continue
+        check_batch(stage.batch_size, stage.grad_accum, mesh, f"config.{name}")
+        if stage.seq_length % parts:
+            raise UserError(
+                f"config.{name}.seq_length: config.mesh.sequence={parts} does not divide {stage.seq_length}"
+            )
+        if parts > 1 and stage.data.pack:
+            raise UserError(f"config.{name}.data.pack: packed rows cannot be split over config.mesh.sequence={parts}")
 
 
 def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
@@ -202,7 +249,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def check_batch(batch_size: int, grad_accum: int, mesh: Mesh, where: str) -> None:
+def check_batch(batch_size: int, grad_accum: int, mesh: Mesh | AbstractMesh, where: str) -> None:
     """Refuse a batch that the devices cannot share evenly.
 
     Raises:

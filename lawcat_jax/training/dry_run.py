@@ -16,6 +16,7 @@ from lawcat_jax.checkpoints.model_dir import OpenedCheckpoint
 from lawcat_jax.config import Config, ModelConfig, StageConfig
 from lawcat_jax.data.tokenize import Tokenizer
 from lawcat_jax.errors import UserError
+from lawcat_jax.runtime import sharding
 from lawcat_jax.tasks.runner import check_settings
 from lawcat_jax.training import inputs, optim, stages
 
@@ -37,6 +38,7 @@ def dry_run(config: Config, mesh: Mesh) -> int:
     else:
         where = "not on this machine; as declared in the config"
         unchecked.append(f"the teacher (there is no {config.teacher.source} on this machine)")
+    sharding.check_mesh(config, model, mesh)
     dtype = model_dir.resolve_dtype(config.teacher.dtype)
     devices = math.prod(mesh.shape.values())
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())

@@ -73,6 +73,7 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
     # Load. The stages are built first: what does not fit shows before any weight is read.
     teacher = None if config.pretrain.enabled else inputs.open_teacher(config)
     model, dtype = teacher.model if teacher else inputs.architecture(config), inputs.frozen_dtype(config)
+    sharding.check_mesh(config, model, mesh)
     rows = {}
     if manifest.counts_rows:
         rows = inputs.rows_of_a_pass(config, lambda: inputs.tokenizer_of(config, teacher, model)[1])

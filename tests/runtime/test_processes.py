@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -119,6 +120,32 @@ def test_signals_and_kills(straight, tmp_path):
         assert both.wait(280) == [0, 0], both.report("resumed")
         assert "resumed at step" in both.output(0)
     assert numbers(workdir) == numbers(straight)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_half_the_processes_go_on(straight, tmp_path):
+    """Four processes of one device each are killed in stage 2; two go on with the same batches, as their losses tell."""
+    workdir = tmp_path / "run"
+    with train(tmp_path / "four", workdir, count=4, devices=1) as four:
+        four.until(lambda: reached(workdir, "stage2", 4), 400)
+        for index in range(4):
+            four.kill(index)
+        assert four.wait(BOUND) == [-signal.SIGKILL] * 4
+    assert json.loads((workdir / "manifest.json").read_text())["process_count"] == 4
+    before = numbers(workdir)
+    with train(tmp_path / "two", workdir, count=2, devices=1) as two:
+        assert two.wait(280) == [0, 0], two.report("two")
+        assert re.search(r"stage2: resumed at step [2-9] of", two.output(0)), two.report("two")
+    assert json.loads((workdir / "manifest.json").read_text())["process_count"] == 2
+    expected, found = numbers(straight), numbers(workdir)
+    assert found.keys() == expected.keys()
+    assert before.keys() < found.keys()  # both sides of the kill are compared
+    losses = sorted(values["loss"] for values in expected.values() if "loss" in values)
+    assert min(np.diff(losses)) > 3e-5 * max(losses)  # a batch out of turn would show
+    for key, values in expected.items():
+        for name, value in values.items():
+            np.testing.assert_allclose(found[key][name], value, rtol=1e-5, err_msg=f"{key} {name}")
 
 
 @pytest.mark.slow

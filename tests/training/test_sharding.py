@@ -71,6 +71,42 @@ def test_unknown_parameter_and_uneven_sizes():
         sharding.check_batch(8, 4, two, "config.stage1")
 
 
+def refused(config: Config, **sizes: int) -> str:
+    config.mesh = MeshConfig(**sizes)
+    found = jax.sharding.AbstractMesh(tuple(sharding.axis_sizes(config.mesh, 8).values()), sharding.AXES)
+    with pytest.raises(UserError) as caught:
+        sharding.check_mesh(config, MODEL, found)
+    return str(caught.value)
+
+
+def test_a_mesh_that_the_run_cannot_use_is_refused():
+    stage = {"batch_size": 8, "seq_length": 36}
+    config = Config(stage1=StageConfig(**stage), stage2=StageConfig(**stage, grad_accum=2))
+    assert refused(config, fsdp=1, tensor=8) == (
+        "config.mesh.tensor: 8 does not divide the 2 key-value heads of the model; choose one of 1, 2"
+    )
+    assert "the 2 key-value heads" in refused(config, fsdp=1, tensor=-1)
+    assert "config.stage2.batch_size: 8 in 2 micro-batch(es) does not split over data x fsdp = 8" in refused(config)
+    assert refused(config, fsdp=1, sequence=8) == "config.stage1.seq_length: config.mesh.sequence=8 does not divide 36"
+    config.stage2.data.pack = True
+    assert "config.stage2.data.pack: packed rows cannot be split" in refused(config, fsdp=2, sequence=4)
+    for names in (["stage1"], ["prefill"]):  # only what will run is looked at
+        sharding.check_mesh(config, MODEL, mesh(fsdp=2, sequence=4), names)
+
+
+def test_devices_that_the_batch_cannot_use_may_go_to_a_tensor_axis_that_splits_no_heads():
+    config = Config(stage1=StageConfig(batch_size=2), stage2=StageConfig(batch_size=2))
+    found = sharding.make_mesh(config.mesh, jax.devices()[:8], rows=sharding.common_rows(config))
+    assert (found.shape["fsdp"], found.shape["tensor"]) == (2, 4)
+    sharding.check_mesh(config, MODEL, found)
+
+
+def test_a_mesh_for_more_devices_than_there_are_says_what_it_takes():
+    for sizes, reason in (({"fsdp": 16}, "their product is 16;"), ({"tensor": 3}, "their product, 3, must divide it;")):
+        with pytest.raises(UserError, match=f"does not fit 8 device.*{reason} -1 in one axis takes the rest"):
+            sharding.axis_sizes(MeshConfig(**sizes), 8)
+
+
 @functools.cache
 def steps_on(name: str, devices: int, sizes: tuple) -> tuple:
     """(losses of two steps, gradients of the first, parameters after both)."""

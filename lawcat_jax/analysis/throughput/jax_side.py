@@ -2,13 +2,14 @@
 
 What is timed is the function that the training loop calls (:func:`lawcat_jax.training.stages.build`), on the mesh of
 the configuration, with its shardings and its donated state; a step includes putting the host's batch on the devices.
+``prefill`` is the generator's function, with a prompt that lies on the devices already.
 """
 
 from __future__ import annotations
 
-import functools
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,29 +18,45 @@ import numpy as np
 from jax.sharding import Mesh
 
 import kernels_pallas
-from lawcat_jax import models
-from lawcat_jax.analysis.throughput import records
+from lawcat_jax.analysis import generator_programs
+from lawcat_jax.analysis.compile_report import needed_flops
+from lawcat_jax.analysis.throughput import device, records
 from lawcat_jax.analysis.throughput.records import Measurement, Request, Results
 from lawcat_jax.checkpoints import model_dir
 from lawcat_jax.config import Config, ModelConfig
+from lawcat_jax.errors import UserError
+from lawcat_jax.inference import generation
 from lawcat_jax.models.mixers.feature_maps import feature_sizes
 from lawcat_jax.runtime import distributed, sharding
-from lawcat_jax.training import optim, stages
-from lawcat_jax.training.utilization import utilization
+from lawcat_jax.training import stages
+from lawcat_jax.training.utilization import peak_flops
 
 
 def main(path: str) -> int:
     """Measure what the request asks for; a stage that fails is a measurement with a problem."""
     request = records.read_request(path)
     config, results = request.settings(), Results(request.results)
-    mesh = sharding.make_mesh(config.mesh, rows=sharding.common_rows(config))
+    model = config.teacher.architecture
+    assert model is not None  # the request states it
+    try:
+        devices = jax.devices()[: request.devices or None]
+        mesh = sharding.make_mesh(config.mesh, devices, rows=sharding.common_rows(config))
+        sharding.check_mesh(config, model, mesh, request.stages)
+    except UserError as problem:
+        results.refuse(str(problem))
+        return records.REFUSED
     distributed.avoid_cached_collectives(mesh.size)
     failed = False
     for name in request.stages:
-        stage = getattr(config, name)
-        entry = Measurement("jax", name, f"remat {stage.remat}", stage.batch_size, stage.seq_length)
+        if name == "prefill":
+            entry = Measurement("jax", name, "", request.batch[name], request.length[name])
+        else:
+            stage = getattr(config, name)
+            entry = Measurement("jax", name, f"remat {stage.remat}", stage.batch_size, stage.seq_length)
+        entry.device, entry.devices, entry.mesh = devices[0].device_kind, mesh.size, dict(mesh.shape)
         try:
-            measure(entry, config, mesh, request, results)
+            prepare = prepare_prefill if name == "prefill" else prepare_stage
+            measure(entry, prepare(entry, config, model, mesh, results), config, model, mesh, request, results)
         except Exception as problem:  # whatever the compiler or the allocator raises: the next stage may still run
             entry.problem, failed = records.one_line(problem), True
             print(f"{name}: not measured: {entry.problem}", file=sys.stderr, flush=True)
@@ -47,47 +64,21 @@ def main(path: str) -> int:
     return 1 if failed else 0
 
 
-def measure(entry: Measurement, config: Config, mesh: Mesh, request: Request, results: Results) -> None:
-    """Compile, warm up and time one stage; ``entry`` is filled in and written as numbers come.
+Metrics = dict[str, jax.Array]
+Run = Callable[[int], tuple[float, Metrics]]
+"""Calls the program so many times, and waits for it: (seconds, metrics of the last call)."""
 
-    Raises:
-      UserError: a stage that cannot be built for this mesh.
-    """
-    model, name = config.teacher.architecture, entry.stage
-    assert model is not None  # the request states it
-    dtype = model_dir.resolve_dtype(config.teacher.dtype)
+
+def measure(
+    entry: Measurement, run: Run, config: Config, model: ModelConfig, mesh: Mesh, request: Request, results: Results
+) -> None:
+    """Warm up and time one program; ``entry`` is filled in and written as numbers come."""
     devices = list(mesh.devices.flat)
-    built = stages.build(name, config, model, mesh, dtype=dtype)
-    entry.device, entry.devices, entry.mesh = devices[0].device_kind, mesh.size, dict(mesh.shape)
-    entry.trainable = sum(leaf.size for leaf in jax.tree.leaves(built.state.params))
-    entry.notes = _notes(config, name, built, dtype)
-
-    key = built.key(config.seed)
-    started = time.monotonic()
-    compiled = built.train_step.lower(built.state, built.frozen, built.batch, key).compile()
-    entry.compile_seconds = time.monotonic() - started
-    entry.memory = _memory(compiled)
-    del compiled  # the calls below find it in jax's own cache, as the trainer's do after the first
-    results.put(entry)
-
-    state, frozen = built.split(random_params(name, config, model, mesh, dtype))
-    jax.block_until_ready((state, frozen))
-    entry.notes["peak_bytes_before"] = _peak_bytes(devices)
-    batches = records.example_batches(model.vocab_size, entry.batch, entry.length)
-
-    def run(count: int) -> tuple[float, dict[str, jax.Array]]:
-        nonlocal state
-        begun = time.perf_counter()
-        metrics: dict[str, jax.Array] = {}
-        for _ in range(count):
-            state, metrics = built.train_step(state, frozen, sharding.place_batch(next(batches), mesh), key)
-        jax.block_until_ready((state, metrics))
-        return time.perf_counter() - begun, metrics
-
     entry.first_step_seconds, metrics = run(1)
-    first = float(metrics["loss"])
+    first = metrics.get("loss")
     run(max(1, request.warmup - 1))
-    share = utilization(name, config, model, devices)
+    operations = needed_flops(entry.stage, config, model, entry.batch * entry.length, entry.length)
+    peak = peak_flops(entry.device)
     seconds: list[float] = []
     while len(seconds) < request.repeats:
         if seconds and request.left() < seconds[-1] * request.steps:
@@ -95,53 +86,87 @@ def measure(entry: Measurement, config: Config, mesh: Mesh, request: Request, re
         elapsed, metrics = run(request.steps)
         seconds.append(elapsed / request.steps)
         entry.timed(seconds)
-        assert entry.tokens_per_second is not None  # timed() sets it
-        entry.mfu = share(entry.tokens_per_second)
-        entry.peak_bytes = _peak_bytes(devices)
-        entry.losses = [first, float(metrics["loss"])]
-        entry.notes["skipped_steps"] = int(metrics["bad_total"])
+        assert entry.ms is not None  # timed() sets it
+        if peak is not None:
+            entry.mfu = operations / (entry.ms["median"] / 1e3 * peak * mesh.size)
+        entry.peak_bytes = device.peak_bytes(devices)
+        if first is not None:
+            entry.losses = [float(first), float(metrics["loss"])]
+            entry.notes["skipped_steps"] = int(metrics["bad_total"])
         results.put(entry)
     assert entry.ms is not None  # at least one repeat
-    print(f"{name}: {entry.ms['median']:.2f} ms a step, {entry.tokens_per_second:,.0f} tokens/s", flush=True)
+    print(f"{entry.stage}: {entry.ms['median']:.2f} ms a step, {entry.tokens_per_second:,.0f} tokens/s", flush=True)
 
 
-def random_params(name: str, config: Config, model: ModelConfig, mesh: Mesh, dtype: Any) -> optim.Params:
-    """Parameters of a stage on the mesh: the pretrained part random in ``dtype``, mixers and adapters freshly
-    initialised in float32 as the trainer does.
+def prepare_stage(entry: Measurement, config: Config, model: ModelConfig, mesh: Mesh, results: Results) -> Run:
+    """Compile the step of a stage, and draw its weights.
 
-    The pretrained part is a hash of each entry's index, which XLA computes in place: real random numbers would need
-    several times the memory of a step for a moment, and the allocator's peak cannot be reset.
+    Raises:
+      UserError: a stage that cannot be built for this mesh.
     """
-    attention, lora = stages.architecture(name, config)
-    _, base = models.abstract(model, dtype=dtype)
-    _, whole = models.abstract(model, attention, lora, dtype=dtype)
-    added = {part: value for part, value in whole.items() if part not in base}
-    draw = jax.jit(functools.partial(_hashed, base), out_shardings=sharding.shardings(base, mesh))
-    initialise = jax.jit(
-        lambda: models.init_params(model, attention, lora, seed=config.seed, base={}),
-        out_shardings=sharding.shardings(added, mesh),
-    )
-    return draw() | initialise()
+    name = entry.stage
+    dtype = model_dir.resolve_dtype(config.teacher.dtype)
+    built = stages.build(name, config, model, mesh, dtype=dtype)
+    entry.trainable = sum(leaf.size for leaf in jax.tree.leaves(built.state.params))
+    entry.notes = _notes(config, name, built, dtype)
+    key = built.key(config.seed)
+    compile_(entry, lambda: built.train_step.trace(built.state, built.frozen, built.batch, key), results)
+
+    params = device.random_params(model, *stages.architecture(name, config), mesh, seed=config.seed, dtype=dtype)
+    state, frozen = built.split(params)
+    jax.block_until_ready((state, frozen))
+    entry.notes["peak_bytes_before"] = device.peak_bytes(list(mesh.devices.flat))
+    batches = records.example_batches(model.vocab_size, entry.batch, entry.length)
+
+    def run(count: int) -> tuple[float, Metrics]:
+        nonlocal state
+        begun = time.perf_counter()
+        metrics: Metrics = {}
+        for _ in range(count):
+            state, metrics = built.train_step(state, frozen, sharding.place_batch(next(batches), mesh), key)
+        jax.block_until_ready((state, metrics))
+        return time.perf_counter() - begun, metrics
+
+    return run
 
 
-def _hashed(shapes: Any) -> Any:
-    """Uniform numbers of standard deviation 0.02 for kernels and embeddings, ones for the scales of norms."""
+def prepare_prefill(entry: Measurement, config: Config, model: ModelConfig, mesh: Mesh, results: Results) -> Run:
+    """Compile the generator's prefill of whole prompts at once, and draw weights; each call begins with no tokens."""
+    dtype = model_dir.resolve_dtype(config.teacher.dtype)
+    sizes = generator_programs.Options(prefill_length=entry.length, prefill_batch=entry.batch, padded=False)
+    program = generator_programs.program("prefill", config, model, mesh, sizes, dtype)
+    entry.notes = {"dtype": str(np.dtype(dtype))}
+    compile_(entry, program.trace, results)
+    attention, lora = generator_programs.architecture(config)
+    params = device.random_params(model, attention, lora, mesh, seed=config.seed, dtype=dtype)
+    jax.block_until_ready(params)
+    entry.notes["peak_bytes_before"] = device.peak_bytes(list(mesh.devices.flat))
+    tokens = np.random.default_rng(config.seed).integers(0, model.vocab_size, (entry.batch, entry.length), np.int32)
+    placed = jax.device_put(tokens, sharding.replicated(mesh))
 
-    def one(number: int, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        if name.endswith("scale"):
-            return jnp.ones(leaf.shape, leaf.dtype)
-        index, stride = jnp.uint32(number * 0x9E3779B9 % 2**32), 1
-        for axis in reversed(range(len(leaf.shape))):
-            index = index + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride % 2**32)
-            stride *= leaf.shape[axis]
-        for factor in (0x7FEB352D, 0x846CA68B):
-            index = (index ^ (index >> 16)) * jnp.uint32(factor)
-        unit = ((index >> 8).astype(jnp.float32) + 0.5) * 2.0**-24
-        return ((2 * unit - 1) * (0.02 * 3**0.5)).astype(leaf.dtype)
+    def run(count: int) -> tuple[float, Metrics]:
+        begun = time.perf_counter()
+        out: Any = None
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            for _ in range(count):
+                cache, logits = generation.empty_cache(
+                    params, graphdef=program.static["graphdef"], batch=entry.batch, length=entry.length
+                )
+                out = program.function(params, cache, logits, placed, None, **program.static)
+        jax.block_until_ready(out)
+        return time.perf_counter() - begun, {}
 
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(shapes)
-    values = [one(number, sharding.path_name(path), leaf) for number, (path, leaf) in enumerate(leaves)]
-    return jax.tree.unflatten(treedef, values)
+    return run
+
+
+def compile_(entry: Measurement, trace: Callable[[], Any], results: Results) -> None:
+    """Trace and compile a program, and enter how long it took and what it needs."""
+    started = time.monotonic()
+    compiled = trace().lower().compile()
+    entry.compile_seconds = time.monotonic() - started
+    entry.memory = device.compiled_bytes(compiled)
+    # The calls that follow find the program in jax's own cache, as the trainer's do after the first.
+    results.put(entry)
 
 
 def _notes(config: Config, name: str, built: stages.Stage, dtype: Any) -> dict[str, Any]:
@@ -171,24 +196,6 @@ def _notes(config: Config, name: str, built: stages.Stage, dtype: Any) -> dict[s
         platform="cuda" if platform == "gpu" else platform,
     )
     return notes
-
-
-def _memory(compiled: Any) -> dict[str, int]:
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        return {}
-    return {
-        "arguments": analysis.argument_size_in_bytes,
-        "temporaries": analysis.temp_size_in_bytes,
-        "results": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
-        "code": analysis.generated_code_size_in_bytes,
-    }
-
-
-def _peak_bytes(devices: list[jax.Device]) -> int | None:  # pyright: ignore[reportInvalidTypeForm]  # a variable to pyright
-    """Peak bytes of the fullest of this process's devices; None where the platform does not tell (CPUs)."""
-    stats = [device.memory_stats() or {} for device in devices if device.process_index == jax.process_index()]
-    return max((entry["peak_bytes_in_use"] for entry in stats if "peak_bytes_in_use" in entry), default=None)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,10 @@ PACKAGES = (
 )
 
 
+REFUSED = 2
+"""The status of a side that measured nothing, because the mesh does not fit: :func:`read_refusal` has the reason."""
+
+
 @dataclasses.dataclass
 class Request:
     """What one side is asked to measure.
@@ -42,6 +46,8 @@ class Request:
     after ``deadline`` (seconds since the epoch; None: no limit), but one is always made. ``results`` is the file to write to. For the
     peer: ``gla`` (``fla`` or ``reference``), ``normalisers`` (see :mod:`lawcat_jax.analysis.throughput.torch_model`), and by
     stage the number of sequences per step and of trainable parameters (none given: the configuration's, and unchecked).
+    For a mesh of a sweep: ``devices``, how many of the machine to use (0: all); for the program ``prefill``, ``batch``
+    and ``length`` (tokens of a sequence). ``chip`` is that of :func:`lawcat_jax.analysis.throughput.prediction.main`.
     """
 
     config: dict[str, Any]
@@ -55,6 +61,9 @@ class Request:
     normalisers: list[str] = dataclasses.field(default_factory=list)
     batch: dict[str, int] = dataclasses.field(default_factory=dict)
     trainable: dict[str, int] = dataclasses.field(default_factory=dict)
+    devices: int = 0
+    length: dict[str, int] = dataclasses.field(default_factory=dict)
+    chip: str = ""
 
     def settings(self) -> Config:
         """The configuration, as typed dataclasses."""
@@ -67,7 +76,7 @@ class Request:
 
 @dataclasses.dataclass
 class Measurement:
-    """One stage on one side. Without ``ms`` it was not measured, and ``problem`` says why.
+    """One stage, or ``prefill``, on one side. Without ``ms`` it was not measured, and ``problem`` says why.
 
     ``ms``: median, least and most over the repeats, milliseconds per step. ``tokens_per_second`` over all devices;
     ``mfu`` the share of their bf16 peak that the model's own operations make up (None: unknown device).
@@ -117,6 +126,10 @@ class Results:
         self._measurements[measurement.stage, measurement.variant] = dataclasses.asdict(measurement)
         write_json(self._path, {"versions": installed(PACKAGES), "measurements": list(self._measurements.values())})
 
+    def refuse(self, reason: str) -> None:
+        """Say why nothing is measured, for :func:`read_refusal`."""
+        write_json(self._path, {"versions": installed(PACKAGES), "measurements": [], "refused": reason})
+
 
 def read_results(path: str | os.PathLike) -> tuple[dict[str, str], list[Measurement]]:
     """(versions, measurements) of a file of :class:`Results`; nothing where there is no such file."""
@@ -124,6 +137,11 @@ def read_results(path: str | os.PathLike) -> tuple[dict[str, str], list[Measurem
         return {}, []
     values = read_json(path)
     return values["versions"], [Measurement(**entry) for entry in values["measurements"]]
+
+
+def read_refusal(path: str | os.PathLike) -> str:
+    """The reason that a side with status :data:`REFUSED` has left; empty where it left none."""
+    return read_json(path).get("refused", "") if Path(path).is_file() else ""
 
 
 def write_request(path: str | os.PathLike, request: Request) -> None:

@@ -49,29 +49,44 @@ def benchmark(config: Config, options: Options) -> int:
     Raises:
       UserError, ConfigError: options that cannot run, naming the flag, or no teacher to read the architecture from.
     """
-    options.stages = options.stages or [name for name, _ in config.stages() if name in STAGES]
+    options.stages = options.stages or enabled(config)
     check(options, config)
-    model = config.teacher.architecture
-    if model is None:
-        from lawcat_jax.training.inputs import architecture  # imports jax: only where it must
-
-        model = architecture(config)
-    settle(config, options, model)
+    settle(config, options, architecture(config))
     return Benchmark(config, options).run()
 
 
-def check(options: Options, config: Config) -> None:
-    """Refuse what cannot run.
+def enabled(config: Config) -> list[str]:
+    """Those of :data:`STAGES` that the configuration has."""
+    return [name for name, _ in config.stages() if name in STAGES]
+
+
+def architecture(config: Config) -> ModelConfig:
+    """The teacher's shape, as declared or as its checkpoint says.
+
+    Raises:
+      UserError: no teacher to read it from.
+    """
+    if config.teacher.architecture is not None:
+        return config.teacher.architecture
+    from lawcat_jax.training.inputs import architecture  # imports jax: only where it must
+
+    return architecture(config)
+
+
+def check(options: Options, config: Config, programs: tuple[str, ...] = ()) -> None:
+    """Refuse what cannot run. ``programs`` may be measured beside the enabled stages.
 
     Raises:
       UserError: naming the flag.
     """
-    enabled = [name for name, _ in config.stages() if name in STAGES]
-    if not options.stages:
+    known = [*enabled(config), *programs] if enabled(config) else []
+    if not options.stages or not known:
         raise UserError("--config: it enables neither stage1 nor stage2")
     for name in options.stages:
-        if name not in enabled:
-            raise UserError(f"--stages: {name!r} is not one of this configuration's, {', '.join(enabled) or 'none'}")
+        if name == "prefill" and name not in programs:
+            raise UserError("--stages: prefill is measured by --mesh_sweep only")
+        if name not in known:
+            raise UserError(f"--stages: {name!r} is not one of this configuration's, {', '.join(known)}")
     for name in ("batch", "length", "steps", "repeats", "warmup", "seconds"):
         least = 1 if name in ("steps", "repeats", "warmup") else 0
         if getattr(options, name) < least:
@@ -111,14 +126,19 @@ class Benchmark:
         self.measurements: list[Measurement] = []
 
     def run(self) -> int:
-        """Measure, print and write ``throughput.json``; 1 when a stage of ours was not measured, else 0."""
+        """Measure, print and write ``throughput.json``; 1 when a stage of ours was not measured, else 0.
+
+        Raises:
+          UserError: a mesh that does not fit the machine or the configuration.
+        """
         try:
             for stage in self._options.stages:  # a process each: an allocator's peak cannot be reset
                 self._side("jax", [stage])
             if self._options.peer == "torch":
                 self._side("torch", self._options.stages)
         finally:
-            self._write()
+            if self.measurements:
+                self._write()
         date = time.strftime("%Y-%m-%d")
         print(report.text(self.measurements, self._versions, date))
         print(f"wrote {self._out / 'throughput.json'}", flush=True)
@@ -168,26 +188,14 @@ class Benchmark:
         )
 
     def _child(self, side: str, name: str, request: Request) -> str:
-        """Run one side to its end or to the deadline; what went wrong, or an empty string."""
-        path = self._out / f"{name}_request.json"
-        records.write_request(path, request)
-        module = {
-            "jax": "lawcat_jax.analysis.throughput.jax_side",
-            "torch": "lawcat_jax.analysis.throughput.torch_peer",
-        }[side]
+        """Run one side to its end or to the deadline; what went wrong, or an empty string.
+
+        Raises:
+          UserError: the side refused the mesh.
+        """
+        module = {"jax": "jax_side", "torch": "torch_peer"}[side]
         print(f"{name}: measuring {', '.join(request.stages)}", flush=True)
-        child = subprocess.Popen([sys.executable, "-m", module, str(path)])
-        limit = None if self._deadline is None else max(1.0, request.left() + GRACE_SECONDS)
-        try:
-            status = child.wait(limit)
-        except subprocess.TimeoutExpired:
-            return "no time left: stopped at the deadline"
-        finally:  # also when this process is interrupted: nothing may hold the devices on
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-        path.unlink()
-        return "" if status == 0 else f"its process ended with status {status}"
+        return run_child(module, self._out / f"{name}_request.json", request)
 
     def _write(self) -> None:
         about = {
@@ -198,6 +206,32 @@ class Benchmark:
         date = time.strftime("%Y-%m-%d")
         value = report.as_json(self.measurements, self._versions, date, **about)
         write_json(self._out / "throughput.json", value)
+
+
+def run_child(module: str, path: Path, request: Request, environment: dict[str, str] | None = None) -> str:
+    """Run a module of this folder in a process of its own, with the request in the file ``path``, to its end or to the
+    deadline; what went wrong, or an empty string.
+
+    Raises:
+      UserError: it refused the mesh.
+    """
+    records.write_request(path, request)
+    command = [sys.executable, "-m", f"{__package__}.{module}", str(path)]
+    child = subprocess.Popen(command, env=environment)
+    limit = None if request.deadline is None else max(1.0, request.left() + GRACE_SECONDS)
+    try:
+        status = child.wait(limit)
+    except subprocess.TimeoutExpired:
+        return "no time left: stopped at the deadline"
+    finally:  # also when this process is interrupted: nothing may hold the devices on
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+        path.unlink()
+    if status == records.REFUSED and (reason := records.read_refusal(request.results)):
+        Path(request.results).unlink()
+        raise UserError(reason)
+    return "" if status == 0 else f"its process ended with status {status}"
 
 
 def _missing(gla: str) -> str:

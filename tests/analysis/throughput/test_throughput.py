@@ -82,7 +82,7 @@ def test_a_peer_that_is_not_installed_is_one_line(tmp_path, monkeypatch, capsys)
 
 
 def test_a_process_that_dies_leaves_its_reason(tmp_path, monkeypatch):
-    def dies(command):
+    def dies(command, env=None):
         return process([sys.executable, "-c", "raise SystemExit(3)"])
 
     process = subprocess.Popen
