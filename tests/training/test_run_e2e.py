@@ -97,9 +97,11 @@ def make_config(teacher: Path, workdir: Path, **changes) -> Config:
 
 
 def numbers(workdir: Path) -> list[dict]:
-    skip = {"time", "tokens_per_second", "first_step_seconds", "mfu"}  # what the clock says
+    """Rows of training and validation; results of an evaluation and what the clock says left out."""
+    skip = {"time", "tokens_per_second", "first_step_seconds", "mfu"}
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in skip} for line in lines if "first_step_seconds" not in line]
+    kept = [line for line in lines if line["stage"] != "eval" and "first_step_seconds" not in line]
+    return [{k: v for k, v in line.items() if k not in skip} for line in kept]
 
 
 @pytest.fixture(scope="module")
