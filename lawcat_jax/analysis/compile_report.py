@@ -217,7 +217,7 @@ def _trace_generator(name: str, config: Config, model: ModelConfig, mesh: Any, o
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         if name == "prefill":
             logits = whole(*logits.shape, dtype=logits.dtype)
-            arguments = (params, cache, logits, whole(batch, length), whole(batch))
+            arguments = (params, cache, logits, whole(batch, length), whole(batch), whole(batch))
             traced = generation.prefill_chunk.trace(*arguments, graphdef=graphdef, as_teacher=False)
         else:
             keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))

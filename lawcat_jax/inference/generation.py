@@ -64,6 +64,7 @@ def prefill_chunk(
     logits: Float[Array, "B V"],
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"] | None,
+    unread: Int[Array, " B"],
     *,
     graphdef: Any,
     as_teacher: bool,
@@ -71,8 +72,10 @@ def prefill_chunk(
     """Consume one chunk of prompts, int32 [B, T]: (logits of the last valid token [B, V], cache).
 
     ``lengths`` int32 [B] counts the valid tokens of each row; a prompt that has ended already (0) keeps its cache and its
-    logits. None says that all tokens are valid, for which there are faster kernels."""
-    new, cache = bind(graphdef, params).prefill(tokens, cache, lengths=lengths, as_teacher=as_teacher)
+    logits. None says that all tokens are valid, for which there are faster kernels. ``unread`` int32 [B] counts the
+    tokens of each prompt in this chunk and all later ones."""
+    model = bind(graphdef, params)
+    new, cache = model.prefill(tokens, cache, lengths=lengths, unread=unread, as_teacher=as_teacher)
     return new if lengths is None else jnp.where(lengths[:, None] > 0, new, logits), cache
 
 
@@ -213,12 +216,12 @@ def read_prompts(
     tokens = np.zeros((len(prompts), sum(plan[-1])), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
+    options = {"graphdef": graphdef, "as_teacher": as_teacher}
     for start, size in plan:
-        valid = None if shortest - start >= size else np.clip(lengths - start, 0, size)
+        piece, unread = tokens[:, start : start + size], np.maximum(lengths - start, 0)
+        valid = None if shortest - start >= size else np.minimum(unread, size)
         with mesh_of(params):
-            logits, cache = prefill_chunk(
-                params, cache, logits, tokens[:, start : start + size], valid, graphdef=graphdef, as_teacher=as_teacher
-            )
+            logits, cache = prefill_chunk(params, cache, logits, piece, valid, unread, **options)
     return cache, logits
 
 
