@@ -7,6 +7,7 @@ prompt lengths; the student's memory does not grow with the length at all.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from lawcat_jax.inference.sampling import GREEDY, Sampling, choose
 from lawcat_jax.models import bind, num_linear
 from lawcat_jax.models.cache import Cache
 from lawcat_jax.models.finite import not_finite_error
+from lawcat_jax.models.rope import reread_above
 from lawcat_jax.runtime.distributed import on_host
 from lawcat_jax.runtime.sharding import batch_shards, constrain, mesh_of
 
@@ -174,6 +176,16 @@ def needs_room(graphdef: Any, params: Any, as_teacher: bool) -> bool:
     return num_linear(model.config, model.attention_config) < model.config.num_layers
 
 
+def rereads_above(graphdef: Any, params: Any, as_teacher: bool) -> int:
+    """Tokens beyond which a sequence that grows is read anew (:func:`lawcat_jax.models.rope.reread_above`);
+    :data:`LONGEST` where none is.
+    """
+    model = bind(graphdef, params)
+    student = not as_teacher and model.mixers is not None and model.attention_config is not None
+    limit = reread_above(model.config)
+    return LONGEST if limit is None or (student and not model.attention_config.rotates) else limit
+
+
 def prefill_plan(shortest: int, longest: int, chunk: int) -> list[tuple[int, int]]:
     """(first token, size) of the pieces in which the prompts of a batch are read.
 
@@ -225,6 +237,21 @@ def read_prompts(
     return cache, logits
 
 
+def read_new(
+    graphdef: Any,
+    params: dict[str, Any],
+    prompts: Sequence[Sequence[int]],
+    *,
+    room: int,
+    chunk: int = 0,
+    as_teacher: bool = False,
+) -> tuple[Cache, Float[Array, "B V"]]:
+    """:func:`read_prompts` into new caches, which have room for ``room`` tokens."""
+    with mesh_of(params):
+        cache, logits = empty_cache(params, graphdef=graphdef, batch=len(prompts), length=room, as_teacher=as_teacher)
+    return read_prompts(graphdef, params, cache, logits, prompts, chunk=chunk, as_teacher=as_teacher)
+
+
 def generate(
     graphdef: Any,
     params: dict[str, Any],
@@ -262,6 +289,7 @@ def generate(
     options = {"graphdef": graphdef, "as_teacher": as_teacher}
     eos, values = jnp.asarray([*eos_ids] or [-1], jnp.int32), sampling.values()
     piece = max_new_tokens if stop is None else min(STOP_EVERY, max_new_tokens)
+    switch = rereads_above(graphdef, params, as_teacher)
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     answers: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
@@ -270,13 +298,13 @@ def generate(
         rows = [prompts[number] for number in numbers] + [prompts[numbers[-1]]] * (batch_size - len(numbers))
         # Only the key-value buffer of softmax layers depends on the length.
         room = bucket(max(map(len, rows)) + max_new_tokens) if needs_room(graphdef, params, as_teacher) else 1
-        with mesh_of(params):
-            cache, logits = empty_cache(params, batch=len(rows), length=room, **options)
-        cache, logits = read_prompts(graphdef, params, cache, logits, rows, chunk=prefill_chunk, as_teacher=as_teacher)
+        cache, logits = read_new(params=params, prompts=rows, room=room, chunk=prefill_chunk, **options)
+        # With so many tokens of its answer, a row becomes longer than ``switch``.
+        switches = {end for row in rows if 0 < (end := switch + 1 - len(row)) < max_new_tokens}
+        ends = sorted({*range(piece, max_new_tokens, piece), *switches, max_new_tokens})
         done, seen = np.arange(batch_size) >= len(numbers), seen_tokens(params, rows, values)
         keys = sequence_keys(sampling.seed, [*numbers, *[0] * (batch_size - len(numbers))])
-        for first in range(0, max_new_tokens, piece):
-            limit = jnp.int32(min(piece, max_new_tokens - first))
+        for first, end in itertools.pairwise([0, *ends]):
             with mesh_of(params):
                 out, logits, cache, done, seen = _decode_loop(
                     params,
@@ -285,7 +313,7 @@ def generate(
                     done,
                     seen,
                     jnp.int32(first),
-                    limit,
+                    jnp.int32(end - first),
                     eos,
                     keys,
                     values,
@@ -298,12 +326,19 @@ def generate(
                     raise not_finite_error(
                         graphdef, params, [*prompts[number], *answers[number]], as_teacher=as_teacher
                     )
-            if stop is None:
+            if end == max_new_tokens:
                 break
-            stopped = [stop(answers[number]) for number in numbers]
-            done = on_host(done) | np.array(stopped + [True] * (batch_size - len(numbers)))
+            done = on_host(done)
+            if stop is not None and end % piece == 0:
+                stopped = [stop(answers[number]) for number in numbers]
+                done = done | np.array(stopped + [True] * (batch_size - len(numbers)))
             if done.all():
                 break
+            if end in switches:
+                del cache, logits  # before there is another
+                grown = [[*row, *answers[number]] for row, number in zip(rows, numbers, strict=False)]
+                grown += rows[len(numbers) :]
+                cache, logits = read_new(params=params, prompts=grown, room=room, chunk=prefill_chunk, **options)
     return answers
 
 

@@ -138,8 +138,8 @@ def _score(graphdef, params, inputs, wanted, as_teacher: bool, chunk: int) -> li
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher"), donate_argnames="cache")
 def _step(params, cache, tokens, lengths, unread, places, targets, *, graphdef, as_teacher: bool):
-    """Read a chunk [B, T] of rows that have ``unread`` [B] tokens from its first on: (NLL of ``targets`` [B, S] after the tokens at ``places`` [B, S], whether each is the most
-    likely, cache)."""
+    """Read a chunk [B, T] of rows that have ``unread`` [B] tokens from its first on: (NLL of ``targets`` [B, S] after the
+    tokens at ``places`` [B, S], whether each is the most likely, cache)."""
     model = bind(graphdef, params)
     options = {"lengths": lengths, "unread": unread, "return_hidden": True, "as_teacher": as_teacher}
     hidden, cache = model.prefill(tokens, cache, **options)

@@ -4,7 +4,7 @@ Of the kinds of scaling, ``linear``, ``llama3`` and ``yarn`` have fixed frequenc
 ``longrope`` depend on how long a sequence has become. Tokens that are read together get the frequencies of the sequence
 with all of them, also where they are read in pieces; a key keeps the rotation that it got when it was computed. A
 sequence that is decoded past the original length with a cache therefore differs from one that is computed anew, as it
-does in transformers' own forward pass.
+does in transformers; but sequences of Phi-3 are read anew at that length (:func:`reread_above`), as there.
 """
 
 from __future__ import annotations
@@ -113,6 +113,14 @@ def _of_length(length: Int[Array, " B"], config: ModelConfig) -> Float[Array, "B
         config
     )  # of numpy, which makes no numpy array of a quotient with a jax array
     return frequencies / growth[:, None, None] ** exponents
+
+
+def reread_above(config: ModelConfig) -> int | None:
+    """[tokens] A sequence that grows beyond this with a cache is read anew, since all its keys are rotated otherwise from
+    there on; None: never. Phi-3's ``prepare_inputs_for_generation`` in transformers does so, no other family's.
+    """
+    scaling = config.rope_scaling
+    return scaling.original_max_position_embeddings if (config.family, scaling.kind) == ("phi3", "longrope") else None
 
 
 def rotate(

@@ -21,8 +21,9 @@ from tests.models.helpers import TINY, build, forward
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-ORIGINAL, NEW, FOLLOWING = 32, 5, 4  # tokens
+ORIGINAL, NEW, FOLLOWING = 32, 6, 4  # tokens
 LENGTHS = (15, 37, 45, 58)  # growing: transformers' dynamic frequencies never shrink above the original length
+GROWING = (28, 30, 31)  # prompts whose answers pass the original length
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
@@ -48,11 +49,14 @@ KINDS = {
 class Case:
     """One random checkpoint: ours, and what transformers says of each prompt alone."""
 
+    family: str
     graphdef: object
     params: dict
     prompts: list[list[int]]
     log_p: list[np.ndarray]  # [T, V] of each prompt
     greedy: list[list[int]]
+    growing: list[list[int]]  # other prompts, and their greedy texts
+    grown: list[list[int]]
 
 
 def slow(*values):
@@ -68,16 +72,22 @@ def case(request, tmp_path_factory):
     ).eval()
     random = np.random.default_rng(3)
     prompts = [random.integers(3, 96, length).tolist() for length in LENGTHS]
-    log_p, greedy = [], []
-    for prompt in prompts:
-        tokens = torch.tensor([prompt])
+    growing = [random.integers(3, 96, length).tolist() for length in GROWING]
+
+    def log_p(prompt):
         with torch.no_grad():
-            log_p.append(torch.log_softmax(reference(tokens, use_cache=False).logits[0].double(), -1).numpy())
-        made = reference.generate(tokens, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
-        greedy.append(made[0, len(prompt) :].tolist())
+            logits = reference(torch.tensor([prompt]), use_cache=False).logits
+        return torch.log_softmax(logits[0].double(), -1).numpy()
+
+    def greedy(prompt):
+        options = dict(max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
+        return reference.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+
+    log_ps, texts = [log_p(prompt) for prompt in prompts], [greedy(prompt) for prompt in (*growing, *prompts)]
+    grown, texts = texts[: len(growing)], texts[len(growing) :]
     bundle = model_dir.load_model(str(directory), dtype="float32")
     graphdef, _ = models.abstract(bundle.model)
-    return Case(graphdef, bundle.params, prompts, log_p, greedy)
+    return Case(family, graphdef, bundle.params, prompts, log_ps, texts, growing, grown)
 
 
 @pytest.mark.parametrize("chunk", [16, *slow(0, 24)])
@@ -95,11 +105,25 @@ def test_greedy_text(case, chunk):
     assert generate(case.graphdef, case.params, case.prompts, **options) == case.greedy
 
 
+def test_answers_that_pass_the_original_length(case):
+    """Each at another token, beside one that began above it. Phi-3 is read anew there, Llama keeps its keys."""
+    options = dict(max_new_tokens=NEW, batch_size=4, prefill_chunk=16)
+    made = generate(case.graphdef, case.params, [*case.growing, case.prompts[1]], **options)
+    assert made == [*case.grown, case.greedy[1]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", [0, 16])
 def test_session(case, chunk):
-    session = Session(case.graphdef, case.params, prefill_chunk=chunk)
-    assert list(session.stream(case.prompts[-1], max_new_tokens=NEW)) == case.greedy[-1]
+    for prompt, text in ((case.prompts[-1], case.greedy[-1]), (case.growing[1], case.grown[1])):
+        session = Session(case.graphdef, case.params, prefill_chunk=chunk)
+        assert list(session.stream(prompt, max_new_tokens=NEW)) == text
+    if case.family == "phi3":  # where more text makes it longer, the whole is read anew as well
+        session = Session(case.graphdef, case.params, prefill_chunk=chunk)
+        list(session.stream(case.growing[0][:20], max_new_tokens=1))
+        whole = [*session.tokens, *case.prompts[0]]
+        expected = generate(case.graphdef, case.params, [whole], max_new_tokens=NEW, batch_size=1)
+        assert [list(session.stream(case.prompts[0], max_new_tokens=NEW))] == expected
 
 
 def picked(case):
