@@ -181,9 +181,9 @@ def rereads_above(graphdef: Any, params: Any, as_teacher: bool) -> int:
     :data:`LONGEST` where none is.
     """
     model = bind(graphdef, params)
-    student = not as_teacher and model.mixers is not None and model.attention_config is not None
+    attention = None if as_teacher or model.mixers is None else model.attention_config
     limit = reread_above(model.config)
-    return LONGEST if limit is None or (student and not model.attention_config.rotates) else limit
+    return LONGEST if limit is None or (attention is not None and not attention.rotates) else limit
 
 
 def prefill_plan(shortest: int, longest: int, chunk: int) -> list[tuple[int, int]]:
