@@ -76,7 +76,7 @@ def program(name: str, config: Config, model: ModelConfig, mesh: Mesh, options: 
     params, cache, logits = placed(shapes), placed(cache), placed({"logits": logits})["logits"]
     if name == "prefill":
         lengths = whole(batch) if options.padded else None
-        arguments = (params, cache, logits, whole(batch, length), lengths)
+        arguments = (params, cache, logits, whole(batch, length), lengths, whole(batch))
         return Program(generation.prefill_chunk, arguments, static, batch, length, mesh)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     arguments = (params, cache, whole(batch), whole(), keys, {"temperature": whole(dtype=jnp.float32)}, None)

@@ -43,8 +43,7 @@ def export_problems(model: ModelConfig, attention: AttentionConfig) -> list[str]
             problems.append("attention.conv 'stacked'")
         if attention.gate_kind != "none" and attention.gate_lower_bound is None:
             problems.append("attention.gate_lower_bound None")
-    rotates = attention.kind == "lolcats" or attention.window_size or attention.rope_linear or attention.softmax_layers
-    if rotates and model.rope_scaling.kind in ("dynamic", "longrope"):
+    if attention.rotates and model.rope_scaling.kind in ("dynamic", "longrope"):
         problems.append(f"rope scaling {model.rope_scaling.kind!r}, whose angles depend on the length")
     return problems
 

@@ -66,6 +66,11 @@ class AttentionConfig(Node):
     implementation: Implementation | None = None
     """Kernel backend; None is the best that supports the device and the shapes, a name is strict."""
 
+    @property
+    def rotates(self) -> bool:
+        """Whether any layer of the student uses the rotary embedding."""
+        return self.kind == "lolcats" or self.window_size > 0 or self.rope_linear or bool(self.softmax_layers)
+
 
 @dataclasses.dataclass
 class LoraConfig(Node):

@@ -7,6 +7,7 @@ prompt lengths; the student's memory does not grow with the length at all.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from lawcat_jax.inference.sampling import GREEDY, Sampling, choose
 from lawcat_jax.models import bind, num_linear
 from lawcat_jax.models.cache import Cache
 from lawcat_jax.models.finite import not_finite_error
+from lawcat_jax.models.rope import reread_above
 from lawcat_jax.runtime.distributed import on_host
 from lawcat_jax.runtime.sharding import batch_shards, constrain, mesh_of
 
@@ -64,6 +66,7 @@ def prefill_chunk(
     logits: Float[Array, "B V"],
     tokens: Int[Array, "B T"],
     lengths: Int[Array, " B"] | None,
+    unread: Int[Array, " B"],
     *,
     graphdef: Any,
     as_teacher: bool,
@@ -71,8 +74,10 @@ def prefill_chunk(
     """Consume one chunk of prompts, int32 [B, T]: (logits of the last valid token [B, V], cache).
 
     ``lengths`` int32 [B] counts the valid tokens of each row; a prompt that has ended already (0) keeps its cache and its
-    logits. None says that all tokens are valid, for which there are faster kernels."""
-    new, cache = bind(graphdef, params).prefill(tokens, cache, lengths=lengths, as_teacher=as_teacher)
+    logits. None says that all tokens are valid, for which there are faster kernels. ``unread`` int32 [B] counts the
+    tokens of each prompt in this chunk and all later ones."""
+    model = bind(graphdef, params)
+    new, cache = model.prefill(tokens, cache, lengths=lengths, unread=unread, as_teacher=as_teacher)
     return new if lengths is None else jnp.where(lengths[:, None] > 0, new, logits), cache
 
 
@@ -171,6 +176,16 @@ def needs_room(graphdef: Any, params: Any, as_teacher: bool) -> bool:
     return num_linear(model.config, model.attention_config) < model.config.num_layers
 
 
+def rereads_above(graphdef: Any, params: Any, as_teacher: bool) -> int:
+    """Tokens beyond which a sequence that grows is read anew (:func:`lawcat_jax.models.rope.reread_above`);
+    :data:`LONGEST` where none is.
+    """
+    model = bind(graphdef, params)
+    attention = None if as_teacher or model.mixers is None else model.attention_config
+    limit = reread_above(model.config)
+    return LONGEST if limit is None or (attention is not None and not attention.rotates) else limit
+
+
 def prefill_plan(shortest: int, longest: int, chunk: int) -> list[tuple[int, int]]:
     """(first token, size) of the pieces in which the prompts of a batch are read.
 
@@ -213,13 +228,28 @@ def read_prompts(
     tokens = np.zeros((len(prompts), sum(plan[-1])), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
+    options = {"graphdef": graphdef, "as_teacher": as_teacher}
     for start, size in plan:
-        valid = None if shortest - start >= size else np.clip(lengths - start, 0, size)
+        piece, unread = tokens[:, start : start + size], np.maximum(lengths - start, 0)
+        valid = None if shortest - start >= size else np.minimum(unread, size)
         with mesh_of(params):
-            logits, cache = prefill_chunk(
-                params, cache, logits, tokens[:, start : start + size], valid, graphdef=graphdef, as_teacher=as_teacher
-            )
+            logits, cache = prefill_chunk(params, cache, logits, piece, valid, unread, **options)
     return cache, logits
+
+
+def read_new(
+    graphdef: Any,
+    params: dict[str, Any],
+    prompts: Sequence[Sequence[int]],
+    *,
+    room: int,
+    chunk: int = 0,
+    as_teacher: bool = False,
+) -> tuple[Cache, Float[Array, "B V"]]:
+    """:func:`read_prompts` into new caches, which have room for ``room`` tokens."""
+    with mesh_of(params):
+        cache, logits = empty_cache(params, graphdef=graphdef, batch=len(prompts), length=room, as_teacher=as_teacher)
+    return read_prompts(graphdef, params, cache, logits, prompts, chunk=chunk, as_teacher=as_teacher)
 
 
 def generate(
@@ -259,6 +289,7 @@ def generate(
     options = {"graphdef": graphdef, "as_teacher": as_teacher}
     eos, values = jnp.asarray([*eos_ids] or [-1], jnp.int32), sampling.values()
     piece = max_new_tokens if stop is None else min(STOP_EVERY, max_new_tokens)
+    switch = rereads_above(graphdef, params, as_teacher)
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     answers: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
@@ -267,13 +298,13 @@ def generate(
         rows = [prompts[number] for number in numbers] + [prompts[numbers[-1]]] * (batch_size - len(numbers))
         # Only the key-value buffer of softmax layers depends on the length.
         room = bucket(max(map(len, rows)) + max_new_tokens) if needs_room(graphdef, params, as_teacher) else 1
-        with mesh_of(params):
-            cache, logits = empty_cache(params, batch=len(rows), length=room, **options)
-        cache, logits = read_prompts(graphdef, params, cache, logits, rows, chunk=prefill_chunk, as_teacher=as_teacher)
+        cache, logits = read_new(params=params, prompts=rows, room=room, chunk=prefill_chunk, **options)
+        # With so many tokens of its answer, a row becomes longer than ``switch``.
+        switches = {end for row in rows if 0 < (end := switch + 1 - len(row)) < max_new_tokens}
+        ends = sorted({*range(piece, max_new_tokens, piece), *switches, max_new_tokens})
         done, seen = np.arange(batch_size) >= len(numbers), seen_tokens(params, rows, values)
         keys = sequence_keys(sampling.seed, [*numbers, *[0] * (batch_size - len(numbers))])
-        for first in range(0, max_new_tokens, piece):
-            limit = jnp.int32(min(piece, max_new_tokens - first))
+        for first, end in itertools.pairwise([0, *ends]):
             with mesh_of(params):
                 out, logits, cache, done, seen = _decode_loop(
                     params,
@@ -282,7 +313,7 @@ def generate(
                     done,
                     seen,
                     jnp.int32(first),
-                    limit,
+                    jnp.int32(end - first),
                     eos,
                     keys,
                     values,
@@ -295,12 +326,19 @@ def generate(
                     raise not_finite_error(
                         graphdef, params, [*prompts[number], *answers[number]], as_teacher=as_teacher
                     )
-            if stop is None:
+            if end == max_new_tokens:
                 break
-            stopped = [stop(answers[number]) for number in numbers]
-            done = on_host(done) | np.array(stopped + [True] * (batch_size - len(numbers)))
+            done = on_host(done)
+            if stop is not None and end % piece == 0:
+                stopped = [stop(answers[number]) for number in numbers]
+                done = done | np.array(stopped + [True] * (batch_size - len(numbers)))
             if done.all():
                 break
+            if end in switches:
+                del cache, logits  # before there is another
+                grown = [[*row, *answers[number]] for row, number in zip(rows, numbers, strict=False)]
+                grown += rows[len(numbers) :]
+                cache, logits = read_new(params=params, prompts=grown, room=room, chunk=prefill_chunk, **options)
     return answers
 
 

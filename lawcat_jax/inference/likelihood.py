@@ -124,9 +124,10 @@ def _score(graphdef, params, inputs, wanted, as_teacher: bool, chunk: int) -> li
         for row, found in enumerate(entries):
             places[row, : len(found)] = [place for place, _, _ in found]
             targets[row, : len(found)] = [target for _, target, _ in found]
-        valid = None if shortest - start >= size else np.clip(lengths - start, 0, size)
+        piece, unread = tokens[:, start : start + size], np.maximum(lengths - start, 0)
+        valid = None if shortest - start >= size else np.minimum(unread, size)
         with mesh_of(params):
-            nll, best, cache = _step(params, cache, tokens[:, start : start + size], valid, places, targets, **options)
+            nll, best, cache = _step(params, cache, piece, valid, unread, places, targets, **options)
         if most:
             for sums, found, lost, right in zip(totals, entries, on_host(nll), on_host(best), strict=False):
                 for entry, (_, _, number) in enumerate(found):
@@ -136,11 +137,12 @@ def _score(graphdef, params, inputs, wanted, as_teacher: bool, chunk: int) -> li
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "as_teacher"), donate_argnames="cache")
-def _step(params, cache, tokens, lengths, places, targets, *, graphdef, as_teacher: bool):
-    """Read a chunk [B, T]: (NLL of ``targets`` [B, S] after the tokens at ``places`` [B, S], whether each is the most
-    likely, cache)."""
+def _step(params, cache, tokens, lengths, unread, places, targets, *, graphdef, as_teacher: bool):
+    """Read a chunk [B, T] of rows that have ``unread`` [B] tokens from its first on: (NLL of ``targets`` [B, S] after the
+    tokens at ``places`` [B, S], whether each is the most likely, cache)."""
     model = bind(graphdef, params)
-    hidden, cache = model.prefill(tokens, cache, lengths=lengths, return_hidden=True, as_teacher=as_teacher)
+    options = {"lengths": lengths, "unread": unread, "return_hidden": True, "as_teacher": as_teacher}
+    hidden, cache = model.prefill(tokens, cache, **options)
     if places.shape[1] == 0:
         return jnp.zeros(places.shape), jnp.ones(places.shape, bool), cache
     return *token_nll(model, jnp.take_along_axis(hidden, places[..., None], axis=1), targets), cache

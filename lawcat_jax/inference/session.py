@@ -17,6 +17,7 @@ from lawcat_jax.inference.generation import (
     first_token,
     needs_room,
     read_prompts,
+    rereads_above,
     seen_tokens,
     sequence_keys,
 )
@@ -26,7 +27,8 @@ from lawcat_jax.runtime.sharding import mesh_of
 
 
 class Session:
-    """What a model remembers of one sequence. Text and answers are appended; nothing is read twice.
+    """What a model remembers of one sequence. Text and answers are appended; nothing is read twice, but once where a model
+    wants it (:func:`lawcat_jax.inference.generation.rereads_above`).
 
     A recurrent model's memory has one size. The key-value buffers of softmax layers grow by powers of two.
 
@@ -43,6 +45,7 @@ class Session:
         self._options = {"graphdef": graphdef, "as_teacher": as_teacher}
         self._params, self._chunk = params, prefill_chunk
         self._grows = needs_room(graphdef, params, as_teacher)
+        self._switch = rereads_above(graphdef, params, as_teacher)
         self._room = self._consumed = self._made = 0
         self._cache: Any = None
         self._logits: Any = None
@@ -87,6 +90,11 @@ class Session:
             yield value
             if value in eos_ids or number + 1 == max_new_tokens:
                 return
+            if self._consumed == self._switch:
+                self._read(max_new_tokens - number)
+                seen = seen_tokens(self._params, [self.tokens], values)
+                token = first_token(self._logits, jnp.int32(self._made), keys, values, seen)
+                continue
             with mesh_of(self._params):  # not around the yield, where it would leak into the caller
                 token, self._cache, seen = decode_step(
                     self._params, self._cache, token, jnp.int32(self._made), keys, values, seen, **self._options
@@ -95,6 +103,8 @@ class Session:
 
     def _read(self, ahead: int) -> None:
         """Consume the tokens that were not yet, and make room for ``ahead`` more."""
+        if self._consumed <= self._switch < len(self.tokens):
+            self._cache, self._logits, self._consumed = None, None, 0
         room = bucket(len(self.tokens) + ahead) if self._grows else 1
         with mesh_of(self._params):
             if self._cache is None:

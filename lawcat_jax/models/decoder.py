@@ -146,6 +146,7 @@ class Decoder(nnx.Module):
         cache: caching.Cache,
         *,
         lengths: Int[Array, " B"] | None = None,
+        unread: Int[Array, " B"] | None = None,
         all_logits: bool = False,
         return_hidden: bool = False,
         as_teacher: bool = False,
@@ -153,9 +154,11 @@ class Decoder(nnx.Module):
         """Append tokens to a cache, empty or not: (logits of the last valid token or of all, new cache), with
         ``return_hidden`` the final-normed hidden states of all instead of logits.
 
-        A sequence of length 0 keeps its cache; its logits mean nothing.
+        A sequence of length 0 keeps its cache; its logits mean nothing. ``unread`` is for a text that is read in pieces:
+        the tokens of each sequence from the first of these to the last of a later call, since rotary frequencies may
+        depend on the length of the whole. None says that nothing is known to follow.
         """
-        context = self.context(tokens, cache["position"], lengths)
+        context = self.context(tokens, cache["position"], lengths, unread=unread)
         x = self.embedded(tokens, context)
         cache = dict(cache)
         for segment in self.segments(as_teacher):
@@ -218,10 +221,11 @@ class Decoder(nnx.Module):
         lengths: Int[Array, " B"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        unread: Int[Array, " B"] | None = None,
     ) -> Context:
         """What the layers know about the tokens of one call: rotary table, valid ``lengths``, and ``start``, the number
         of tokens that each sequence had before (default 0). ``positions`` default to start .. start + T - 1;
-        with ``segment_ids`` they begin again in each document.
+        with ``segment_ids`` they begin again in each document. ``unread``: see :meth:`prefill`.
 
         Raises:
           ValueError: tokens that are not [B, T] with at least one token, ``lengths`` that are not int [B], or concrete
@@ -241,7 +245,7 @@ class Decoder(nnx.Module):
             segments = segment_numbers(segment_ids, valid)
         if positions is None:
             positions = token_positions(start, length, segments)
-        cos, sin = rope_table(positions, self.config, lengths)
+        cos, sin = rope_table(positions, self.config, lengths, None if unread is None else start + unread)
         return Context(cos, sin, start, lengths, segments)
 
     def head_kernel(self) -> Float[Array, "V D"] | Float[Array, "D V"]:

@@ -1,9 +1,10 @@
 """Rotary position embedding in Hugging Face's rotate-half convention, with every frequency scaling that it knows.
 
 Of the kinds of scaling, ``linear``, ``llama3`` and ``yarn`` have fixed frequencies. Those of ``dynamic`` and
-``longrope`` depend on how long a sequence has become; a key keeps the rotation that it got when it was computed. A
+``longrope`` depend on how long a sequence has become. Tokens that are read together get the frequencies of the sequence
+with all of them, also where they are read in pieces; a key keeps the rotation that it got when it was computed. A
 sequence that is decoded past the original length with a cache therefore differs from one that is computed anew, as it
-does in transformers' own forward pass.
+does in transformers; but sequences of Phi-3 are read anew at that length (:func:`reread_above`), as there.
 """
 
 from __future__ import annotations
@@ -71,12 +72,18 @@ def _yarn(frequencies: np.ndarray, scaling: RopeScaling, theta: float) -> np.nda
 
 
 def rope_table(
-    positions: Int[Array, "B T"], config: ModelConfig, lengths: Int[Array, " B"] | None = None
+    positions: Int[Array, "B T"],
+    config: ModelConfig,
+    lengths: Int[Array, " B"] | None = None,
+    whole: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """(cos, sin) in float32 of the angles at ``positions``; only the first ``lengths`` of them are valid (None: all)."""
+    """(cos, sin) in float32 of the angles at ``positions``; only the first ``lengths`` of them are valid (None: all).
+
+    ``whole``: tokens of each sequence, which ``dynamic`` and ``longrope`` follow; None: up to the last valid position.
+    """
     scaling = config.rope_scaling
     if scaling.kind in ("dynamic", "longrope"):
-        frequencies = _of_length(_sequence_length(positions, lengths), config)
+        frequencies = _of_length(_sequence_length(positions, lengths) if whole is None else whole, config)
     else:
         frequencies = inverse_frequencies(config)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
@@ -106,6 +113,14 @@ def _of_length(length: Int[Array, " B"], config: ModelConfig) -> Float[Array, "B
         config
     )  # of numpy, which makes no numpy array of a quotient with a jax array
     return frequencies / growth[:, None, None] ** exponents
+
+
+def reread_above(config: ModelConfig) -> int | None:
+    """[tokens] A sequence that grows beyond this with a cache is read anew, since all its keys are rotated otherwise from
+    there on; None: never. Phi-3's ``prepare_inputs_for_generation`` in transformers does so, no other family's.
+    """
+    scaling = config.rope_scaling
+    return scaling.original_max_position_embeddings if (config.family, scaling.kind) == ("phi3", "longrope") else None
 
 
 def rotate(

@@ -172,10 +172,10 @@ def position_nll(graphdef: Any, params: Any, *, as_teacher: bool, chunk: int = 0
     """
 
     @functools.partial(jax.jit, donate_argnames="cache")
-    def step(params, cache, tokens, targets, weights):
+    def step(params, cache, unread, tokens, targets, weights):
         model = bind(graphdef, params)
         # Padding stands on the right, where nothing that counts sees it.
-        hidden, cache = model.prefill(tokens, cache, return_hidden=True, as_teacher=as_teacher)
+        hidden, cache = model.prefill(tokens, cache, unread=unread, return_hidden=True, as_teacher=as_teacher)
         return jnp.sum(token_nll(model, hidden, targets)[0] * weights, axis=0), cache
 
     def call(batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -187,7 +187,7 @@ def position_nll(graphdef: Any, params: Any, *, as_teacher: bool, chunk: int = 0
             cache, _ = empty_cache(params, graphdef=graphdef, batch=rows, length=room, as_teacher=as_teacher)
             for start in range(0, length, size):
                 arrays = [batch[name][:, start : start + size] for name in ("tokens", "targets", "loss_weights")]
-                sums, cache = step(params, cache, *arrays)
+                sums, cache = step(params, cache, np.asarray(batch["lengths"]) - start, *arrays)
                 parts.append(sums)
         totals = np.concatenate([on_host(part) for part in parts]).astype(np.float64)
         counted = np.asarray(batch["loss_weights"], np.float64).sum(axis=0)

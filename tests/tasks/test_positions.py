@@ -65,6 +65,7 @@ def test_carried_state_equals_one_whole_pass(as_teacher, chunk):
     tokens = random.integers(0, TINY.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
     weights = random.integers(0, 2, (ROWS, LENGTH)).astype(np.float32)
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "loss_weights": weights}
+    batch["lengths"] = np.full(ROWS, LENGTH, np.int32)
     logits = np.asarray(forward(params, batch["tokens"], graphdef=graphdef, as_teacher=as_teacher), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = -(np.take_along_axis(log_p, batch["targets"][..., None], -1)[..., 0] * weights).sum(axis=0)

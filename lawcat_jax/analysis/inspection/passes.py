@@ -131,14 +131,16 @@ def _chunks(graphdef: Any, params: dict[str, Any], tokens: Int[np.ndarray, "B T"
     room = bucket(length) if needs_room(graphdef, params, False) else 1
     cache, _ = empty_cache(params, graphdef=graphdef, batch=rows, length=room)
     for start in range(0, length, chunk):
-        piece = tokens[:, start : start + chunk]
-        cache, norms = _advance(params, cache, piece, graphdef=graphdef)
+        piece, unread = tokens[:, start : start + chunk], np.full(rows, length - start, np.int32)
+        cache, norms = _advance(params, cache, piece, unread, graphdef=graphdef)
         yield start + piece.shape[1], norms
 
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
-def _advance(params, cache: Cache, tokens: Int[Array, "B T"], *, graphdef: Any) -> tuple[Cache, Float[Array, "M H"]]:
-    _, cache = bind(graphdef, params).prefill(tokens, cache, return_hidden=True)
+def _advance(
+    params, cache: Cache, tokens: Int[Array, "B T"], unread: Int[Array, " B"], *, graphdef: Any
+) -> tuple[Cache, Float[Array, "M H"]]:
+    _, cache = bind(graphdef, params).prefill(tokens, cache, unread=unread, return_hidden=True)
     return cache, jnp.mean(jnp.linalg.norm(cache["linear"]["S"], axis=(-2, -1)), axis=1)
 
 
