@@ -23,7 +23,8 @@ def identity(config: Config, origin: Mapping[str, Any], data: Mapping[str, Any])
     """Plain JSON values ``{"config": ..., "teacher": ..., "data": ...}`` of a run.
 
     ``origin`` describes what the run starts from: ``model`` (the architecture's fields), ``dtype`` of the frozen
-    weights, ``weights`` and ``tokenizer`` (digests; ``weights`` None where they are drawn at random). ``data``: stage ->
+    weights, ``weights``, ``weights_hash`` and ``tokenizer`` (digests; ``weights`` None where they are drawn at random, and
+    ``weights_hash`` missing there, and where an earlier version wrote this). ``data``: stage ->
     source -> names and sizes of its files on this machine, see :func:`lawcat_jax.training.inputs.data_files`.
     """
     values = {name: value for name, value in to_dict(config).items() if name not in HARMLESS}
@@ -48,7 +49,8 @@ def refuse_another(found: Any, own: Mapping[str, Any], where: str) -> None:
     if not isinstance(old, dict):
         return
     changed = differences(old.get("model", new["model"]), new["model"], _plain(ModelConfig()), "its config")
-    if old.get("dtype") == new["dtype"] and old.get("weights") != new["weights"]:
+    digests = [name for name in ("weights", "weights_hash") if name in old or name == "weights"]
+    if old.get("dtype") == new["dtype"] and any(old.get(name) != new.get(name) for name in digests):
         changed.append("its weights have changed")
     if old.get("tokenizer") != new["tokenizer"]:
         changed.append("the tokenizer has changed")

@@ -16,11 +16,12 @@ from lawcat_jax.config import Config, DataConfig, MixtureSource, StageConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.training import inputs
 from lawcat_jax.training import run as run_module
+from lawcat_jax.training.identity import refuse_another
 from lawcat_jax.training.loop import InterruptedRunError, TrainingError
 from lawcat_jax.training.workdir import Workdir
 
 ROOT = Path(__file__).parents[2]
-TEACHER = {"model": {"rope_theta": 1e4}, "dtype": "float32", "weights": "a", "tokenizer": "b"}
+TEACHER = {"model": {"rope_theta": 1e4}, "dtype": "float32", "weights": "a", "weights_hash": "h", "tokenizer": "b"}
 FILES = {"stage1": {"books/*.txt": [["a.txt", 70], ["b.txt", 80]]}}
 OWN = {"config": {"seed": 0, "stage1": {"learning_rate": 0.1}}, "teacher": TEACHER, "data": FILES}
 
@@ -38,6 +39,7 @@ def begun(tmp_path_factory) -> Path:
     [
         ({"config": {**OWN["config"], "seed": 1}}, "another configuration (config.seed: 0 there, 1 here)"),
         ({"teacher": {**TEACHER, "weights": "x"}}, "another teacher (its weights have changed)"),
+        ({"teacher": {**TEACHER, "weights_hash": "x"}}, "another teacher (its weights have changed)"),
         ({"teacher": {**TEACHER, "tokenizer": "x"}}, "another teacher (the tokenizer has changed)"),
         (
             {"data": {"stage1": {"books/*.txt": [["a.txt", 70], ["b.txt", 81]]}}},
@@ -73,6 +75,13 @@ def test_a_stage_of_another_length_is_refused(begun):
     """As after a change of the text whose passes its steps are."""
     with pytest.raises(UserError, match=r"at step 2 is of a stage of 12 steps, which now has 20: its data is longer"):
         Run(begun, steps=20, options={"identity": OWN}).go()
+
+
+def test_runs_of_earlier_versions_are_compared_by_what_they_recorded():
+    old = {**OWN, "teacher": {name: value for name, value in TEACHER.items() if name != "weights_hash"}}
+    refuse_another(old, OWN, "there")
+    with pytest.raises(UserError, match="its weights have changed"):
+        refuse_another(old, {**OWN, "teacher": {**TEACHER, "weights": "x"}}, "there")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
