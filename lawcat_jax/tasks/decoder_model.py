@@ -214,9 +214,8 @@ def _fingerprint(graphdef: Any, params: Any, tokenizer: Tokenizer) -> str:
         hashes = _hashes(params)
     leaves = jax.tree_util.tree_leaves_with_path(hashes)
     facts = [(jax.tree_util.keystr(path), np.asarray(value).tolist()) for path, value in leaves]
-    text = repr(
-        [facts, model.config, model.attention_config, tokenize.fingerprint(tokenizer), tokenize.bos_rule(tokenizer)]
-    )
+    writes = [tokenize.fingerprint(tokenizer), tokenize.bos_rule(tokenizer), getattr(tokenizer, "chat_template", None)]
+    text = repr([facts, model.config, model.attention_config, *writes])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
