@@ -17,10 +17,10 @@ import jax.numpy as jnp
 if TYPE_CHECKING:
     from jaxtyping import UInt32
 
-_GOLDEN = (
+GOLDEN = (
     0x9E3779B9  # 2^32 over the golden ratio, and two odd factors of xxHash32, for want of numbers that mean nothing
 )
-_FACTORS = (0x85EBCA77, 0xC2B2AE3D)
+FACTORS = (0x85EBCA77, 0xC2B2AE3D)
 
 
 def element_bits(x: jax.Array) -> UInt32[jax.Array, "*shape"]:
@@ -36,9 +36,9 @@ def array_hash(x: jax.Array) -> UInt32[jax.Array, "words=2"]:
     bits = element_bits(x)
     coordinates = [jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) for axis in range(bits.ndim)]
     high, low = position(coordinates, bits.shape)
-    key = _mixed(low + jnp.uint32(_GOLDEN) if high is None else (low + jnp.uint32(_GOLDEN)) ^ _mixed(high))
+    key = _mixed(low + jnp.uint32(GOLDEN) if high is None else (low + jnp.uint32(GOLDEN)) ^ _mixed(high))
     first = _mixed(bits ^ key)
-    second = _mixed(bits * jnp.uint32(_FACTORS[0]) + key * jnp.uint32(_FACTORS[1]))
+    second = _mixed(bits * jnp.uint32(FACTORS[0]) + key * jnp.uint32(FACTORS[1]))
     return jnp.stack([jnp.sum(first, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)])
 
 
