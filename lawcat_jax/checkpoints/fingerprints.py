@@ -1,11 +1,15 @@
 """Fingerprints of what is stored: of single arrays, wherever they lie, of JSON values, and of small files.
 
+Arrays have two kinds: a hash, which model directories hold, and a weighted sum, which safetensors files and model directories of
+earlier versions hold. The sum sees damage, but not every exchange of elements nor an even number of changed signs in float32.
+
 ``LAWCAT_VERIFY_WEIGHTS=off`` in the environment skips the check of arrays when they are read, which takes about two seconds a
 gigabyte; it is on by default.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import hashlib
 import json
@@ -20,6 +24,8 @@ from lawcat_jax.errors import UserError
 
 SWITCH = "LAWCAT_VERIFY_WEIGHTS"
 _BLOCK = 1 << 22  # elements summed at once on the host
+_PIECE = 1 << 16  # elements hashed at once by a thread: they stay in its cache
+_THREADS = min(8, os.cpu_count() or 1)
 
 
 def wanted() -> bool:
@@ -74,6 +80,68 @@ def _program() -> Any:
         return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
 
     return jax.jit(summed)
+
+
+def array_digest(array: Any) -> str:
+    """The :func:`~lawcat_jax.runtime.array_hash.array_hash` of a numpy or jax array in 16 hex digits; on the host several
+    threads make it."""
+    words = _hash_on_host(array) if isinstance(array, np.ndarray) else np.asarray(_hash_program()(array)).tolist()
+    return "".join(f"{word:08x}" for word in words)
+
+
+def _hash_on_host(array: np.ndarray) -> list[int]:
+    bits = np.ascontiguousarray(array).reshape(-1).view(f"u{min(array.dtype.itemsize, 4)}")
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
+        parts = list(threads.map(lambda first: _hash_block(bits, first), range(0, bits.size, _BLOCK)))
+    return [sum(part[word] for part in parts) % (1 << 32) for word in (0, 1)]
+
+
+def _hash_block(bits: np.ndarray, first: int) -> tuple[int, int]:
+    """What the block of elements that begins at ``first`` adds to the two words."""
+    from lawcat_jax.runtime.array_hash import FACTORS, GOLDEN
+
+    totals = [0, 0]
+    size = min(_PIECE, bits.size - first)
+    places, buffers = np.arange(size, dtype=np.uint32), np.empty((3, size), np.uint32)
+    for start in range(first, min(first + _BLOCK, bits.size), _PIECE):
+        piece = bits[start : start + _PIECE]
+        key, word, spare = (buffer[: piece.size] for buffer in buffers)
+        high, low = divmod(start, 1 << 32)  # 2^32 is a multiple of a piece: high is that of all its elements
+        np.add(places[: piece.size], np.uint32((low + GOLDEN) % (1 << 32)), out=key)
+        key ^= _mixed(np.full(1, high, np.uint32), np.empty(1, np.uint32))
+        _mixed(key, spare)
+        np.bitwise_xor(key, piece, out=word)
+        totals[0] += int(np.sum(_mixed(word, spare), dtype=np.uint32))
+        np.multiply(piece, np.uint32(FACTORS[0]), out=word, dtype=np.uint32)
+        key *= np.uint32(FACTORS[1])
+        word += key
+        totals[1] += int(np.sum(_mixed(word, spare), dtype=np.uint32))
+    return totals[0], totals[1]
+
+
+def _mixed(x: np.ndarray, spare: np.ndarray) -> np.ndarray:
+    """As the function of this name in :mod:`lawcat_jax.runtime.array_hash`, in place."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x ^= np.right_shift(x, np.uint32(shift), out=spare)
+        x *= np.uint32(factor)
+    x ^= np.right_shift(x, np.uint32(16), out=spare)
+    return x
+
+
+@functools.cache
+def _hash_program() -> Any:
+    import jax
+
+    from lawcat_jax.runtime.array_hash import array_hash
+
+    return jax.jit(array_hash)
+
+
+def same_as_stated(array: Any, stated: Mapping[str, Any]) -> bool:
+    """Whether an array has the ``hash`` or, of an earlier version, the ``sum`` that is stated of it, or none is."""
+    if "hash" in stated:
+        return array_digest(array) == stated["hash"]
+    return "sum" not in stated or fingerprint(array) == stated["sum"]
 
 
 def digest(value: Any) -> str:

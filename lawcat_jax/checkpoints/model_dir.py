@@ -18,7 +18,7 @@ import numpy as np
 from lawcat_jax.checkpoints import model_json
 from lawcat_jax.checkpoints.delta import Delta, cast, is_delta, is_trained
 from lawcat_jax.checkpoints.exported import ExportedCheckpoint, is_exported
-from lawcat_jax.checkpoints.fingerprints import file_digests, fingerprint
+from lawcat_jax.checkpoints.fingerprints import array_digest, file_digests
 from lawcat_jax.checkpoints.gguf.read import PACKAGE, GgufCheckpoint, find_gguf, is_gguf
 from lawcat_jax.checkpoints.hf.mapping import base_shapes, flatten, unflatten
 from lawcat_jax.checkpoints.hf.merge import base_of, is_adapter, merge_adapter
@@ -124,7 +124,7 @@ def save_model(
             save_arrays(directory / PARAMS, leaves)
             copy_tokenizer(tokenizer_source, directory / TOKENIZER)
             stored = {
-                path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sum": fingerprint(np.asarray(leaf))}
+                path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "hash": array_digest(np.asarray(leaf))}
                 for path, leaf in leaves.items()
             }
             files = file_digests(directory / TOKENIZER, but=[GENERATION])

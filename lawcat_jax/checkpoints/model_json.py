@@ -6,12 +6,12 @@
     model            every field of ModelConfig
     attention, lora  every field of AttentionConfig and LoraConfig, or null
     extra            what the writer added (source, stage, training_length, eval, add_bos)
-    params           {path: {"shape", "dtype", "sum"}}, see lawcat_jax.checkpoints.fingerprints
+    params           {path: {"shape", "dtype", "hash"}}, see lawcat_jax.checkpoints.fingerprints
     tokenizer        {name: SHA-256} of the files in tokenizer/, but for generation_config.json, which users edit
     digest           of model, attention, lora, params and what is known in extra
 
-The last three are checked where they are there: earlier versions wrote neither ``sum`` nor ``digest``, or no ``tokenizer`` and a
-``digest`` without ``extra``.
+The last three are checked where they are there: earlier versions wrote ``sum`` in place of ``hash``, or neither of these nor
+``digest``, or no ``tokenizer`` and a ``digest`` without ``extra``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ MODEL_JSON, TOKENIZER = "model.json", "tokenizer"
 
 
 class ModelJson(NamedTuple):
-    """The content of a model.json. ``params``: path -> {"shape", "dtype"} and, unless an earlier version wrote it, "sum".
+    """The content of a model.json. ``params``: path -> {"shape", "dtype"} and, unless an earlier version wrote it, "hash"
+    (or "sum").
     ``changed``: the line that says so where the digest is another; readers of the parameters raise it, after they have
     looked for what is plainly wrong.
     """

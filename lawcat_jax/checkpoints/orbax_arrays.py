@@ -15,7 +15,7 @@ import numpy as np
 from lawcat_jax.checkpoints import fingerprints
 from lawcat_jax.checkpoints.delta import cast as cast_array
 from lawcat_jax.checkpoints.delta import is_trained
-from lawcat_jax.checkpoints.fingerprints import fingerprint
+from lawcat_jax.checkpoints.fingerprints import same_as_stated
 from lawcat_jax.checkpoints.hf.mapping import flatten, unflatten
 from lawcat_jax.checkpoints.hf.read import Shardings
 from lawcat_jax.checkpoints.hf.write import check_leaves
@@ -105,7 +105,7 @@ def restore_arrays(
         return cast if base and cast is not None else np.dtype(stored.dtype)
 
     def checked(name: str) -> bool:
-        return verify and "sum" in written.get(name, ())
+        return verify and not {"hash", "sum"}.isdisjoint(written.get(name, ()))
 
     def restore_args(name: str, stored: Any) -> Any:
         dtype = final_dtype(name, stored)
@@ -132,7 +132,7 @@ def restore_arrays(
             item = unflatten({name: stored[name] for name in names})
             request = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
             for name, leaf in flatten(checkpointer.restore(path, args=request)):
-                if checked(name) and fingerprint(leaf) != written[name]["sum"]:
+                if checked(name) and not same_as_stated(leaf, written[name]):
                     raise UserError(
                         f"{path}: the contents of {name} have changed since they were written; restore a copy or convert "
                         f"again ({fingerprints.SWITCH}=off in the environment reads them unchecked)"

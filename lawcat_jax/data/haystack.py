@@ -15,6 +15,7 @@ import numpy as np
 
 from lawcat_jax.data import text as text_data
 from lawcat_jax.data.sentences import split_sentences
+from lawcat_jax.data.source_files import is_remote
 from lawcat_jax.errors import UserError
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -91,7 +92,7 @@ def load_haystack(source: str | tuple[str, ...], text_key: str = "") -> Haystack
         raise UserError("haystack: name a text source (a directory or file, hf:..., or tfds:...)")
     documents: list[str] = []
     for one in sources:
-        limit = _REMOTE_CHARACTERS if text_data.is_remote(one) else None
+        limit = _REMOTE_CHARACTERS if is_remote(one) else None
         taken = 0
         key = text_key or _TEXT_KEYS.get(":".join(one.split(":")[:2]), "text")
         for document in text_data.documents(one, key):
@@ -107,7 +108,7 @@ def load_haystack(source: str | tuple[str, ...], text_key: str = "") -> Haystack
 def source_name(source: str) -> str:
     """The name that results quote: a remote source as it is written, the stem of a file, the last two parts of the path
     of a directory."""
-    if text_data.is_remote(source):
+    if is_remote(source):
         return source
     path = Path(source)
     if path.suffix:

@@ -21,6 +21,7 @@ from lawcat_jax.data.instructions import conversations, encode_conversation
 from lawcat_jax.data.passkey import PasskeyGenerator
 from lawcat_jax.data.retrieval import RetrievalGenerator
 from lawcat_jax.data.samples import Sample, sample_rng
+from lawcat_jax.data.source_files import is_remote
 from lawcat_jax.data.tokenize import Tokenizer, opening
 from lawcat_jax.errors import UserError
 
@@ -196,7 +197,7 @@ class TextSource:
             source,
             tokenizer,
             text_key=data.text_key,
-            max_tokens=wanted * seq_length + 1 if text_data.is_remote(source) else None,
+            max_tokens=wanted * seq_length + 1 if is_remote(source) else None,
         )
         self._bos = tokenizer.bos_token_id if opening(tokenizer, data.add_bos) else None
         self._packed = text_data.PackedText(self._tokens, seq_length, bos_id=self._bos, source=source)
@@ -257,7 +258,7 @@ class InstructionSource:
         source = data.validation_source if validation and own else data.source
         if not source:
             raise UserError("data.source: name instruction data (a path or hf:...)")
-        limit = data.num_samples + data.validation_samples if text_data.is_remote(source) else None
+        limit = data.num_samples + data.validation_samples if is_remote(source) else None
         rows = list(conversations(source, limit))
         held = min(data.validation_samples, len(rows) if own else len(rows) // 10)
         if own:

@@ -70,7 +70,8 @@ class StoreWriter:
         path = self._directory / META
         with read_in_one_line(str(directory)):
             if path.exists():
-                if read_json(path) != meta:
+                found = read_json(path)
+                if found != meta | {"facts": without_new_facts(meta["facts"], found.get("facts"))}:
                     raise UserError(
                         f"{directory} holds logits of another teacher, other data or another k; name another"
                     )
@@ -175,6 +176,17 @@ class TeacherStore:
         for name in Kept._fields:
             out[f"teacher_{name}"][positions] = kept[name]
         return out
+
+
+def without_new_facts(facts: Any, stored: Any) -> Any:
+    """``facts`` as the version of the program that wrote ``stored`` would have them: without ``teacher.weights_hash`` where
+    that has none."""
+    if not isinstance(stored, Mapping) or not isinstance(stored.get("teacher"), Mapping):
+        return facts
+    if "weights_hash" in stored["teacher"] or "teacher" not in facts:
+        return facts
+    teacher = {name: value for name, value in facts["teacher"].items() if name != "weights_hash"}
+    return {**facts, "teacher": teacher}
 
 
 def stored_count(directory: str | Path) -> int:

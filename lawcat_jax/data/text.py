@@ -6,14 +6,13 @@ position, memory stays small whatever the size of the source, and a resumed or r
 Local files are taken whole. Remote sources (``hf:``, ``tfds:``) are read in their stored order until there
 are enough tokens for ``num_samples`` sequences: raise that number to see more of a large corpus.
 
-A file of the cache (:mod:`lawcat_jax.data.token_cache`) is named by the tokenizer, the source and (local files) sizes
-and times; a changed hub dataset needs an emptied cache.
+A file of the cache (:mod:`lawcat_jax.data.token_cache`) is named by the tokenizer and the contents of the source's files, a
+remote source by its name: a changed hub dataset needs an emptied cache.
 """
 
 from __future__ import annotations
 
 import codecs
-import glob
 import hashlib
 import json
 import re
@@ -23,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from lawcat_jax.config.choices import TEXT_SUFFIXES
 from lawcat_jax.data import token_cache
+from lawcat_jax.data.source_files import digests, files_here, is_remote, local_files
 from lawcat_jax.data.tokenize import Tokenizer, check_ids, encode, encode_many, fingerprint
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import network
@@ -32,41 +31,6 @@ from lawcat_jax.runtime import network
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PIECE = 1 << 16  # characters given to the tokenizer at once; its transient memory is about 100 bytes a token
 _BATCH = 32  # pieces a call, encoded in parallel
-
-
-def is_remote(source: str) -> bool:
-    """Whether ``source`` is read through a dataset library rather than from plain files."""
-    return source.startswith(("hf:", "tfds:"))
-
-
-def local_files(source: str) -> list[Path]:
-    """Files of a local source (a file, a directory searched recursively, or a glob), sorted by path.
-
-    Raises:
-      UserError: when nothing matches, or a file has an unknown suffix.
-    """
-    path = Path(source).expanduser()
-    try:
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
-            # Beside other files .md usually describes them; a directory of nothing else is a text.
-            files = [file for file in files if file.suffix != ".md"] or files
-            if not files:
-                raise UserError(f"text source {source!r}: the directory holds no {', '.join(TEXT_SUFFIXES)} file")
-            return files
-        if path.is_file():
-            files = [path]
-        else:
-            files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-    except (OSError, ValueError) as problem:  # ValueError: a NUL character
-        reason = getattr(problem, "strerror", None) or problem
-        raise UserError(f"text source {source!r}: cannot be looked up ({reason})") from None
-    if not files:
-        raise UserError(f"text source {source!r}: no such file, and no file matches it as a pattern")
-    for file in files:
-        if file.suffix not in TEXT_SUFFIXES:
-            raise UserError(f"text source {str(file)!r}: unknown suffix, expected one of {', '.join(TEXT_SUFFIXES)}")
-    return files
 
 
 def documents(source: str, text_key: str = "text") -> Iterator[str]:
@@ -349,9 +313,9 @@ def load_tokens(
     Raises:
       UserError: see :func:`documents`; also when the source has no tokens, or one beyond the model's embedding.
     """
-    facts = [source, text_key, max_tokens, fingerprint(tokenizer)]
-    if not is_remote(source):
-        facts += [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in local_files(source)]
+    facts: list[Any] = [source if is_remote(source) else "", text_key, max_tokens, fingerprint(tokenizer)]
+    files = files_here(source)
+    facts += [[file.suffix, digest] for file, digest in zip(files, digests(files), strict=True)]
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
     name = hashlib.sha256(repr(facts).encode()).hexdigest()[:32] + f".{dtype.name}.tokens"
     cached = token_cache.directory() / name

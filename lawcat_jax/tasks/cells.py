@@ -11,7 +11,7 @@ from typing import Any
 
 from lawcat_jax import __version__
 from lawcat_jax.config import EvalConfig
-from lawcat_jax.data.text import is_remote, local_files
+from lawcat_jax.data.source_files import digests, files_here
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import read_json, write_json
 from lawcat_jax.tasks.task import Model, Task
@@ -19,11 +19,11 @@ from lawcat_jax.tasks.task import Model, Task
 FOLDER = "unfinished"
 
 
-def file_stamp(source: str) -> list[list[Any]]:
-    """Name, size and time of each file of a local text source, which make a changed source another one; [] of a remote
+def file_stamp(source: str) -> list[list[str]]:
+    """Name and digest of each file on this machine of a text source, which make a changed source another one; [] of a remote
     source."""
-    stats = [(file.name, file.stat()) for file in ([] if is_remote(source) else local_files(source))]
-    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    files = files_here(source)
+    return [[file.name, digest] for file, digest in zip(files, digests(files), strict=True)]
 
 
 class Cells:

@@ -20,6 +20,7 @@ from lawcat_jax.inference.likelihood import Row, log_likelihoods, token_nll
 from lawcat_jax.inference.sampling import Sampling
 from lawcat_jax.models import bind
 from lawcat_jax.models.finite import not_finite_error
+from lawcat_jax.runtime.array_hash import array_hash
 from lawcat_jax.runtime.distributed import on_host
 from lawcat_jax.runtime.sharding import batch_shards, mesh_of
 from lawcat_jax.tasks.task import Generate, Model, NllSum, PositionNll, Progress
@@ -207,28 +208,17 @@ def _not_finite(graphdef: Any, params: Any, batch: Mapping[str, np.ndarray], as_
 
 
 def _fingerprint(graphdef: Any, params: Any, tokenizer: Tokenizer) -> str:
-    """A digest of weights, architecture and tokenizer. The weights are summed up where they lie, as integers, so that
-    neither their number nor their sharding matters."""
+    """A digest of weights, architecture and tokenizer. The weights are hashed where they lie, whatever their sharding."""
     model = bind(graphdef, params)
     with mesh_of(params):
-        sums = _checksums(params)
-    facts = [(jax.tree_util.keystr(path), int(value)) for path, value in jax.tree_util.tree_leaves_with_path(sums)]
-    text = repr(
-        [facts, model.config, model.attention_config, tokenize.fingerprint(tokenizer), tokenize.bos_rule(tokenizer)]
-    )
+        hashes = _hashes(params)
+    leaves = jax.tree_util.tree_leaves_with_path(hashes)
+    facts = [(jax.tree_util.keystr(path), np.asarray(value).tolist()) for path, value in leaves]
+    writes = [tokenize.fingerprint(tokenizer), tokenize.bos_rule(tokenizer), getattr(tokenizer, "chat_template", None)]
+    text = repr([facts, model.config, model.attention_config, *writes])
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @jax.jit
-def _checksums(params: Any) -> Any:
-    return jax.tree.map(_checksum, params)
-
-
-def _checksum(x: jax.Array) -> jax.Array:
-    """uint32: the sum of an array's bits, weighted by position, modulo 2**32. Exact in any order of summation."""
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    place = jnp.uint32(1)
-    for axis in range(x.ndim):
-        place = place * jnp.uint32(1_000_003) + 2 * jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return jnp.sum(bits * place, dtype=jnp.uint32)
+def _hashes(params: Any) -> Any:
+    return jax.tree.map(array_hash, params)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lawcat_jax.config import EvalConfig
+from lawcat_jax.data.source_files import digests
 from lawcat_jax.data.tokenize import Tokenizer
 from lawcat_jax.errors import UserError
 from lawcat_jax.inference.text import has_chat_template
@@ -82,10 +83,10 @@ class LmEval(Task):
         return text
 
     def identity(self, settings: EvalConfig) -> dict[str, Any]:
-        """Also the version of the harness, and size and time of the user's task files and what lies beside them."""
+        """Also the version of the harness, and the contents of the user's task files and what lies beside them."""
         folder = Path(settings.lm_eval_tasks_dir) if settings.lm_eval_tasks_dir else None
         files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder else []
-        stamps = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+        stamps = [[str(path), digest] for path, digest in zip(files, digests(files), strict=True)]
         return super().identity(settings) | {"lm_eval": _package().VERSION, "files": stamps}
 
     def check(self, settings: EvalConfig, tokenizer: Tokenizer) -> None:

@@ -30,7 +30,7 @@ class Haystacked(GenerationTask):
         return f"{hay}seed{settings.sample_seed}"
 
     def identity(self, settings: EvalConfig) -> dict[str, Any]:
-        """A local haystack is known by the size and time of its files as well: a changed one is measured anew."""
+        """A local haystack is known by the contents of its files as well: a changed one is measured anew."""
         stamp = file_stamp(settings.haystack) if self.has_haystack and settings.haystack else []
         return super().identity(settings) | {"haystack_files": stamp}
 

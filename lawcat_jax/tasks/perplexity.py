@@ -27,7 +27,7 @@ class Perplexity(LikelihoodTask):
         return re.sub(r"[^A-Za-z0-9.]+", "-", settings.text).strip("-.")[-40:]
 
     def identity(self, settings: EvalConfig) -> dict[str, Any]:
-        """Of a local text also the size and time of its files: a text that was changed is measured anew."""
+        """Of a local text also the contents of its files: a text that was changed is measured anew."""
         return super().identity(settings) | {"files": file_stamp(settings.text)}
 
     def reads(self, settings: EvalConfig) -> set[str]:

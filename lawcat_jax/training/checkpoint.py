@@ -2,7 +2,8 @@
 
 Layout: ``<directory>/<step>/{state,best,meta}``. ``state`` and ``best`` are plain nested dicts of arrays, ``meta`` is
 JSON: what the host knows (iterator, best loss, ...), the shapes and dtypes of all leaves, a fingerprint of each, and a
-digest of all this (checkpoints of earlier versions have none).
+digest of all this (checkpoints of earlier versions have none). A fingerprint is a ``hash``
+(:mod:`lawcat_jax.runtime.array_hash`); earlier versions wrote a ``sum``, which does not notice that elements changed places.
 
 Orbax writes a step under a temporary name and commits it at the end, so a killed save leaves no half checkpoint. It
 does not notice damage afterwards, and does not fall back: both happen here.
@@ -11,13 +12,14 @@ does not notice damage afterwards, and does not fall back: both happen here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,7 @@ from etils import epath
 from lawcat_jax.checkpoints.orbax_errors import is_disk_full, only_one_report, unraisable_hook
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import distributed
+from lawcat_jax.runtime.array_hash import array_hash, element_bits
 from lawcat_jax.runtime.sharding import path_name
 
 Tree = Any
@@ -53,23 +56,21 @@ class DamagedError(Exception):
     """A checkpoint that must not be used; the message says why."""
 
 
-@jax.jit
-def _fingerprints(leaves: list[jax.Array]) -> jax.Array:
-    """u32 [leaves]: sum of the bit patterns of each leaf. Integer sums depend on no order, hence on no mesh."""
-
-    def one(leaf: jax.Array) -> jax.Array:
-        if leaf.dtype.itemsize == 8:
-            bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32)  # a trailing dimension of 2
-        else:
-            bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
-        return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
-
-    return jnp.stack([one(leaf) for leaf in leaves]) if leaves else jnp.zeros(0, jnp.uint32)
+Kind = Literal["hash", "sum"]
 
 
-def tree_digest(tree: Tree) -> str:
-    """Hex digest of the paths, shapes, dtypes and bits of a tree of arrays, the same on any mesh."""
-    return hashlib.sha256(json.dumps(_describe(tree), sort_keys=True).encode()).hexdigest()
+@functools.partial(jax.jit, static_argnames="kind")
+def _fingerprints(leaves: list[jax.Array], kind: Kind) -> jax.Array:
+    """u32 [leaves, words]: a fingerprint of each leaf, the same on any mesh: its hash, or the sum of its bits."""
+    if kind == "hash":
+        return jnp.stack([array_hash(leaf) for leaf in leaves])
+    return jnp.stack([jnp.sum(element_bits(leaf), dtype=jnp.uint32, keepdims=True).reshape(1) for leaf in leaves])
+
+
+def tree_digest(tree: Tree, kind: Kind = "hash") -> str:
+    """Hex digest of the paths, shapes, dtypes and bits of a tree of arrays, the same on any mesh. The kind ``sum`` is that of
+    earlier versions, for comparison with what they wrote: it does not notice that elements of an array changed places."""
+    return hashlib.sha256(json.dumps(_describe(tree, kind), sort_keys=True).encode()).hexdigest()
 
 
 @jax.jit
@@ -78,12 +79,16 @@ def copy(tree: Tree) -> Tree:
     return jax.tree.map(jnp.copy, tree)
 
 
-def _describe(tree: Tree) -> dict[str, dict[str, Any]]:
+def _describe(tree: Tree, kind: Kind = "hash") -> dict[str, dict[str, Any]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = np.asarray(_fingerprints([leaf for _, leaf in leaves])).tolist()
+    words = np.asarray(_fingerprints([leaf for _, leaf in leaves], kind)) if leaves else []
     return {
-        path_name(path): {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sum": value}
-        for (path, leaf), value in zip(leaves, sums, strict=True)
+        path_name(path): {
+            "shape": list(leaf.shape),
+            "dtype": str(leaf.dtype),
+            kind: int(found[0]) if kind == "sum" else "".join(f"{word:08x}" for word in found),
+        }
+        for (path, leaf), found in zip(leaves, words, strict=True)
     }
 
 
@@ -262,7 +267,8 @@ class Checkpointer:
 def _check(tree: Tree, target: Tree, saved: dict[str, dict], item: str) -> None:
     """Every expected leaf is there, with its shape, dtype and the bits that were saved."""
     expected = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(target)}
-    found = _describe(tree)
+    of_earlier_version = any("sum" in leaf for leaf in saved.values())
+    found = _describe(tree, "sum" if of_earlier_version else "hash")
     for path, leaf in expected.items():
         if path not in found or path not in saved:
             raise DamagedError(f"{item}: {path} is missing")

@@ -23,8 +23,10 @@ def identity(config: Config, origin: Mapping[str, Any], data: Mapping[str, Any])
     """Plain JSON values ``{"config": ..., "teacher": ..., "data": ...}`` of a run.
 
     ``origin`` describes what the run starts from: ``model`` (the architecture's fields), ``dtype`` of the frozen
-    weights, ``weights`` and ``tokenizer`` (digests; ``weights`` None where they are drawn at random). ``data``: stage ->
-    source -> names and sizes of its files on this machine, see :func:`lawcat_jax.training.inputs.data_files`.
+    weights, ``weights``, ``weights_hash`` and ``tokenizer`` (digests; ``weights`` None where they are drawn at random, and
+    ``weights_hash`` missing there, and where an earlier version wrote this), and ``chat_template`` (digest) where the data
+    are conversations. ``data``: stage ->
+    source -> names, sizes and digests of its files on this machine, see :func:`lawcat_jax.training.inputs.data_files`.
     """
     values = {name: value for name, value in to_dict(config).items() if name not in HARMLESS}
     return json.loads(json.dumps({"config": values, "teacher": dict(origin), "data": dict(data)}))
@@ -48,10 +50,13 @@ def refuse_another(found: Any, own: Mapping[str, Any], where: str) -> None:
     if not isinstance(old, dict):
         return
     changed = differences(old.get("model", new["model"]), new["model"], _plain(ModelConfig()), "its config")
-    if old.get("dtype") == new["dtype"] and old.get("weights") != new["weights"]:
+    digests = [name for name in ("weights", "weights_hash") if name in old or name == "weights"]
+    if old.get("dtype") == new["dtype"] and any(old.get(name) != new.get(name) for name in digests):
         changed.append("its weights have changed")
     if old.get("tokenizer") != new["tokenizer"]:
         changed.append("the tokenizer has changed")
+    if "chat_template" in old and old["chat_template"] != new.get("chat_template"):
+        changed.append("the tokenizer's chat template has changed")
     if changed:
         raise UserError(
             f"{where} belongs to a run with another teacher ({_listed(changed)}); restore that teacher, or use another "
@@ -64,12 +69,19 @@ def _refuse_other_data(old: Any, new: Any, where: str) -> None:
         return
     before = {(stage, source): files for stage, sources in old.items() for source, files in sources.items()}
     now = {(stage, source): files for stage, sources in new.items() for source, files in sources.items()}
-    changed = [source for (stage, source), files in now.items() if files != before.get((stage, source), files)]
+    changed = [place[1] for place, files in now.items() if not _same_files(before.get(place, files), files)]
     if changed:
         raise UserError(
             f"{where} belongs to a run that began with other data: the files of {', '.join(dict.fromkeys(changed))} have other "
-            "names or sizes now; restore them, or use another --workdir"
+            "names or contents now; restore them, or use another --workdir"
         )
+
+
+def _same_files(old: list[list[Any]], new: list[list[Any]]) -> bool:
+    """Earlier versions recorded names and sizes only."""
+    return len(old) == len(new) and all(
+        a[:known] == b[:known] for a, b in zip(old, new, strict=True) for known in [min(len(a), len(b))]
+    )
 
 
 def refuse_other_config(old: dict, new: dict, where: str) -> None:

@@ -19,8 +19,8 @@ from lawcat_jax.config import Config, DataConfig, ModelConfig, StageConfig, to_d
 from lawcat_jax.config.data import is_counted
 from lawcat_jax.data.batch import Batch
 from lawcat_jax.data.pipeline import Samples, make_dataset
-from lawcat_jax.data.teacher_store import TeacherStore
-from lawcat_jax.data.text import is_remote, local_files
+from lawcat_jax.data.source_files import digests, files_here
+from lawcat_jax.data.teacher_store import TeacherStore, without_new_facts
 from lawcat_jax.data.tokenize import Tokenizer, encode, fit_embedding, load_tokenizer
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import sharding
@@ -181,8 +181,8 @@ def load_student(config: Config, mesh: Mesh, teacher: OpenedCheckpoint) -> Stude
         notes = [f"{config.teacher.source} is a student: {kept} trained further"]
     placed = stages.place(params, mesh)
     given = set(optim.flatten(loaded))
-    weights = tree_digest({name: leaf for name, leaf in optim.flatten(placed).items() if name in given})
-    origin = _origin(teacher.model, frozen_dtype(config), tokenizer, weights)
+    weights = _digests({name: leaf for name, leaf in optim.flatten(placed).items() if name in given})
+    origin = _origin(config, teacher.model, tokenizer, weights)
     named = teacher_of(config, teacher)
     return Student(teacher.model, placed, tokenizer, path, frozen_dtype(config), origin, named, tuple(notes))
 
@@ -198,14 +198,26 @@ def teacher_of(config: Config, opened: OpenedCheckpoint) -> tuple[str, str | Non
     return source, config.teacher.revision
 
 
-def _origin(model: ModelConfig, dtype: np.dtype, tokenizer: Tokenizer, weights: str | None) -> dict[str, Any]:
+def _digests(weights: optim.Params) -> dict[str, Any]:
+    """``weights``: as every version has written it; ``weights_hash``: which also knows the places of the elements."""
+    return {"weights": tree_digest(weights, "sum"), "weights_hash": tree_digest(weights)}
+
+
+def _origin(config: Config, model: ModelConfig, tokenizer: Tokenizer, weights: dict[str, Any]) -> dict[str, Any]:
     # The tokenizer by what it does: how its library writes it down changes from version to version.
     facts = [sorted(tokenizer.get_vocab().items()), tokenizer.bos_token_id, tokenizer.eos_token_id]
     facts.append(
         encode(tokenizer, "The key is 53781.  Remember it:\n\tnaïve Straße 東京 ☃ don't, e.g. x_1 = [0.5, 'ab'];")
     )
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return {"model": to_dict(model), "dtype": str(dtype), "weights": weights, "tokenizer": digest}
+    found = {"model": to_dict(model), "dtype": str(frozen_dtype(config)), **weights, "tokenizer": _sha256(facts)}
+    parts = [part for _, stage in config.stages() for part in (stage.data, *stage.data.mixture)]
+    if any(part.kind == "instruction" for part in parts):  # which alone is written through it
+        found["chat_template"] = _sha256(getattr(tokenizer, "chat_template", None))
+    return found
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def draw_teacher(config: Config, mesh: Mesh) -> Student:
@@ -224,8 +236,8 @@ def draw_teacher(config: Config, mesh: Mesh) -> Student:
         pad_token_id=tokenizer.pad_token_id,
     )
     params = models.init_params(model, None, None, seed=config.seed)
-    dtype = frozen_dtype(config)
-    return Student(model, stages.place(params, mesh), tokenizer, path, dtype, _origin(model, dtype, tokenizer, None))
+    origin = _origin(config, model, tokenizer, {"weights": None})
+    return Student(model, stages.place(params, mesh), tokenizer, path, frozen_dtype(config), origin)
 
 
 def tokenizer_of(config: Config, teacher: OpenedCheckpoint | None, model: ModelConfig) -> tuple[str, Tokenizer]:
@@ -258,10 +270,11 @@ def rows_of_a_pass(config: Config, tokenizer: Callable[[], Tokenizer]) -> dict[s
 
 
 def data_files(config: Config) -> dict[str, dict[str, list[list[Any]]]]:
-    """Stage -> source -> [name, size in bytes] of each of its files, of every source on this machine that the stages read.
+    """Stage -> source -> [name, size in bytes, digest] of each of its files, of every source on this machine that the stages
+    read.
 
     Raises:
-      UserError: a source that is not there.
+      UserError: a source that is not there, or cannot be read.
     """
     fields = ("source", "validation_source", "hay_source", "babi_source")
     found = {}
@@ -269,8 +282,13 @@ def data_files(config: Config) -> dict[str, dict[str, list[list[Any]]]]:
         only_passkeys = stage.data.kind == "text" and stage.data.passkey_fraction == 1  # its source is not opened
         parts = () if only_passkeys else (stage.data, *stage.data.mixture)
         sources = {getattr(part, field) for part in parts for field in fields} - {""}
-        local = sorted(source for source in sources if not is_remote(source))
-        found[name] = {source: [[file.name, file.stat().st_size] for file in local_files(source)] for source in local}
+        local = {source: files for source in sorted(sources) if (files := files_here(source))}
+        found[name] = {
+            source: [
+                [file.name, file.stat().st_size, digest] for file, digest in zip(files, digests(files), strict=True)
+            ]
+            for source, files in local.items()
+        }
     return found
 
 
@@ -316,7 +334,7 @@ def store_facts(stage: StageConfig, student: Student, seed: int) -> dict[str, An
     base = {name: value for name, value in student.params.items() if name not in ("mixers", "lora")}
     data = {name: value for name, value in to_dict(stage.data).items() if name not in HARMLESS_OF_DATA}
     values = {
-        "teacher": {**{name: student.origin[name] for name in ("model", "dtype")}, "weights": tree_digest(base)},
+        "teacher": {**{name: student.origin[name] for name in ("model", "dtype")}, **_digests(base)},
         "tokenizer": student.origin["tokenizer"],
         "data": data,
         "seq_length": stage.seq_length,
@@ -327,11 +345,13 @@ def store_facts(stage: StageConfig, student: Student, seed: int) -> dict[str, An
 
 
 def check_stored(stored: TeacherStore, facts: dict[str, Any], where: str) -> None:
-    """Refuse logits that are not those of this teacher on these data.
+    """Refuse logits that are not those of this teacher on these data. A store of an earlier version has no
+    ``weights_hash``, which is then not compared.
 
     Raises:
       UserError: naming what differs.
     """
+    facts = without_new_facts(facts, stored.facts)
     if differing := differences(stored.facts, facts, {"data": to_dict(DataConfig())}, "its logits"):
         raise UserError(f"{where} is of another teacher or other data ({'; '.join(differing[:4])}); write it anew")
 

@@ -117,10 +117,45 @@ def test_the_switch_reads_what_has_changed_and_old_directories_are_read_unchecke
     def as_before(values):
         del values["digest"]
         for facts in values["params"].values():
-            del facts["sum"]
+            del facts["hash"]
 
     edit(copy, as_before)
     load_model(copy)
+
+
+def test_directories_with_sums_are_checked_by_them(copy):
+    """As an earlier version wrote them."""
+    leaves = dict(flatten(load_model(copy).params))
+
+    def as_before(values):
+        del values["digest"]
+        for path, facts in values["params"].items():
+            del facts["hash"]
+            facts["sum"] = fingerprints.fingerprint(np.asarray(leaves[path]))
+
+    edit(copy, as_before)
+    load_model(copy)
+    edit(copy, lambda values: values["params"]["embed/embedding"].update(sum=7))
+    with pytest.raises(UserError, match="the contents of embed/embedding have changed"):
+        load_model(copy)
+
+
+@pytest.mark.parametrize("kind", ["reversed", "negated"])
+def test_layers_that_changed_places_and_signs_are_noticed(kind):
+    """Which the sum does not always: not these."""
+    leaf = np.random.default_rng(0).normal(size=(4, 256, 256)).astype(ml_dtypes.bfloat16).astype(np.float32)
+    other = np.ascontiguousarray(leaf[::-1]) if kind == "reversed" else -leaf
+    assert fingerprints.fingerprint(leaf) == fingerprints.fingerprint(other)
+    assert fingerprints.same_as_stated(leaf, {"hash": fingerprints.array_digest(leaf)})
+    assert not fingerprints.same_as_stated(other, {"hash": fingerprints.array_digest(leaf)})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float16"])
+@pytest.mark.parametrize("size", [(), (3, 0), (5, 7), (3, 60_000)])
+def test_a_hash_is_the_same_on_host_and_devices(dtype, size, monkeypatch):
+    monkeypatch.setattr(fingerprints, "_BLOCK", 1 << 17)  # several blocks of several pieces
+    array = np.asarray(np.random.default_rng(0).normal(0, 30, size=size)).astype(dtype)
+    assert fingerprints.array_digest(array) == fingerprints.array_digest(jnp.asarray(array))
 
 
 @pytest.mark.slow

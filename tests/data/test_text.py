@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 import tokenizers
 
 from lawcat_jax.data import text, tokenize
+from lawcat_jax.data.source_files import digests, files_here, local_files
 from lawcat_jax.data.tokenize import decode, encode
 from lawcat_jax.errors import UserError
 from tests.data import tokenizers as small
@@ -119,6 +123,42 @@ def test_cache_is_used_and_follows_changes(tmp_path, monkeypatch, cache):
     assert len(text.load_tokens(str(file), tokenizer)) > len(first)
     assert len(text.load_tokens(str(file), small.metaspace())) != 0
     assert len(list(cache.iterdir())) == 3
+
+
+def test_a_file_of_other_contents_is_another_source(tmp_path, cache):
+    """Also where its size and time, and even its path, are the same."""
+    tokenizer, file = small.byte_level(), tmp_path / "a.txt"
+    file.write_text("The sky is blue.")
+    first, stamp = text.load_tokens(str(file), tokenizer), file.stat().st_mtime_ns
+    file.write_text("The sky is grey.")
+    os.utime(file, ns=(stamp, stamp))
+    second = text.load_tokens(str(file), tokenizer)
+    assert decode(tokenizer, second[:-1].tolist()) == "The sky is grey."
+    assert len(list(cache.iterdir())) == 2
+    (tmp_path / "moved").mkdir()
+    file.rename(tmp_path / "moved" / "b.txt")
+    assert np.array_equal(text.load_tokens(str(tmp_path / "moved"), tokenizer), second)
+    assert len(list(cache.iterdir())) == 2
+    assert first.tolist() != second.tolist()
+
+
+def test_digests_of_files(tmp_path, monkeypatch):
+    for name in ("a", "b", ".hidden"):
+        (tmp_path / name).write_text(name)
+    files = files_here(f"tfds:{tmp_path}:train")
+    assert files == files_here(f"hf:{tmp_path}") == [tmp_path / "a", tmp_path / "b"]
+    assert files_here("hf:") == files_here("tfds:pg19:test") == files_here("hf:a/b") == []
+    long_ago = time.time() + 60
+    monkeypatch.setattr(time, "time", lambda: long_ago)
+    expected = [hashlib.sha256(name.encode()).hexdigest()[:32] for name in ("a", "b")]
+    assert digests(files) == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", None)  # not needed a second time
+        assert digests(files[::-1]) == expected[::-1]
+    (tmp_path / "a").write_text("c")
+    assert digests(files) == [hashlib.sha256(b"c").hexdigest()[:32], expected[1]]
+    with pytest.raises(UserError, match=r"gone: cannot be read \(No such file"):
+        digests([tmp_path / "gone"])
 
 
 def test_unwritable_cache_falls_back_to_memory(tmp_path, monkeypatch):
@@ -281,7 +321,7 @@ def test_unreadable_and_deep_and_damaged_files_give_one_clear_line(tmp_path, mon
     with pytest.raises(UserError, match="cannot be read"):
         list(text.documents(str(tmp_path / "a.txt")))
     with pytest.raises(UserError, match="text source"):
-        text.local_files("a\0b")
+        local_files("a\0b")
 
 
 def test_tokens_beyond_the_embedding_are_refused_where_they_occur(tmp_path, cache):

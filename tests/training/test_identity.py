@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import signal
@@ -12,16 +13,24 @@ from pathlib import Path
 import pytest
 from training_doubles import STEPS, Run
 
-from lawcat_jax.config import Config, DataConfig, MixtureSource, StageConfig
+from lawcat_jax.config import Config, DataConfig, MixtureSource, StageConfig, TeacherConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.training import inputs
 from lawcat_jax.training import run as run_module
+from lawcat_jax.training.identity import refuse_another
 from lawcat_jax.training.loop import InterruptedRunError, TrainingError
 from lawcat_jax.training.workdir import Workdir
 
 ROOT = Path(__file__).parents[2]
-TEACHER = {"model": {"rope_theta": 1e4}, "dtype": "float32", "weights": "a", "tokenizer": "b"}
-FILES = {"stage1": {"books/*.txt": [["a.txt", 70], ["b.txt", 80]]}}
+TEACHER = {
+    "model": {"rope_theta": 1e4},
+    "dtype": "float32",
+    "weights": "a",
+    "weights_hash": "h",
+    "tokenizer": "b",
+    "chat_template": "t",
+}
+FILES = {"stage1": {"books/*.txt": [["a.txt", 70, "da"], ["b.txt", 80, "db"]]}}
 OWN = {"config": {"seed": 0, "stage1": {"learning_rate": 0.1}}, "teacher": TEACHER, "data": FILES}
 
 
@@ -38,11 +47,17 @@ def begun(tmp_path_factory) -> Path:
     [
         ({"config": {**OWN["config"], "seed": 1}}, "another configuration (config.seed: 0 there, 1 here)"),
         ({"teacher": {**TEACHER, "weights": "x"}}, "another teacher (its weights have changed)"),
+        ({"teacher": {**TEACHER, "weights_hash": "x"}}, "another teacher (its weights have changed)"),
         ({"teacher": {**TEACHER, "tokenizer": "x"}}, "another teacher (the tokenizer has changed)"),
         (
-            {"data": {"stage1": {"books/*.txt": [["a.txt", 70], ["b.txt", 81]]}}},
-            "began with other data: the files of books/*.txt have other names or sizes now",
+            {"data": {"stage1": {"books/*.txt": [["a.txt", 70, "da"], ["b.txt", 81, "db"]]}}},
+            "began with other data: the files of books/*.txt have other names or contents now",
         ),
+        (
+            {"data": {"stage1": {"books/*.txt": [["a.txt", 70, "da"], ["b.txt", 80, "shuffled"]]}}},
+            "began with other data: the files of books/*.txt have other names or contents now",
+        ),
+        ({"teacher": {**TEACHER, "chat_template": "x"}}, "another teacher (the tokenizer's chat template has changed)"),
         ({"teacher": {**TEACHER, "model": {"rope_theta": 5e5}}}, "rope_theta: 10000.0 there, 500000.0 here"),
     ],
 )
@@ -63,16 +78,45 @@ def test_files_of_the_data_are_part_of_a_run(tmp_path):
         stage1=StageConfig(data=DataConfig(kind="text", source=f"{tmp_path}/*.txt", validation_source="hf:a")),
         stage2=StageConfig(data=DataConfig(kind="mixture", mixture=(part,))),
     )
+    one, two = (hashlib.sha256(words).hexdigest()[:32] for words in (b"one", b"two words"))
     assert inputs.data_files(config) == {
-        "stage1": {f"{tmp_path}/*.txt": [["a.txt", 3], ["b.txt", 9]]},
-        "stage2": {str(tmp_path / "a.txt"): [["a.txt", 3]]},
+        "stage1": {f"{tmp_path}/*.txt": [["a.txt", 3, one], ["b.txt", 9, two]]},
+        "stage2": {str(tmp_path / "a.txt"): [["a.txt", 3, one]]},
     }
+
+
+def test_the_chat_template_is_part_of_a_run_on_conversations():
+    named = Config(teacher=TeacherConfig(source="asset:tiny_llama"))
+    teacher, chat = inputs.open_teacher(named), DataConfig(kind="instruction", source="rows.jsonl")
+    plain, mixed = StageConfig(), StageConfig(data=DataConfig(kind="mixture", mixture=(MixtureSource("instruction"),)))
+    _, tokenizer = inputs.tokenizer_of(named, teacher, teacher.model)
+
+    def origin(template: str | None, **stages: StageConfig) -> dict:
+        tokenizer.chat_template = template
+        return inputs._origin(Config(**stages), teacher.model, tokenizer, {"weights": "a"})
+
+    for stage in (StageConfig(data=chat), mixed):
+        found = [origin(template, stage2=stage) for template in (None, "{{ a }}", "{{ b }}")]
+        assert len({one.pop("chat_template") for one in found}) == 3
+        assert found[0] == found[1] == found[2] == origin("{{ a }}", stage2=plain)
 
 
 def test_a_stage_of_another_length_is_refused(begun):
     """As after a change of the text whose passes its steps are."""
     with pytest.raises(UserError, match=r"at step 2 is of a stage of 12 steps, which now has 20: its data is longer"):
         Run(begun, steps=20, options={"identity": OWN}).go()
+
+
+def test_runs_of_earlier_versions_are_compared_by_what_they_recorded():
+    unknown = ("weights_hash", "chat_template")
+    files = {"stage1": {"books/*.txt": [["a.txt", 70], ["b.txt", 80]]}}
+    old = {**OWN, "data": files, "teacher": {name: value for name, value in TEACHER.items() if name not in unknown}}
+    refuse_another(old, OWN, "there")
+    for one in ([["a.txt", 70, "da"], ["b.txt", 81, "db"]], [["a.txt", 70, "da"]]):
+        with pytest.raises(UserError, match="other names or contents"):
+            refuse_another(old, {**OWN, "data": {"stage1": {"books/*.txt": one}}}, "there")
+    with pytest.raises(UserError, match="its weights have changed"):
+        refuse_another(old, {**OWN, "teacher": {**TEACHER, "weights": "x"}}, "there")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

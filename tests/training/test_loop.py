@@ -19,6 +19,7 @@ from training_doubles import STEPS, Run
 
 from lawcat_jax.config import StageConfig
 from lawcat_jax.errors import UserError
+from lawcat_jax.training import checkpoint
 from lawcat_jax.training.loop import InterruptedRunError, TrainingError
 
 
@@ -125,6 +126,38 @@ def test_checkpoints_without_a_digest_of_their_metadata_load(straight, tmp_path,
     file.write_text(json.dumps(values))
     assert_same(Run(tmp_path).go(), straight[0])
     assert "damaged" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_checkpoints_with_sums_of_bits_load(straight, tmp_path, monkeypatch, capsys, sound):
+    """As earlier versions wrote them; what they do not describe is refused as ever."""
+    describe = checkpoint._describe
+
+    def sums(tree, kind="hash"):
+        found = describe(tree, "sum")
+        if not sound:
+            next(iter(found.values()))["sum"] ^= 1
+        return found
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(checkpoint, "_describe", sums)
+        with pytest.raises(InterruptedRunError):
+            Run(tmp_path, stop_after=4).go()
+    if sound:
+        assert_same(Run(tmp_path).go(), straight[0])
+        assert "damaged" not in capsys.readouterr().out
+    else:
+        with pytest.raises(UserError, match="have changed since they were saved"):
+            Run(tmp_path).go()
+
+
+def test_exchanged_rows_are_another_tree():
+    rows = np.arange(24, dtype=np.float32).reshape(4, 6)
+    one, other = ({"layers": jax.numpy.asarray(array)} for array in (rows, rows[[1, 0, 2, 3]]))
+    assert checkpoint.tree_digest(one) != checkpoint.tree_digest(other)
+    assert checkpoint.tree_digest(one, "sum") == checkpoint.tree_digest(other, "sum")  # as earlier versions had it
+    assert checkpoint.tree_digest(one) == checkpoint.tree_digest(checkpoint.copy(one))
+    assert checkpoint.tree_digest({}) != checkpoint.tree_digest(one)
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "missing_file", "meta", "edited_meta", "missing_item"])

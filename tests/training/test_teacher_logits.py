@@ -205,6 +205,24 @@ def test_what_does_not_belong_to_a_store_is_refused(tmp_path):
         TeacherStore(tmp_path / "none")
 
 
+def test_a_store_of_an_earlier_version_knows_no_hash_of_the_weights(tmp_path):
+    own = {"teacher": {"weights": "a", "weights_hash": "h"}, "seed": 0}
+    old = {"teacher": {"weights": "a"}, "seed": 0}
+    write_store(tmp_path / "s", facts=old, only=1)
+    write_store(tmp_path / "s", facts=own)  # goes on with it
+    store = TeacherStore(tmp_path / "s")
+    assert store.facts == old
+    inputs.check_stored(store, own, "there")
+    with pytest.raises(UserError, match=r"teacher\.weights: 'a' there, 'b' here"):
+        inputs.check_stored(store, {**own, "teacher": {"weights": "b", "weights_hash": "h"}}, "there")
+    write_store(tmp_path / "t", facts=own)
+    permuted = {**own, "teacher": {"weights": "a", "weights_hash": "g"}}
+    with pytest.raises(UserError, match="another teacher"):
+        inputs.check_stored(TeacherStore(tmp_path / "t"), permuted, "there")
+    with pytest.raises(UserError, match="holds logits of another teacher"):
+        write_store(tmp_path / "t", facts=permuted)
+
+
 # The stage
 
 
