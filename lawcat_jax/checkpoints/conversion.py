@@ -95,6 +95,11 @@ def convert(
         raise UserError(_wrong_kind(source, to, is_student))
     if verify and to == "delta" and base is None and _local(opened.extra.get("source")) is None:
         raise UserError("--verify joins the file with its teacher, which is not on this machine: name it with --base")
+    if verify and to == "model" and not joined and opened.directory.is_file() and _beyond_gguf(opened):
+        raise UserError(
+            "--verify compares with transformers, which ignores rope scaling and sliding windows of GGUF files, and "
+            f"{source} has them; leave it out"
+        )
     with progress_bar(_weight_bytes(opened), f"reading {source}") as progress:
         bundle = ModelBundle(
             opened.model,
@@ -249,6 +254,10 @@ def _to_delta(job: _Job) -> None:
         dtype=job.dtype,
         overwrite=job.overwrite,
     )
+
+
+def _beyond_gguf(opened: OpenedCheckpoint) -> bool:
+    return opened.model.rope_scaling.kind != "none" or opened.model.sliding_window is not None
 
 
 def recipe_of(run: Path | None) -> dict[str, Any] | None:
