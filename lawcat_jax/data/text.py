@@ -13,7 +13,6 @@ and times; a changed hub dataset needs an emptied cache.
 from __future__ import annotations
 
 import codecs
-import glob
 import hashlib
 import json
 import re
@@ -23,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from lawcat_jax.config.choices import TEXT_SUFFIXES
 from lawcat_jax.data import token_cache
+from lawcat_jax.data.files import local_files
 from lawcat_jax.data.tokenize import Tokenizer, check_ids, encode, encode_many, fingerprint
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import network
@@ -37,36 +36,6 @@ _BATCH = 32  # pieces a call, encoded in parallel
 def is_remote(source: str) -> bool:
     """Whether ``source`` is read through a dataset library rather than from plain files."""
     return source.startswith(("hf:", "tfds:"))
-
-
-def local_files(source: str) -> list[Path]:
-    """Files of a local source (a file, a directory searched recursively, or a glob), sorted by path.
-
-    Raises:
-      UserError: when nothing matches, or a file has an unknown suffix.
-    """
-    path = Path(source).expanduser()
-    try:
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
-            # Beside other files .md usually describes them; a directory of nothing else is a text.
-            files = [file for file in files if file.suffix != ".md"] or files
-            if not files:
-                raise UserError(f"text source {source!r}: the directory holds no {', '.join(TEXT_SUFFIXES)} file")
-            return files
-        if path.is_file():
-            files = [path]
-        else:
-            files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-    except (OSError, ValueError) as problem:  # ValueError: a NUL character
-        reason = getattr(problem, "strerror", None) or problem
-        raise UserError(f"text source {source!r}: cannot be looked up ({reason})") from None
-    if not files:
-        raise UserError(f"text source {source!r}: no such file, and no file matches it as a pattern")
-    for file in files:
-        if file.suffix not in TEXT_SUFFIXES:
-            raise UserError(f"text source {str(file)!r}: unknown suffix, expected one of {', '.join(TEXT_SUFFIXES)}")
-    return files
 
 
 def documents(source: str, text_key: str = "text") -> Iterator[str]:
@@ -108,7 +77,7 @@ def _documents(source: str, text_key: str) -> Iterator[str]:
         for file in local_files(source):
             if file.stat().st_size == 0:
                 raise UserError(f"text source {str(file)!r}: the file is empty")
-            yield from _READERS[file.suffix](file, text_key)
+            yield from _READERS[file.suffix.lower()](file, text_key)
 
 
 def _txt_documents(file: Path, text_key: str) -> Iterator[str]:
@@ -257,10 +226,10 @@ def rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _file_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    if file.suffix == ".jsonl":
+    if file.suffix.lower() == ".jsonl":
         yield from _jsonl_rows(file)
         return
-    if file.suffix != ".parquet":
+    if file.suffix.lower() != ".parquet":
         raise UserError(f"source {str(file)!r}: rows of several fields come from .jsonl or .parquet files")
     import pyarrow
     import pyarrow.parquet
