@@ -189,9 +189,8 @@ def test_rows_of_a_file_are_answered_as_they_are_alone(model, tmp_path, monkeypa
 
 def test_rows_that_have_an_answer_already_are_refused(tmp_path):
     file = tmp_path / "in.jsonl"
-    for name, value in (("answer", "'blue'"), ("tokens", "3"), ("finish", "null")):
-        row = '{"prompt": "The sky", "id": 7, "%s": %s}' % (name, value.replace("'", '"'))
-        file.write_text('{"prompt": "first"}\n' + row)
+    for name, value in (("answer", "blue"), ("tokens", 3), ("finish", None)):
+        file.write_text('{"prompt": "first"}\n' + json.dumps({"prompt": "The sky", "id": 7, name: value}))
         with pytest.raises(UserError, match=f"in.jsonl, line 2: has {name} already, .* rename or remove it"):
             batch.read_rows(file)
 
