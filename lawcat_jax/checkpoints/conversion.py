@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import numpy as np
 
 from lawcat_jax.checkpoints import delta
 from lawcat_jax.checkpoints.delta import check_delta_target, is_delta
+from lawcat_jax.checkpoints.hf import values
 from lawcat_jax.checkpoints.hf.mapping import flatten
 from lawcat_jax.checkpoints.hf.peft import write_adapter
 from lawcat_jax.checkpoints.hf.read import progress_bar
@@ -95,7 +97,12 @@ def convert(
         raise UserError(_wrong_kind(source, to, is_student))
     if verify and to == "delta" and base is None and _local(opened.extra.get("source")) is None:
         raise UserError("--verify joins the file with its teacher, which is not on this machine: name it with --base")
-    with progress_bar(_weight_bytes(opened), f"reading {source}") as progress:
+    if verify and to == "model" and not joined and opened.directory.is_file() and _beyond_gguf(opened):
+        raise UserError(
+            "--verify compares with transformers, which ignores rope scaling and sliding windows of GGUF files, and "
+            f"{source} has them; leave it out"
+        )
+    with progress_bar(_weight_bytes(opened), f"reading {source}") as progress, values.counted() as small:
         bundle = ModelBundle(
             opened.model,
             opened.attention,
@@ -107,10 +114,22 @@ def convert(
     job = _Job(
         bundle, source, opened.directory, target, run, resolve_dtype(dtype), revision, base, max_shard_bytes, overwrite
     )
-    KINDS[to](job)
+    bad = values.not_finite(bundle.params)
+    with values.counted() as written:
+        KINDS[to](job)
+    for counts in (small, written):
+        if counts.zero or counts.denormal:
+            _warn(f"{source}: {counts}")
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        _warn(f"{source}: NaN or infinity in {', '.join(bad[:5])}{more}; {target} has them too, and gives no text")
     print(f"wrote {target}: {_summary(bundle, Path(target), to)} in {time.monotonic() - start:.1f} s", flush=True)
     if verify:
         _verify(job, to=to, exact=dtype == "keep")
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _adapter_with_base(source: str, adapter: str, base: str | None) -> tuple[str, str]:
@@ -251,6 +270,10 @@ def _to_delta(job: _Job) -> None:
     )
 
 
+def _beyond_gguf(opened: OpenedCheckpoint) -> bool:
+    return opened.model.rope_scaling.kind != "none" or opened.model.sliding_window is not None
+
+
 def recipe_of(run: Path | None) -> dict[str, Any] | None:
     """Configuration, versions and results of the run in a folder, from its manifest; None if there is none."""
     if run is None or not (run / "manifest.json").is_file():
@@ -369,8 +392,7 @@ def _verify(job: _Job, *, to: str, exact: bool) -> None:
 
 def _not_finite(target: str | Path) -> str:
     """Which weights make the logits of a model NaN or infinite."""
-    leaves = flatten(load_model(target, dtype="keep").params)
-    bad = [path for path, leaf in leaves if not np.isfinite(leaf.astype(np.float32)).all()]
+    bad = values.not_finite(load_model(target, dtype="keep").params)
     if bad:
         return f"NaN or infinity in {', '.join(bad[:5])}, as in the source; the logits cannot be compared"
     return "all weights are finite, but the logits are not, here or in transformers: values overflow; do not use it"

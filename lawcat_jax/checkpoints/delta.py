@@ -30,6 +30,7 @@ import numpy as np
 
 from lawcat_jax.checkpoints.hf.mapping import base_shapes
 from lawcat_jax.checkpoints.hf.tensors import CODES, DTYPES, open_tensors, read_metadata, write_tensors
+from lawcat_jax.checkpoints.hf.values import check_float16
 from lawcat_jax.checkpoints.hf.write import check_leaves
 from lawcat_jax.checkpoints.stored_configs import configs_from_json, configs_to_json, extra_from_json
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig, to_dict
@@ -184,17 +185,9 @@ def cast(array: Any, dtype: np.dtype, where: str) -> Any:
         return array
     with np.errstate(over="ignore"):
         out = array.astype(dtype)
-    if dtype == np.float16 and not _fits(array, out):
-        raise UserError(f"{where} has values beyond float16; choose bfloat16 or float32")
+    if dtype == np.float16:
+        check_float16(array, out, where)
     return out
-
-
-def _fits(array: Any, out: Any) -> bool:
-    if isinstance(array, np.ndarray):
-        return bool((np.isfinite(out) | ~np.isfinite(array.astype(np.float32))).all())
-    import jax.numpy as jnp
-
-    return bool(jnp.all(jnp.isfinite(out) | ~jnp.isfinite(array)))
 
 
 def record(params: Mapping[str, Any]) -> dict[str, dict[str, str]]:

@@ -41,20 +41,26 @@ def compare_logits(
       (KL(reference || ours), nats, mean over tokens) and ``tokens``.
 
     Raises:
-      UserError: torch is not installed.
+      UserError: torch is not installed, or transformers cannot read the reference.
     """
     require_torch()
     import torch
     import transformers
 
     where = (reference.parent, {"gguf_file": reference.name}) if reference.is_file() else (reference, {})
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        where[0],
-        **where[1],
-        dtype=torch.float32,
-        attn_implementation="eager",
-        trust_remote_code=trust_remote_code,
-    ).eval()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            where[0],
+            **where[1],
+            dtype=torch.float32,
+            attn_implementation="eager",
+            trust_remote_code=trust_remote_code,
+        ).eval()
+    except Exception as problem:  # of many types: architectures and GGUF types that it does not know, missing packages
+        reason = (str(problem).strip() or type(problem).__name__).split("\n")[0]
+        raise UserError(
+            f"{reference}: not compared, transformers cannot read it ({reason}); leave --verify out"
+        ) from None
     with torch.no_grad():
         there = model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
     log_p, log_q = _log_softmax(there), _log_softmax(here)

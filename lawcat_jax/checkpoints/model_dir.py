@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -317,14 +318,22 @@ def _open_delta(delta: Delta, revision: str | None, base: str | None) -> OpenedC
 
 def _open_adapter(adapter: str, revision: str | None, base: str | None) -> OpenedCheckpoint:
     directory = Path(adapter).expanduser()
-    source = base or base_of(directory)
+    named = base_of(directory)
+    source = base or named
     if source is None:
         raise UserError(f"{adapter} is an adapter that names no base model; name it with --base=")
+    if named is not None and not _same_place(source, named):
+        print(f"{adapter} was trained on {named}, and is merged into {source}", file=sys.stderr, flush=True)
     opened = open_checkpoint(source, revision)
     if opened.attention is not None:
         raise UserError(f"{source} is a student; an adapter is merged into the model that it was trained on")
     extra = {**opened.extra, "source": source, "adapter": adapter}
     return dataclasses.replace(opened, extra=extra, reader=_MergedReader(directory, opened))
+
+
+def _same_place(one: str, other: str) -> bool:
+    """Whether two sources are written alike, or are one path."""
+    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def load_model(

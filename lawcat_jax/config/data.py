@@ -261,7 +261,7 @@ def suffix_problems(source: str, path: str, suffixes: tuple[str, ...] = TEXT_SUF
     """A file that is there but whose name says that it is no text of a kind that is read."""
     file = Path(source).expanduser() if source and not source.startswith(("hf:", "tfds:")) else None
     try:
-        wrong = file is not None and file.is_file() and file.suffix not in suffixes
+        wrong = file is not None and file.is_file() and file.suffix.lower() not in suffixes
     except (OSError, ValueError):  # what cannot even be looked up is for the reader to say
         wrong = False
     return [f"{path}: {source!r} has an unknown suffix, expected one of {', '.join(suffixes)}"] if wrong else []

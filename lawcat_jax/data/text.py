@@ -72,7 +72,7 @@ def _documents(source: str, text_key: str) -> Iterator[str]:
         for file in local_files(source):
             if file.stat().st_size == 0:
                 raise UserError(f"text source {str(file)!r}: the file is empty")
-            yield from _READERS[file.suffix](file, text_key)
+            yield from _READERS[file.suffix.lower()](file, text_key)
 
 
 def _txt_documents(file: Path, text_key: str) -> Iterator[str]:
@@ -221,10 +221,10 @@ def rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _file_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    if file.suffix == ".jsonl":
+    if file.suffix.lower() == ".jsonl":
         yield from _jsonl_rows(file)
         return
-    if file.suffix != ".parquet":
+    if file.suffix.lower() != ".parquet":
         raise UserError(f"source {str(file)!r}: rows of several fields come from .jsonl or .parquet files")
     import pyarrow
     import pyarrow.parquet

@@ -14,12 +14,16 @@ from lawcat_jax.inference.generation import generate
 from lawcat_jax.inference.loading import LoadedModel
 from lawcat_jax.inference.text import PLAIN, Request, chat_text, cut, prompt_tokens, stopped
 
+_MADE = ("answer", "tokens", "finish")
+"""Fields that a row gets."""
+
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file: objects with ``prompt``, a text, or ``messages``, a conversation of role and content.
 
     Raises:
-      UserError: naming the line that is neither, or a file that cannot be read or has none.
+      UserError: naming the line that is neither, or that has a field which the answers would replace; or a file that cannot
+        be read or has none.
     """
     rows = list(_rows(Path(path)))
     if not rows:
@@ -42,6 +46,12 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             raise UserError(f"{where}: not valid JSON ({problem})") from None
         if not isinstance(row, dict) or isinstance(row.get("prompt"), str) == ("messages" in row):
             raise UserError(f"{where}: expected an object with either prompt, a text, or messages, a list")
+        taken = [name for name in _MADE if name in row]
+        if taken:
+            raise UserError(
+                f"{where}: has {', '.join(taken)} already, which the answer would replace; rename or remove "
+                f"{'it' if len(taken) == 1 else 'them'}"
+            )
         turns = row.get("messages", [])
         if not isinstance(turns, list) or not all(
             isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)

@@ -91,7 +91,10 @@ def test_a_directory_of_an_adapter_is_a_source(source, tmp_path, capsys):
     try:
         with pytest.raises(UserError, match="no such directory"):
             convert(str(tmp_path / "a"), str(tmp_path / "m"))
+        assert "was trained on" not in capsys.readouterr().err
         convert(str(tmp_path / "a"), str(tmp_path / "given"), base=str(tmp_path / "elsewhere"), to="hf")
+        said = f"{tmp_path / 'a'} was trained on {source}, and is merged into {tmp_path / 'elsewhere'}\n"
+        assert capsys.readouterr().err.endswith(said)
     finally:
         shutil.move(tmp_path / "elsewhere", source)
     one, two = (load_model(tmp_path / name, dtype="keep") for name in ("named", "given"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -42,6 +43,37 @@ def test_the_folder_of_a_run_is_its_student_and_the_size_is_that_of_the_files(ru
     shutil.rmtree(run / "teacher", ignore_errors=True)
     with pytest.raises(UserError, match="not a model directory"):
         convert(str(tmp_path), str(tmp_path / "n"))
+
+
+@pytest.mark.parametrize("kind", ["hf", "model"])
+def test_what_float16_loses_is_counted(tmp_path, capsys, kind):
+    params = jax.tree.map(
+        lambda leaf: np.where(np.abs(leaf) < 1e-3, np.float32(1), leaf), drawn(models.abstract(MODEL)[1])
+    )
+    params["layers"]["mlp"]["up_proj"]["kernel"][0, 0, :3] = (1e-9, -1e-8, 0.0)  # the last loses nothing
+    params["embed"]["embedding"][5, :2] = (1e-5, 2.0**-24)  # and here neither does the second
+    write_hf(tmp_path / "hf", model=MODEL, params=params)
+    if kind == "model":
+        convert(str(tmp_path / "hf"), str(tmp_path / "model"))
+    for dtype, lines in (("bfloat16", 0), ("float16", 1)):
+        convert(str(tmp_path / kind), str(tmp_path / dtype), dtype=dtype)
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == lines
+    assert "weights 2 are too small and become zero, 1 lie below 6.1e-05 and lose digits" in said[0]
+
+
+@pytest.mark.parametrize("dtype", ["keep", "bfloat16", "float16"])
+def test_weights_that_are_no_numbers_are_named(tmp_path, capsys, dtype):
+    params = drawn(models.abstract(MODEL)[1])
+    params["final_norm"]["scale"][1] = np.inf
+    params["layers"]["mlp"]["up_proj"]["kernel"][1, 2, 3] = np.nan
+    write_hf(tmp_path / "hf", model=MODEL, params=params)
+    convert(str(tmp_path / "hf"), str(tmp_path / "m"), dtype=dtype)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "NaN or infinity in " in said
+    assert "final_norm/scale" in said
+    assert "layers/mlp/up_proj/kernel" in said
+    assert "q_proj" not in said
 
 
 def test_verify_of_a_checkpoint_with_nan_names_the_weights(tmp_path):

@@ -280,6 +280,24 @@ def test_markdown_is_text_and_no_part_of_a_directory_of_other_files(tmp_path):
     assert list(text.documents(str(tmp_path))) == ["a text"]
 
 
+def test_of_a_directory_hidden_files_are_skipped_and_others_are_counted(tmp_path, capsys):
+    names = ["a.TXT", ".hidden.txt", ".ipynb_checkpoints/a.txt", "b/.git/c.txt", "b/d.Jsonl"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"text": "row"}' if name.endswith("Jsonl") else f"text of {name}")
+    assert list(text.documents(str(tmp_path))) == ["text of a.TXT", "row"]
+    assert [row["text"] for _, row in text.rows(str(tmp_path / "b"))] == ["row"]
+    assert capsys.readouterr().err == ""
+    for name in ("c.text", "b/e.json", "f.txt.gz", "README.md"):
+        (tmp_path / name).write_text("other")
+    for _ in range(2):  # said once
+        assert list(text.documents(str(tmp_path))) == ["text of a.TXT", "row"]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "4 files are passed over (for example README.md)" in said[0]
+    assert list(text.documents(str(tmp_path / "a.TXT"))) == ["text of a.TXT"]
+
+
 def test_bytes_and_characters_that_are_no_unicode_are_replaced_and_counted(tmp_path, capsys, cache):
     import pyarrow
     import pyarrow.parquet

@@ -187,6 +187,14 @@ def test_rows_of_a_file_are_answered_as_they_are_alone(model, tmp_path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
+def test_rows_that_have_an_answer_already_are_refused(tmp_path):
+    file = tmp_path / "in.jsonl"
+    for name, value in (("answer", "blue"), ("tokens", 3), ("finish", None)):
+        file.write_text('{"prompt": "first"}\n' + json.dumps({"prompt": "The sky", "id": 7, name: value}))
+        with pytest.raises(UserError, match=f"in.jsonl, line 2: has {name} already, .* rename or remove it"):
+            batch.read_rows(file)
+
+
 @pytest.mark.slow
 def test_the_command_keeps_text_apart_from_what_is_told(model, source, tmp_path):
     def run(*arguments, stdin="", status=0):

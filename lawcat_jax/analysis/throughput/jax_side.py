@@ -142,7 +142,7 @@ def prepare_prefill(entry: Measurement, config: Config, model: ModelConfig, mesh
     jax.block_until_ready(params)
     entry.notes["peak_bytes_before"] = device.peak_bytes(list(mesh.devices.flat))
     tokens = np.random.default_rng(config.seed).integers(0, model.vocab_size, (entry.batch, entry.length), np.int32)
-    placed = jax.device_put(tokens, sharding.replicated(mesh))
+    placed, unread = jax.device_put((tokens, np.full(entry.batch, entry.length, np.int32)), sharding.replicated(mesh))
 
     def run(count: int) -> tuple[float, Metrics]:
         begun = time.perf_counter()
@@ -152,7 +152,7 @@ def prepare_prefill(entry: Measurement, config: Config, model: ModelConfig, mesh
                 cache, logits = generation.empty_cache(
                     params, graphdef=program.static["graphdef"], batch=entry.batch, length=entry.length
                 )
-                out = program.function(params, cache, logits, placed, None, **program.static)
+                out = program.function(params, cache, logits, placed, None, unread, **program.static)
         jax.block_until_ready(out)
         return time.perf_counter() - begun, {}
 

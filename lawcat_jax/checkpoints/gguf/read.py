@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import atexit
 import importlib.util
-import math
 import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from lawcat_jax.checkpoints.gguf.file import MAGIC, GgufFile, GgufTensor
+from lawcat_jax.checkpoints.gguf.keys import PATTERN, WINDOW, check_keys
+from lawcat_jax.checkpoints.gguf.rope import FACTORS, rope_scaling
 from lawcat_jax.checkpoints.gguf.tokenizer import special_ids, write_tokenizer
 from lawcat_jax.checkpoints.hf.read import Checkpoint
 from lawcat_jax.errors import UserError
@@ -32,18 +33,19 @@ class Architecture(NamedTuple):
     name: str  # of the class, as config.json's "architectures" has it
     interleaved: bool  # llama.cpp reordered the rows of q and k for its rotary embedding
     layer: dict[str, str]  # tensors of a layer that are not in _LAYER, or mean something else
+    windows: Literal["none", "all", "named"]  # layers with a sliding window: all of them, or those that the file names
 
 
 _QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _NORMS_BEHIND = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 _FUSED = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 ARCHITECTURES = {
-    "llama": Architecture("llama", "LlamaForCausalLM", True, {}),  # also SmolLM2, and Mistral without a window
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", False, {}),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", False, _QK_NORMS),
-    "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", True, {}),
-    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", False, _QK_NORMS | _NORMS_BEHIND),
-    "phi3": Architecture("phi3", "Phi3ForCausalLM", False, _FUSED),
+    "llama": Architecture("llama", "LlamaForCausalLM", True, {}, "all"),  # also SmolLM2, and Mistral without a window
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", False, {}, "named"),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", False, _QK_NORMS, "named"),
+    "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", True, {}, "named"),
+    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", False, _QK_NORMS | _NORMS_BEHIND, "none"),
+    "phi3": Architecture("phi3", "Phi3ForCausalLM", False, _FUSED, "all"),
 }
 _MODEL = {
     "token_embd": "model.embed_tokens",
@@ -61,7 +63,6 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_FACTORS = "rope_freqs.weight"  # what llama3 scaling divides each rotary frequency by
 _BLOCK = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)")
 _TOP = re.compile(r"([a-z_]+)\.(weight|bias)")
 
@@ -183,7 +184,9 @@ def _config(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
         raise UserError(f"{file.path}: layers of different sizes are not supported ({', '.join(varied) or 'kv heads'})")
     if not (isinstance(heads, int) and isinstance(width, int) and heads > 0 and width > 0):
         raise UserError(f"{file.path}: damaged ({heads!r} heads, width {width!r})")
-    head_dim = get("attention.key_length", width // heads)
+    head_dim, context = get("attention.key_length", width // heads), values["max_position_embeddings"]
+    if not (isinstance(head_dim, int) and isinstance(context, int) and head_dim > 0):
+        raise UserError(f"{file.path}: damaged (heads of {head_dim!r}, context of {context!r})")
     problems = []
     if get("attention.value_length", head_dim) != head_dim:
         problems.append(f"values of {get('attention.value_length')} beside keys of {head_dim}")
@@ -194,6 +197,7 @@ def _config(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
     if problems:
         raise UserError(f"{file.path}: not supported: {'; '.join(problems)}")
     theta = get("rope.freq_base", 10000.0)
+    scaling, understood = rope_scaling(file, get, theta, head_dim)
     ids = special_ids(file.metadata)
     values |= {
         "architectures": [architecture.name],
@@ -203,60 +207,48 @@ def _config(file: GgufFile, architecture: Architecture) -> dict[str, Any]:
         "head_dim": head_dim,
         "hidden_act": "silu",
         "rope_theta": theta,
-        "rope_scaling": _rope_scaling(file, get, theta, head_dim),
+        "rope_scaling": scaling,
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "bos_token_id": ids["bos"],
         "eos_token_id": ids["eos"],
         "pad_token_id": ids["pad"],
     }
-    window = get("attention.sliding_window", 0)
-    if window and architecture.model_type == "llama":  # llama.cpp has no architecture of its own for Mistral
-        values |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+    window = _window(file, architecture, values)
+    if window is not None:
+        values |= window
+        understood |= {WINDOW, PATTERN}
+    check_keys(file.path, file.metadata, values, understood)
     return values
 
 
-def _rope_scaling(file: GgufFile, get: Any, theta: float, head_dim: int) -> dict[str, Any] | None:
-    if _FACTORS in file.tensors:
-        tensor = file.tensors[_FACTORS]
-        if tensor.shape != (head_dim // 2,):
-            raise UserError(f"{file.path}: {_FACTORS} is {list(tensor.shape)}, should be {[head_dim // 2]}")
-        return _llama3(file.path, tensor.rows(0, head_dim // 2).astype(np.float64), theta)
-    # A factor without a kind is linear scaling; rope.scale_linear is its name in old files.
-    kind, factor = get("rope.scaling.type", "linear"), get("rope.scaling.factor", get("rope.scale_linear", 0.0))
-    if kind == "none" or factor in (0.0, 1.0):
-        return None
-    scaling = {"rope_type": kind, "factor": factor}
-    if original := get("rope.scaling.original_context_length"):
-        scaling["original_max_position_embeddings"] = original
-    return scaling  # hf/config_map refuses kinds that it does not know, by name
+def _window(file: GgufFile, architecture: Architecture, values: dict[str, Any]) -> dict[str, Any] | None:
+    """What ``config.json`` says of a sliding window, or None where the architecture has none: then it is refused.
 
-
-def _llama3(path: Path, divisors: np.ndarray, theta: float) -> dict[str, Any] | None:
-    """The parameters of llama3 scaling, which GGUF replaces by the numbers that the frequencies are divided by.
-
-    Frequencies with wavelengths below ``original / high`` stay, those above ``original / low`` are divided by
-    ``factor``, in between the factor is blended. Llama 3.1 to 3.3 all have low 1, high 4 and original 8192.
-
-    Raises:
-      UserError: no such parameters give these numbers.
+    The width counts the token itself, as in transformers. llama.cpp ignores the window of ``phi3`` (its converter writes
+    it and the loader warns of "SWA disabled"), and so does transformers when it reads GGUF. Here it is read, for every
+    layer: the entry is that of the original ``config.json``, and transformers on the original checkpoint obeys it.
     """
-    if np.all(divisors == 1):
-        return None
-    wavelength = 2 * math.pi * theta ** (np.arange(divisors.size) / divisors.size)
-    for original in (8192, 4096, 16384, 32768, 2048, 65536, 131072, 1024, 512, 256, 128, 64):
-        for factor in {float(divisors.max()), 8.0, 32.0, 16.0, 4.0, 2.0}:
-            blend = np.clip((original / wavelength - 1) / (4 - 1), 0, 1)
-            if np.allclose(divisors, 1 / ((1 - blend) / factor + blend), rtol=1e-4, atol=0):
-                return {
-                    "rope_type": "llama3",
-                    "factor": factor,
-                    "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": original,
-                }
-    raise UserError(
-        f"{path}: {_FACTORS} is not the scaling of Llama 3.1 to 3.3 (low 1, high 4); convert the original checkpoint"
-    )
+    prefix, layers = file.metadata["general.architecture"], values["num_hidden_layers"]
+    window = file.metadata.get(f"{prefix}.{WINDOW}", 0)
+    pattern = file.metadata.get(f"{prefix}.{PATTERN}")
+    if not isinstance(window, int) or isinstance(window, bool) or window < 0:
+        raise UserError(f"{file.path}: {prefix}.{WINDOW} {window!r} should be a number of tokens")
+    if isinstance(pattern, list) and (len(pattern) != layers or not all(isinstance(on, bool) for on in pattern)):
+        raise UserError(f"{file.path}: {prefix}.{PATTERN} should be true or false for each of {layers} layers")
+    if window == 0 or (isinstance(pattern, list) and not any(pattern)):
+        return {}
+    if architecture.windows == "named" and window >= values["max_position_embeddings"]:
+        return {}  # no token of the model's context is beyond it
+    everywhere = pattern is None or (isinstance(pattern, list) and all(pattern))
+    if architecture.windows == "all" and everywhere:
+        changes: dict[str, Any] = {"sliding_window": window}
+        if architecture.model_type == "llama":  # llama.cpp has no architecture of its own for Mistral
+            changes |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+        return changes
+    if architecture.windows == "named" and isinstance(pattern, list):
+        kinds = ["sliding_attention" if on else "full_attention" for on in pattern]
+        return {"use_sliding_window": True, "sliding_window": window, "layer_types": kinds}
+    return None
 
 
 def _named_as_hf(file: GgufFile, architecture: Architecture, values: dict[str, Any]) -> dict[str, GgufTensor]:
@@ -264,7 +256,7 @@ def _named_as_hf(file: GgufFile, architecture: Architecture, values: dict[str, A
     layer_names = _LAYER | architecture.layer
     tensors, unknown = {}, []
     for name, tensor in file.tensors.items():
-        if name == _FACTORS:
+        if name == FACTORS:
             continue
         block, top = _BLOCK.fullmatch(name), _TOP.fullmatch(name)
         if block and block[2] in layer_names:

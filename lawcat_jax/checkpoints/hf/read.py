@@ -13,6 +13,7 @@ import numpy as np
 from lawcat_jax.checkpoints.hf.config_map import generation_ids, model_config_from_hf
 from lawcat_jax.checkpoints.hf.mapping import Slot, base_shapes, hf_slots, ignored, unflatten
 from lawcat_jax.checkpoints.hf.tensors import DTYPES, StoredTensor, Tensor, open_tensors
+from lawcat_jax.checkpoints.hf.values import check_float16
 from lawcat_jax.config import ModelConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import read_json
@@ -237,13 +238,9 @@ def _read_piece(
         else:
             with np.errstate(over="ignore"):  # reported below, by name
                 place[...] = part
-        if out.dtype == np.float16 and tensor.dtype != out.dtype and not _fits(part, place):
-            raise UserError(f"{tensor.file}: {tensor.name} has values beyond float16; choose bfloat16 or float32")
+        if out.dtype == np.float16 and tensor.dtype != out.dtype:
+            check_float16(part, place, f"{tensor.file}: {tensor.name}")
         progress(block.nbytes)
-
-
-def _fits(source: np.ndarray, cast: np.ndarray) -> bool:
-    return bool((np.isfinite(cast) | ~np.isfinite(source.astype(np.float32))).all())
 
 
 def _same_values(head: StoredTensor, embedding: StoredTensor) -> bool:

@@ -41,14 +41,8 @@ def rope_from_hf(fields: Fields, types: Mapping[str, str]) -> tuple[float, RopeS
     Raises:
       UserError: an unknown type, or a missing or impossible field.
     """
-    # The precedence of transformers 5: a non-null rope_scaling wins over rope_parameters.
-    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        fields.fail(f"rope_scaling / rope_parameters should be an object, not {rope!r}")
-    theta = rope.get("rope_theta")
-    if theta is None and isinstance(fields.get("rope_parameters"), dict):
-        theta = fields.get("rope_parameters").get("rope_theta")
-    theta = fields.get("rope_theta") if theta is None else theta
+    rope = _rope(fields)
+    theta = rope_entry(fields, "rope_theta")
     theta = 10000.0 if theta is None else theta
     kind = rope.get("rope_type", rope.get("type", "default"))
     kind = types.get(kind, kind) if isinstance(kind, str) else kind
@@ -75,6 +69,35 @@ def rope_from_hf(fields: Fields, types: Mapping[str, str]) -> tuple[float, RopeS
     if kind == "longrope":
         stated.setdefault("attention_factor", longrope_attention_factor(stated["factor"], stated[_ORIGINAL]))
     return theta, RopeScaling(kind=cast(RopeKind, kind), **stated)
+
+
+def rope_entry(fields: Fields, name: str) -> Any:
+    """A value that may stand within the rotary embedding's object or beside it; within wins. None if it does in neither.
+
+    Raises:
+      UserError: an object that loses to ``rope_scaling`` has another value.
+    """
+    rope = _rope(fields)
+    value = fields.get(name) if rope.get(name) is None else rope[name]
+    lost = fields.get("rope_parameters")
+    if isinstance(lost, dict) and lost is not rope and lost.get(name) not in (None, value):
+        used = "the default" if value is None else repr(value)
+        fields.fail(
+            f"{name} {lost[name]!r} in rope_parameters would be ignored beside rope_scaling, which wins ({used} is used); "
+            f"write {name} into rope_scaling too, or remove one of the two"
+        )
+    return value
+
+
+def _rope(fields: Fields) -> dict[str, Any]:
+    """What states the rotary embedding: ``rope_scaling``, or else ``rope_parameters``, in transformers' order."""
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        fields.fail(f"rope_scaling / rope_parameters should be an object, not {rope!r}")
+    nested = [str(name) for name, value in rope.items() if isinstance(value, dict)]
+    if nested:
+        fields.fail(f"rotary embeddings by kind of layer ({', '.join(nested)}) are not supported")
+    return rope
 
 
 def rope_to_hf(config: ModelConfig) -> dict[str, Any]:

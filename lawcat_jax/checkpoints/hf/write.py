@@ -14,6 +14,7 @@ from lawcat_jax.checkpoints.hf.config_map import model_config_to_hf, token_ids_t
 from lawcat_jax.checkpoints.hf.mapping import Slot, base_shapes, flatten, hf_slots, linearised_layers
 from lawcat_jax.checkpoints.hf.read import GENERATION, INDEX, TOKENIZER_FILES, Progress
 from lawcat_jax.checkpoints.hf.tensors import CODES, write_tensors
+from lawcat_jax.checkpoints.hf.values import check_float16
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import new_directory, read_in_one_line, read_json, write_json
@@ -149,8 +150,8 @@ def _maker(leaves, slot: Slot, merge, dtype: np.dtype) -> Callable[[], np.ndarra
         array = np.asarray(leaf if slot.layer is None else leaf[slot.layer])
         with np.errstate(over="ignore"):
             cast = merge(path, slot.layer, array if array.dtype == dtype else array.astype(dtype))
-        if dtype == np.float16 and not (np.isfinite(cast) | ~np.isfinite(array.astype(np.float32))).all():
-            raise UserError(f"{path} has values beyond float16; choose bfloat16 or float32")
+        if dtype == np.float16:
+            check_float16(array, cast, path)
         return _transposed(cast) if slot.transpose else cast
 
     def make() -> np.ndarray:

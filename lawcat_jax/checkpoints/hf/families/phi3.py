@@ -6,16 +6,12 @@ from typing import Any
 
 from lawcat_jax.checkpoints.hf.families.family import Family
 from lawcat_jax.checkpoints.hf.fields import Fields
-from lawcat_jax.checkpoints.hf.rope_map import longrope_attention_factor
+from lawcat_jax.checkpoints.hf.rope_map import longrope_attention_factor, rope_entry
 from lawcat_jax.config import ModelConfig
 
 
 def _read(fields: Fields) -> dict[str, Any]:
-    share = fields.get("partial_rotary_factor")
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = fields.get(name)
-        if share is None and isinstance(rope, dict):
-            share = rope.get("partial_rotary_factor")
+    share = rope_entry(fields, "partial_rotary_factor")
     return {
         "sliding_window": fields.get("sliding_window"),
         "partial_rotary_factor": 1.0 if share is None else share,
