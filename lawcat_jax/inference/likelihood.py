@@ -61,6 +61,7 @@ def log_likelihoods(
 
     Rows of similar length go together, padded on the right. A context is read in chunks that hand on what the model
     remembers, so a recurrent model takes no more memory for a long one. Rows that read the same tokens are read once.
+    The last token of a row is not read, which rotary frequencies that follow the length (``dynamic``) show.
 
     Args:
       graphdef, params: as from ``lawcat_jax.models.abstract`` and its parameters.
