@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import typing
 import zlib
@@ -12,6 +13,7 @@ import pytest
 from lawcat_jax.config import EvalConfig, TaskName
 from lawcat_jax.errors import UserError
 from lawcat_jax.tasks import figures, report
+from lawcat_jax.tasks.cells import file_stamp
 from lawcat_jax.tasks.registry import task_named, tasks
 from lawcat_jax.tasks.runner import run_evaluation
 from lawcat_jax.tasks.task import GenerationTask
@@ -302,3 +304,16 @@ def test_a_table_is_shown_before_its_files_are_written(tmp_path, monkeypatch):
             echo=said.append,
         )
     assert "100.0 %" in said[0]
+
+
+def test_a_text_of_other_words_is_another_cell(tmp_path):
+    """Where size and time of its file are the same."""
+    file = tmp_path / "a.txt"
+    file.write_text("The sky is blue.")
+    before, stamp = file_stamp(str(file)), file.stat().st_mtime_ns
+    file.write_text("The sky is grey.")
+    os.utime(file, ns=(stamp, stamp))
+    after = file_stamp(str(file))
+    assert before != after == file_stamp(str(tmp_path))
+    assert [name for name, _ in after] == ["a.txt"]
+    assert file_stamp("hf:nobody/nothing") == []
