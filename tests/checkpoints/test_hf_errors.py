@@ -420,3 +420,16 @@ def test_tensors_that_overlap_in_a_file_are_refused(tmp_path):
     )
     with pytest.raises(UserError, match="tensors 'x' and 'y' overlap in the file; it is damaged"):
         open_tensors(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("code", ["[]", '{"a":1}', "null"])
+def test_a_dtype_that_is_no_text_is_refused(tmp_path, code):
+    array = np.ones((2, 3), np.float32)
+    file = tmp_path / "a.safetensors"
+    write_tensors(file, [("x", array.dtype, array.shape, lambda: array)])
+    length = int.from_bytes(file.read_bytes()[:8], "little")
+    header = file.read_bytes()[8 : 8 + length].replace(b'"dtype":"F32"', f'"dtype":{code}'.encode())
+    assert code.encode() in header
+    file.write_bytes(len(header).to_bytes(8, "little") + header + file.read_bytes()[8 + length :])
+    with pytest.raises(UserError, match="bad header entry for tensor 'x'"):
+        open_tensors(file)

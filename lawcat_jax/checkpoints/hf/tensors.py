@@ -186,6 +186,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
         try:
             code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end
+            sound = sound and isinstance(code, str)
         except (TypeError, KeyError, ValueError):
             raise UserError(f"{path}: bad header entry for tensor {name!r}") from None
         if not sound:
