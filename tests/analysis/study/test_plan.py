@@ -211,7 +211,11 @@ def test_the_real_study_changes_what_its_rows_say_and_trains_on_nothing_longer()
         if run.config is not None:
             assert all(stage.seq_length <= 1300 and not stage.data.pieces for _, stage in run.config.stages())
     (stage1,) = [job.name for job in real.jobs if job.does == "stage1"]
-    assert [job.name for job in real.jobs if stage1 in job.after] == ["lawcat_short_seed0", "shuffled_seed0"]
+    assert [job.name for job in real.jobs if stage1 in job.after] == [
+        "lawcat_short_seed0",
+        "shuffled_seed0",
+        "ends_seed0",
+    ]
     # The headline is the shipped recipe and nothing else.
     _, recipe = load_recipe()
     assert differences(run_facts(recipe), run_facts(configs("lawcat_seed0")), {}, "config") == []
