@@ -54,10 +54,12 @@ def messages(row: dict[str, Any], where: str = "row") -> list[Message]:
         question = f"{row['instruction']}\n\n{extra}" if extra else row["instruction"]
         return [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
     turns = row.get("messages") or row.get("conversations")
+    if row.get("tools") or any(isinstance(turn, dict) and turn.get("tool_calls") for turn in turns or ()):
+        raise UserError(f"instruction data {where}: calls of tools are not supported; leave these rows out")
     found = []
     for turn in turns if isinstance(turns, list | tuple) else ():
         role, content = (
-            (turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value", ""))
+            (turn.get("role") or turn.get("from"), turn["content"] if "content" in turn else turn.get("value"))
             if isinstance(turn, dict)
             else (None, None)
         )

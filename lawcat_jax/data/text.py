@@ -316,7 +316,8 @@ def load_tokens(
     facts: list[Any] = [source if is_remote(source) else "", text_key, max_tokens, fingerprint(tokenizer)]
     files = files_here(source)
     facts += [[file.suffix, digest] for file, digest in zip(files, digests(files), strict=True)]
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
+    largest_id = max(tokenizer.get_vocab().values(), default=0)  # a vocabulary may have gaps, so its size says less
+    dtype = np.dtype(np.uint16 if largest_id < 1 << 16 else np.int32)
     name = hashlib.sha256(repr(facts).encode()).hexdigest()[:32] + f".{dtype.name}.tokens"
     cached = token_cache.directory() / name
 

@@ -120,6 +120,7 @@ DAMAGE = {
     ),
     "rope fields": (lambda d: edit(d / "config.json", rope_scaling={"type": "linear"}), "needs factor"),
     "activation": (lambda d: edit(d / "config.json", hidden_act="gelu"), "hidden_act 'gelu'.*silu"),
+    "bidirectional": (lambda d: edit(d / "config.json", is_causal=False), "is_causal false is not supported"),
     "quantized": (lambda d: edit(d / "config.json", quantization_config={"bits": 4}), "quantized"),
     "tensors": (
         lambda d: rewrite(d, drop=["model.norm.weight"], reshape={Q0: (8, 9)}, add={"extra.weight": (2,)}),

@@ -307,6 +307,19 @@ def test_bad_instruction_rows(tmp_path):
         ({"text": "a"}, "expected instruction and output, or messages.*it has text"),
         ({"messages": [{"role": "user", "content": "a"}]}, "expected instruction and output"),
         ({"messages": [{"role": "user"}, 3]}, "needs role and content"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Rain?"},
+                    {"role": "assistant", "content": None, "tool_calls": [{}]},
+                ]
+            },
+            "calls of tools are not supported",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]},
+            "needs role and content",
+        ),
     ):
         (tmp_path / "x.jsonl").write_text(json.dumps(row))
         with pytest.raises(UserError, match=f"line 1.*{message}"):

@@ -369,3 +369,19 @@ def test_tokens_beyond_the_embedding_are_refused_where_they_occur(tmp_path, cach
     tokenizer.bos_token = "<pad>"
     with pytest.raises(UserError, match="the bos token '<pad>' has id"):
         tokenize.fit_embedding(tokenizer, rows, "here")
+
+
+def test_a_vocabulary_with_gaps_keeps_its_ids(tmp_path, monkeypatch):
+    """The ids of a trimmed vocabulary may be larger than its size, and than 16 bits."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    monkeypatch.setenv("LAWCAT_CACHE", str(tmp_path / "cache"))
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "far": 70005}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    (tmp_path / "a.txt").write_text("a far a far")
+    for _ in range(2):  # made, and read from the cache
+        tokens = text.load_tokens(str(tmp_path / "a.txt"), tokenizer)
+        assert np.asarray(tokens).tolist()[:4] == [3, 70005, 3, 70005]

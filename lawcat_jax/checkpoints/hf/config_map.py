@@ -171,6 +171,8 @@ def _unsupported(values: dict[str, Any], family: families.Family) -> list[str]:
             problems.append(f"{name} true is not supported (these projections have no bias in {family.architecture})")
     if values.get("hidden_act", "silu") not in ("silu", "swish"):
         problems.append(f"hidden_act {values['hidden_act']!r} is not supported (supported: 'silu')")
+    if values.get("is_causal") is not None and not values["is_causal"]:
+        problems.append("is_causal false is not supported (every token here sees the earlier ones only)")
     if values.get("quantization_config"):
         problems.append("quantized weights (quantization_config) are not supported; convert the original checkpoint")
     for share in [values, *(values.get(name) for name in ("rope_scaling", "rope_parameters"))]:
