@@ -121,7 +121,9 @@ def _hash_block(bits: np.ndarray, first: int) -> tuple[int, int]:
 
 def _mixed(x: np.ndarray, spare: np.ndarray) -> np.ndarray:
     """As the function of this name in :mod:`lawcat_jax.runtime.array_hash`, in place."""
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+    from lawcat_jax.runtime.array_hash import ROUNDS
+
+    for shift, factor in ROUNDS:
         x ^= np.right_shift(x, np.uint32(shift), out=spare)
         x *= np.uint32(factor)
     x ^= np.right_shift(x, np.uint32(16), out=spare)

@@ -21,6 +21,7 @@ GOLDEN = (
     0x9E3779B9  # 2^32 over the golden ratio, and two odd factors of xxHash32, for want of numbers that mean nothing
 )
 FACTORS = (0x85EBCA77, 0xC2B2AE3D)
+ROUNDS = ((16, 0x85EBCA6B), (13, 0xC2B2AE35))  # shift and factor, of the finalizer of MurmurHash3
 
 
 def element_bits(x: jax.Array) -> UInt32[jax.Array, "*shape"]:
@@ -67,6 +68,6 @@ def _high_product(a: jax.Array, b: int) -> jax.Array:
 
 def _mixed(x: jax.Array) -> jax.Array:
     """A permutation of u32 in which every bit depends on all (the finalizer of MurmurHash3, A. Appleby, public domain)."""
-    x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
+    for shift, factor in ROUNDS:
+        x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
     return x ^ (x >> jnp.uint32(16))

@@ -73,7 +73,7 @@ def run_evaluation(
         if model.tokenizer is not checked:
             checked = model.tokenizer
             check_settings(settings, checked)
-        if write:
+        if write and not any(measured.values()):
             _make(output)  # a place that cannot be written shows before the first length is measured
         for task in tasks:
             results = measure(task, model, settings, cells=cells, show=write)

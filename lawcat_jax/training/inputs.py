@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -261,7 +262,7 @@ def rows_of_a_pass(config: Config, tokenizer: Callable[[], Tokenizer]) -> dict[s
     Raises:
       UserError: a source that cannot be read.
     """
-    rows = {}
+    tokenizer, rows = functools.cache(tokenizer), {}
     for name, stage in config.stages():
         if stage.steps == 0:
             counted = is_counted(stage.data)

@@ -6,7 +6,6 @@ computed before a fork, so a fork holds no locks of threads that it does not hav
 
 import json
 import os
-import runpy
 import signal
 import sys
 import tempfile
@@ -19,6 +18,8 @@ import orbax.checkpoint  # noqa: F401
 import transformers  # noqa: F401
 from absl import flags  # noqa: F401
 
+from tests.forked import run_as_main
+
 
 def command(request: dict) -> None:
     """In the child: become the command."""
@@ -29,19 +30,7 @@ def command(request: dict) -> None:
     os.environ.update(request["env"])
     module, *arguments = [os.fsdecode(item.encode("utf-8", "surrogateescape")) for item in request["argv"]]
     sys.argv = [module, *arguments]
-    status = 0
-    try:
-        runpy.run_module(f"lawcat_jax.{module}", run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    run_as_main(f"lawcat_jax.{module}")
 
 
 def main() -> None:
