@@ -28,7 +28,9 @@ def _shifted(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Arra
     """(logits less the largest, log of the sum of the exponentials of that, its entry at the target), float32."""
     logits = logits.astype(jnp.float32)
     shifted = logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    picked = jnp.take_along_axis(shifted, targets[..., None], axis=-1)[..., 0]
+    # Not an indexed read: its gradient would be a scatter into an array of zeros as large as the logits.
+    at_target = targets[..., None] == jnp.arange(logits.shape[-1], dtype=targets.dtype)
+    picked = jnp.sum(jnp.where(at_target, shifted, 0.0), axis=-1)
     return shifted, jnp.log(jnp.sum(jnp.exp(shifted), axis=-1)), picked
 
 
@@ -50,8 +52,7 @@ def token_sums(
     (:mod:`lawcat_jax.training.divergence`) are in nats. Tokens of weight 0 add exactly 0, to the gradient as well, even
     where their logits are not finite.
     """
-    counted = weights > 0 if teacher is None else (weights > 0) | (teacher.weights > 0)
-    logits = jnp.where(counted[..., None], logits, 0.0)
+    logits = jnp.where(_counted(weights, teacher)[..., None], logits, 0.0)
     shifted, log_sum, picked = _shifted(logits, targets)
     sums = _sums(weights, log_sum, picked)
     if teacher is not None:
@@ -88,16 +89,10 @@ def chunked_token_sums(
 
     def one(piece: tuple[Any, ...]) -> TokenSums:
         hidden, targets, weights, arrays = piece
-        counted = weights > 0
-        if teacher is not None:
-            counted |= arrays["weights"] > 0
-        hidden = jnp.where(counted[..., None], hidden, 0)  # else NaN times a gradient of 0 reaches a head that trains
-        held = None
-        if isinstance(teacher, Teacher):
-            held = teacher._replace(values=head(arrays["values"]), weights=arrays["weights"])
-        elif teacher is not None:
-            held = teacher._replace(**arrays)
-        return token_sums(head(hidden), targets, weights, held)
+        held = _with_arrays(teacher, arrays)
+        # Else NaN times a gradient of 0 reaches a head that trains.
+        hidden = jnp.where(_counted(weights, held)[..., None], hidden, 0)
+        return token_sums(head(hidden), targets, weights, _seen_by(head, held))
 
     length = hidden.shape[1]
     pieces = (hidden, targets, weights, {} if teacher is None else arrays_of(teacher))
@@ -110,64 +105,92 @@ def chunked_token_sums(
     return jax.lax.scan(body, zeros, pieces)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def frozen_head_sums(
     axes: str,
     chunk: int,
+    form: AnyTeacher | None,
     kernel: Float[Array, ...],
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
+    teacher: dict[str, Array],
+    kl_weight: Float[Array, ""],
 ) -> TokenSums:
-    """:func:`chunked_token_sums` for a head that does not train, without a teacher: its gradient reaches ``hidden`` only.
+    """:func:`chunked_token_sums` for a head that does not train, and "objective": cross entropy plus ``kl_weight`` times
+    the divergence. A gradient passes through "objective" only, and reaches ``hidden`` only.
 
-    ``kernel`` has dimensions ``axes``, "vd" or "dv". The gradient is formed beside the sums, while a chunk's logits
-    exist, so that they are not computed again. Chunks without a token of weight above 0 are not computed at all.
+    ``kernel`` has dimensions ``axes``, "vd" or "dv"; ``teacher`` are the arrays of a teacher and ``form`` is the teacher
+    without them, or None for no divergence. The gradient is formed beside the sums, while a chunk's logits exist, so that they are not
+    computed again. Chunks without a token of weight above 0 are not computed at all.
     """
-    return _frozen_head(axes, chunk, kernel, hidden, targets, weights, False)[0]
+    return _frozen_head(axes, chunk, form, kernel, hidden, targets, weights, teacher, kl_weight, gradient=False)[0]
 
 
-def _frozen_head(axes: str, chunk: int, kernel, hidden, targets, weights, gradient: bool):
-    """(sums, gradient of their cross entropy with respect to ``hidden`` or None)."""
+def _frozen_head(
+    axes: str, chunk: int, form: AnyTeacher | None, kernel, hidden, targets, weights, teacher, kl_weight, gradient
+):
+    """(sums, gradient of their objective with respect to ``hidden`` or None)."""
     length = hidden.shape[1]
     chunk = min(chunk or length, length)
     kernel = kernel.astype(hidden.dtype)
 
-    def one(hidden, targets, weights):
-        logits = jnp.einsum(f"btd,{axes}->btv", hidden, kernel, preferred_element_type=jnp.float32)
-        shifted, log_sum, picked = _shifted(logits, targets)
-        sums = _sums(weights, log_sum, picked)
+    def head(x):
+        return jnp.einsum(f"btd,{axes}->btv", x, kernel, preferred_element_type=jnp.float32)
+
+    def one(hidden, targets, weights, arrays):
+        held = _seen_by(head, _with_arrays(form, arrays))
+
+        def objective(logits):
+            sums = token_sums(logits, targets, weights, held)
+            return sums["cross_entropy"] + kl_weight * sums.get("kl", 0.0), sums
+
+        value, pull, sums = jax.vjp(objective, head(hidden), has_aux=True)
+        sums["objective"] = value
         if not gradient:
             return sums, None
-        excess = jnp.exp(shifted - log_sum[..., None]) - (targets[..., None] == jnp.arange(logits.shape[-1]))
-        d_logits = jnp.where(weights[..., None] > 0, weights[..., None] * excess, 0.0)
+        (d_logits,) = pull(jnp.ones_like(value))
         return sums, jnp.einsum(f"btv,{axes}->btd", d_logits.astype(hidden.dtype), kernel)
 
-    def nothing(hidden, targets, weights):
-        shapes = jax.eval_shape(one, hidden, targets, weights)
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    def nothing(*piece):
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, *piece))
 
     def body(total, piece):
-        sums, d = jax.lax.cond(jnp.any(piece[-1] > 0), one, nothing, *piece)
+        counted = jnp.any(_counted(piece[2], _with_arrays(form, piece[3])))
+        sums, d = jax.lax.cond(counted, one, nothing, *piece)
         return jax.tree.map(jnp.add, total, sums), d
 
-    zeros = {"cross_entropy": jnp.zeros(()), "hits": jnp.zeros(())}
-    sums, d = jax.lax.scan(body, zeros, in_chunks((hidden, targets, weights), length, chunk))
+    pieces = in_chunks((hidden, targets, weights, teacher), length, chunk)
+    sums = jax.eval_shape(lambda piece: one(*piece)[0], jax.tree.map(lambda x: x[0], pieces))
+    sums, d = jax.lax.scan(body, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums), pieces)
     if gradient:
         d = jnp.moveaxis(d, 0, 1).reshape(hidden.shape[0], -1, hidden.shape[2])[:, :length]
     return sums, d
 
 
-def _frozen_head_forward(axes, chunk, kernel, hidden, targets, weights):
-    return _frozen_head(axes, chunk, kernel, hidden, targets, weights, True)
+def _frozen_head_forward(axes, chunk, form, *arrays):
+    return _frozen_head(axes, chunk, form, *arrays, gradient=True)
 
 
-def _frozen_head_backward(axes, chunk, d_hidden, cotangents):
-    del axes, chunk
-    return None, (cotangents["cross_entropy"] * d_hidden).astype(d_hidden.dtype), None, None
+def _frozen_head_backward(axes, chunk, form, d_hidden, cotangents):
+    del axes, chunk, form
+    return None, (cotangents["objective"] * d_hidden).astype(d_hidden.dtype), None, None, None, None
 
 
 frozen_head_sums.defvjp(_frozen_head_forward, _frozen_head_backward)
+
+
+def _counted(weights: jax.Array, teacher: AnyTeacher | None) -> jax.Array:
+    return weights > 0 if teacher is None else (weights > 0) | (teacher.weights > 0)
+
+
+def _with_arrays(teacher: AnyTeacher | None, arrays: dict[str, jax.Array]) -> AnyTeacher | None:
+    return None if teacher is None else teacher._replace(**arrays)
+
+
+def _seen_by(head: Callable[[jax.Array], jax.Array], teacher: AnyTeacher | None) -> AnyTeacher | None:
+    """The teacher with logits: one that runs holds hidden states, which go through the head."""
+    return teacher._replace(values=head(teacher.values)) if isinstance(teacher, Teacher) else teacher
 
 
 def kl_weight(stage: StageConfig, progress: Float[Array, ""] | float) -> Float[Array, ""] | float:
@@ -208,23 +231,24 @@ def make_loss(graphdef: Any, stage: StageConfig) -> LossFn:
             ids, logits, rest = (cast(dict[str, jax.Array], batch)[name] for name in ARRAYS)
             teacher = StoredTeacher(ids, logits, rest, held, reverse)
         sums: Any  # custom_vjp hides what frozen_head_sums returns
-        kernel = decoder.head_kernel()
-        if teacher is None and _head_is_frozen(decoder, stage):
-            kernel = jax.lax.stop_gradient(kernel)
-            sums = frozen_head_sums(decoder.head_axes, stage.loss_chunk, kernel, hidden, batch["targets"], weights)
+        kernel, scale = decoder.head_kernel(), jnp.float32(kl_weight(stage, inputs.progress))
+        if _head_is_frozen(decoder, stage):
+            arrays = {} if teacher is None else arrays_of(teacher)
+            form = teacher and teacher._replace(**dict.fromkeys(arrays))
+            operands = (jax.lax.stop_gradient(kernel), hidden, batch["targets"], weights, arrays, scale)
+            sums = frozen_head_sums(decoder.head_axes, stage.loss_chunk, form, *operands)
         else:
             head = functools.partial(decoder.head, kernel=kernel)
             sums = chunked_token_sums(head, hidden, batch["targets"], weights, teacher, stage.loss_chunk)
+            sums["objective"] = sums["cross_entropy"] + scale * sums.get("kl", 0.0)
         weight = jnp.sum(weights)
-        total = sums["cross_entropy"]
         metrics = {
-            "cross_entropy": (jax.lax.stop_gradient(total), weight),
+            "cross_entropy": (jax.lax.stop_gradient(sums["cross_entropy"]), weight),
             "accuracy": (sums["hits"], jnp.sum(weights > 0, dtype=jnp.float32)),
         }
         if teacher is not None:
-            total = total + kl_weight(stage, inputs.progress) * sums["kl"]
             metrics["kl"] = (jax.lax.stop_gradient(sums["kl"]), jnp.sum(teacher.weights))
-        return Sums(loss=total, weight=weight, metrics=metrics), leaving
+        return Sums(loss=sums["objective"], weight=weight, metrics=metrics), leaving
 
     return loss
 

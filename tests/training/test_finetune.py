@@ -18,7 +18,7 @@ from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig, LoraConfig, MeshConfig, ModelConfig, StageConfig
 from lawcat_jax.runtime import sharding
 from lawcat_jax.training import finetune
-from lawcat_jax.training.divergence import Teacher
+from lawcat_jax.training.divergence import StoredTeacher, Teacher, arrays_of
 from lawcat_jax.training.step import StepInputs
 
 MODEL = ModelConfig(
@@ -40,10 +40,13 @@ def arrays(rows=4, length=13, width=8, vocab=16):
     return tuple(map(jnp.float32, (kernel, hidden))) + (jnp.asarray(targets, jnp.int32), jnp.float32(weights))
 
 
-def frozen(axes, chunk, kernel, hidden, targets, weights):
+def frozen(axes, chunk, kernel, hidden, targets, weights, teacher=None, kl_weight=0.0):
     kernel = kernel if axes == "vd" else kernel.T
-    sums = finetune.frozen_head_sums(axes, chunk, kernel, hidden, targets, weights)
-    return 3 * sums["cross_entropy"] + sums["hits"], sums
+    held = {} if teacher is None else arrays_of(teacher)
+    form = teacher and teacher._replace(**dict.fromkeys(held))
+    operands = (kernel, hidden, targets, weights, held, jnp.float32(kl_weight))
+    sums = finetune.frozen_head_sums(axes, chunk, form, *operands)
+    return 3 * sums["objective"] + sums["hits"], sums
 
 
 def plain(kernel, hidden, targets, weights):
@@ -61,6 +64,42 @@ def test_frozen_head_equals_the_plain_sums(axes, chunk):
     for evaluated in (got_sums, jax.jit(run)(*inputs)[1]):
         np.testing.assert_allclose(evaluated["cross_entropy"], sums["cross_entropy"], rtol=1e-6)
         assert evaluated["hits"] == sums["hits"] > 0
+
+
+def teachers(kernel, rows=4, length=13, width=8):
+    """One that runs, one with a temperature and the other direction, one of stored logits; with weights of their own, so
+    that a chunk without a label may hold tokens that are compared, and the other way round.
+    """
+    rng = np.random.default_rng(5)
+    values, weights = jnp.float32(rng.normal(size=(rows, length, width))), rng.integers(0, 2, size=(rows, length))
+    weights[:, 8:] = 0
+    weights = jnp.float32(weights) / 2
+    logits, ids = jax.lax.top_k(values @ kernel.T, 5)
+    rest = jnp.float32(rng.normal(size=(rows, length)))
+    return {
+        "runs": Teacher(values, weights),
+        "tempered": Teacher(values, weights, temperature=2.0, reverse=True),
+        "stored": StoredTeacher(ids, logits, rest, weights),
+    }
+
+
+@pytest.mark.parametrize(("axes", "chunk"), [("vd", 4), ("dv", 0)])
+@pytest.mark.parametrize("name", ["runs", "tempered", "stored"])
+def test_frozen_head_with_a_teacher(axes, chunk, name):
+    kernel, *inputs = arrays()
+    teacher = teachers(kernel)[name]
+
+    def chunked(hidden):
+        sums = finetune.chunked_token_sums(lambda x: x @ kernel.T, hidden, *inputs[1:], teacher, 0)
+        return 3 * (sums["cross_entropy"] + 0.7 * sums["kl"]), sums
+
+    want, sums = jax.grad(chunked, has_aux=True)(inputs[0])
+    run = functools.partial(frozen, axes, chunk, teacher=teacher, kl_weight=0.7)
+    got, got_sums = jax.jit(jax.grad(run, argnums=1, has_aux=True))(kernel, *inputs)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    for key in ("cross_entropy", "kl", "hits"):
+        np.testing.assert_allclose(got_sums[key], sums[key], rtol=1e-5)
+    assert sums["kl"] > 0.1
 
 
 def test_what_has_no_weight_does_not_count():
@@ -89,8 +128,8 @@ def test_frozen_head_on_a_mesh():
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_loss_does_not_depend_on_the_path(tied, monkeypatch):
+@pytest.mark.parametrize(("tied", "kl_weight"), [(True, 0.0), (False, 0.0), (True, 0.5)])
+def test_the_loss_does_not_depend_on_the_path(tied, kl_weight, monkeypatch):
     model = dataclasses.replace(MODEL, tie_embeddings=tied)
     graphdef, _ = models.abstract(model, AttentionConfig(gate_rank=2), LoraConfig(rank=2))
     params = models.init_params(model, AttentionConfig(gate_rank=2), LoraConfig(rank=2), seed=0)
@@ -101,7 +140,7 @@ def test_the_loss_does_not_depend_on_the_path(tied, monkeypatch):
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "lengths": lengths, "loss_weights": weights}
 
     def run(unroll_layers):
-        stage = StageConfig(trainable=("^lora/",), loss_chunk=8, unroll_layers=unroll_layers)
+        stage = StageConfig(trainable=("^lora/",), loss_chunk=8, unroll_layers=unroll_layers, kl_weight=kl_weight)
         loss = finetune.make_loss(graphdef, stage)
 
         def value(lora):
