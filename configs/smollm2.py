@@ -81,7 +81,7 @@ def get_config(variant: str = "base") -> Config:
         kl_weight=1.0,
         ema_decay=0.999,
         keep_best=False,
-        loss_chunk=1280,
+        loss_chunk=256,
         state_passing=passing,
         state_gradient=int(passing == "pieces"),
         data=mixture(pieces=8 if passing == "pieces" else 0, end_weight=10.0 if variant == "ends" else 0.0),

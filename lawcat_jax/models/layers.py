@@ -140,9 +140,23 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return self.scale[...].astype(x.dtype) * y.astype(x.dtype)
+        return _rms_normalized(x, self.scale[...], self.eps)
+
+
+# What lies between a layer's matrix products is computed again in the backward pass: its intermediate arrays, float32
+# some of them, would take more time to write and read than to compute, and half of a layer's memory.
+
+
+@functools.partial(jax.checkpoint, static_argnums=(2,), prevent_cse=False)
+def _rms_normalized(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return scale.astype(x.dtype) * y.astype(x.dtype)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up
 
 
 class SwiGLU(nnx.Module):
@@ -159,4 +173,4 @@ class SwiGLU(nnx.Module):
             setattr(self, row.name, Linear(*row.sizes(config), rngs=rngs, stack=stack, dtype=dtype, bias=bias))
 
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(_gated(self.gate_proj(x), self.up_proj(x)))
