@@ -255,6 +255,11 @@ def _range_problems(c: Config) -> Iterator[str]:
         yield "config.pretrain.enabled: pretrain in a run of its own (disable stage1 and stage2)"
     if not c.stages():
         yield "config: no stage is enabled"
+    if c.stage1.enabled and c.attention.kind == "window":
+        yield (
+            "config.stage1.enabled: attention transfer trains the token mixers, and attention.kind 'window' has no "
+            "parameters; set it to False"
+        )
     for name, stage in c.stages():
         yield from stage_problems(stage, f"config.{name}")
     yield from lora_problems(c.lora)

@@ -27,7 +27,7 @@ from lawcat_jax.models.mixers.feature_maps import add_map, apply_map
 from lawcat_jax.models.mixers.inits import INITS, WINDOW_FACTOR
 from lawcat_jax.models.mixers.linear_attention import STATE_RULES, Recurrence, empty_sums, linear_terms, sums_flops
 from lawcat_jax.models.mixers.mixer import Rules, State
-from lawcat_jax.models.mixers.window import (
+from lawcat_jax.models.mixers.softmax_window import (
     WINDOW_STATE_RULES,
     empty_window,
     joint,
