@@ -146,7 +146,8 @@ class LawcatAblation(LawcatMixer):
         x, q, k, v = context.without_padding(x, q, k, v)
         linear_q, linear_k = self._for_linear(q, k, context)
         if a.window_size:
-            o, new_state = self._with_window(x, q, k, v, linear_q, linear_k, context, state)
+            attend = jax.checkpoint(self._with_window)  # keeps no scores and features for the backward pass
+            o, new_state = attend(x, q, k, v, linear_q, linear_k, context, state)
         elif a.conv in ("on", "shared") and a.feature_map == "softmax_dim" and a.tie_qk and a.gate_kind != "none":
             o, new_state = super().__call__(x, linear_q, linear_k, v, context, state)
         else:

@@ -8,7 +8,6 @@ first ``sinks`` tokens.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -80,9 +79,9 @@ def window_attention(
     """Terms over the window and the first ``sinks`` tokens; q and k already rotated. ``sink_q`` are the queries that the
     sinks meet where they are not q: those of :func:`sink_positions`.
 
-    Memory is linear in T: queries go in blocks, each with its own slice of keys. What the backward pass keeps are the
-    arguments: scores are computed again, since those of all layers together are larger than everything else of a step.
-    Returns also the extended rows (for what leaves the window) and the next state.
+    Memory is linear in T: queries go in blocks, each with its own slice of keys. Still the scores of all layers together
+    are larger than everything else of a training step: the mixers call this under ``jax.checkpoint``, whatever
+    ``stage.remat`` is. Returns also the extended rows (for what leaves the window) and the next state.
     """
     size, sinks = kept_rows(attention), attention.sinks
     if sinks and context.segments is not None:
@@ -93,7 +92,7 @@ def window_attention(
     for name, x in (("sink_k", k), ("sink_v", v)):
         new_state[name] = _update_sinks(state.get(name), x, sinks, context)
     first = Extended(new_state["sink_k"], new_state["sink_v"])
-    terms = jax.checkpoint(functools.partial(_terms, attention))(q, sink_q, rows, first, context)
+    terms = _terms(attention, q, sink_q, rows, first, context)
     return terms, rows, new_state
 
 

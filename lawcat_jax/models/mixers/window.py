@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -81,6 +82,9 @@ class WindowMixer(nnx.Module):
     ) -> tuple[Float[Array, "B T H d"], State]:
         """(output of the heads before Wo, next state); see ``TokenMixer.__call__``."""
         del x
+        return jax.checkpoint(self._attend)(q, k, v, context, state)  # keeps no scores for the backward pass
+
+    def _attend(self, q, k, v, context: Context, state: State | None) -> tuple[Any, State]:
         terms, state = self._terms(q, k, v, context, state)
         return (terms.numerator / terms.denominator[..., None]).astype(v.dtype), state
 
