@@ -243,6 +243,11 @@ class Config(Node):
         named = [("pretrain", self.pretrain), ("stage1", self.stage1), ("stage2", self.stage2)]
         return [(name, stage) for name, stage in named if stage.enabled]
 
+    def last_stage(self) -> tuple[str, StageConfig]:
+        """The enabled stage that runs last; of a student that is not trained "none", and ``stage2`` for its lengths and its
+        use of the BOS token."""
+        return self.stages()[-1] if self.stages() else ("none", self.stage2)
+
 
 def _range_problems(c: Config) -> Iterator[str]:
     yield from attention_problems(c.attention)

@@ -97,7 +97,10 @@ def test_ragged_rows_go_on_from_where_they_ended(attention):
     """Rows of 4 and 9 tokens, padded with NaN, then 8 more tokens of each."""
     run, (x, q, k, v), lengths = runner(attention), arrays(), np.array([4, 9])
     want = np.stack([wanted(attention, *(a[b].astype(np.float64) for a in (q, k, v))) for b in range(B)])
-    padded = [np.where((np.arange(9) < lengths[:, None]).reshape(B, 9, *[1] * (a.ndim - 2)), a[:, :9], np.nan) for a in (x, q, k, v)]
+    padded = [
+        np.where((np.arange(9) < lengths[:, None]).reshape(B, 9, *[1] * (a.ndim - 2)), a[:, :9], np.nan)
+        for a in (x, q, k, v)
+    ]
     o, state = run(None, context(9, lengths=jnp.asarray(lengths)), *padded)
     more = [np.stack([a[b, n : n + 8] for b, n in enumerate(lengths)]) for a in (x, q, k, v)]
     after, _ = run(state, context(8, lengths), *more)
@@ -140,7 +143,7 @@ def test_what_it_cannot_do_is_said():
     with pytest.raises(ConfigError, match=r"config\.stage1\.enabled: .*'window' has no parameters; set it to False"):
         Config(attention=SLIDING).validate()
     Config(attention=SLIDING, stage1=StageConfig(enabled=False)).validate()
+    graphdef, params = build(attention=SLIDING)
+    ids = jnp.asarray(tokens())
     with pytest.raises(UserError, match="packed rows"):
-        ids = jnp.asarray(tokens())
-        graphdef, params = build(attention=SLIDING)
         models.bind(graphdef, params)(ids, segment_ids=jnp.zeros_like(ids))

@@ -185,7 +185,9 @@ def test_the_recipe_of_lolcats_is_a_valid_config(variant):
         assert all(any(re.search(pattern, path) for path in paths) for pattern in stage.trainable)
 
 
-@pytest.mark.parametrize("attention", [LOLCATS, LAWCAT, AttentionConfig(kind="window", window_size=3)], ids=lambda a: a.kind)
+@pytest.mark.parametrize(
+    "attention", [LOLCATS, LAWCAT, AttentionConfig(kind="window", window_size=3)], ids=lambda a: a.kind
+)
 def test_the_backward_pass_keeps_no_scores(attention):
     """Of the tokens no more than came in: not the scores [B, T, H, 64 + 3], nor features [B, T, H, K] in float32."""
     length = 192

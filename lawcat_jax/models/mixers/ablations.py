@@ -33,7 +33,13 @@ from lawcat_jax.models.mixers.inits import INITS, NARROW, WINDOW_FACTOR
 from lawcat_jax.models.mixers.lawcat import LawcatMixer, convolved
 from lawcat_jax.models.mixers.linear_attention import empty_sums, linear_terms, recur, sums_flops
 from lawcat_jax.models.mixers.mixer import Rules, State
-from lawcat_jax.models.mixers.softmax_window import WINDOW_STATE_RULES, empty_window, joint, window_attention, window_flops
+from lawcat_jax.models.mixers.softmax_window import (
+    WINDOW_STATE_RULES,
+    empty_window,
+    joint,
+    window_attention,
+    window_flops,
+)
 from lawcat_jax.models.rope import rotate
 
 if TYPE_CHECKING:

@@ -92,7 +92,9 @@ class LolcatsMixer(nnx.Module):
         the window is summed apart).
         """
         del x
-        return jax.checkpoint(self._attend)(q, k, v, context, state)  # keeps no scores and features for the backward pass
+        return jax.checkpoint(self._attend)(
+            q, k, v, context, state
+        )  # keeps no scores and features for the backward pass
 
     def _attend(self, q, k, v, context: Context, state: State | None) -> tuple[Any, State]:
         q, k, v = context.without_padding(q, k, v)

@@ -53,7 +53,9 @@ class WindowMixer(nnx.Module):
         if attention.window_size == 0:
             found.append("attention.window_size: the kind window needs one of at least 1 token")
         if attention.sinks and config.nope_layers:
-            found.append("attention.sinks: the kind window has none in a model with layers without rotary embedding; set 0")
+            found.append(
+                "attention.sinks: the kind window has none in a model with layers without rotary embedding; set 0"
+            )
         if attention.sinks and config.rope_scaling.kind in ("dynamic", "longrope"):
             found.append(
                 f"attention.sinks: the kind window has none with rope scaling {config.rope_scaling.kind!r}, whose angles "
