@@ -26,6 +26,7 @@ ABLATION = (12, 16)
 ATTENTION = {
     "lawcat": AttentionConfig(gate_rank=16),
     "lolcats": AttentionConfig(kind="lolcats", window_size=16, tie_qk=False),
+    "window_sinks": AttentionConfig(kind="window", window_size=28, sinks=4),
     "no_conv": AttentionConfig(gate_rank=16, conv="off"),
 }
 
@@ -36,7 +37,15 @@ def get_config(variant: str = "lawcat_seed0") -> Config:
     get_study().row(name)
     first, second = HEADLINE if name == "lawcat" else ABLATION
     data = DataConfig(kind="passkey", passkey_words=0, num_samples=20_000, validation_samples=16)
-    stage = {"batch_size": 8, "seq_length": LENGTH, "clip_norm": 1.0, "learning_rate": 1e-2, "data": data}
+    trained = name != "window_sinks"  # which is the teacher with another attention
+    stage = {
+        "enabled": trained,
+        "batch_size": 8,
+        "seq_length": LENGTH,
+        "clip_norm": 1.0,
+        "learning_rate": 1e-2,
+        "data": data,
+    }
     return Config(
         seed=int(seed or 0),
         teacher=TeacherConfig(source="asset:tiny_llama"),
@@ -64,6 +73,7 @@ def get_study() -> Study:
             Row("teacher", "teacher", "teacher"),
             Row("lawcat_short", "LAWCAT, short", "reference"),
             Row("lolcats", "LoLCATs", "baseline", reference="lawcat_short"),
+            Row("window_sinks", "window and sinks, not trained", "baseline", reference="lawcat_short"),
             Row("no_conv", "no convolution", "ablation", reference="lawcat_short"),
             Row("shuffled", "states passed between batches", "ablation", reference="lawcat_short"),
             Row("lawcat", "LAWCAT", "headline"),

@@ -9,6 +9,10 @@ Each row is a change to configs/smollm2.py and is trained alone by its name and 
 --config=configs/study_smollm2.py:no_conv_seed1 --workdir=runs/no_conv``. Ablations and baselines have fewer steps than the
 headline; the row that they are to be compared with is ``lawcat_short``, which has as many as they. All rows read
 8 x 1,280 tokens a step, and no row trains on a longer sequence.
+
+The window with sinks (``window_sinks``) has a cache as large as LAWCAT's state, 154,368 bytes a layer and sequence in
+bfloat16: 9 heads hold 64 x 64 + 64 sums in float32 and the last 3 rows of q, 3 kv heads those of k, and a token in the cache
+takes 2 x 3 x 64 numbers, 768 bytes. So it is 201 tokens: 4 sinks and a window of 197.
 """
 
 import dataclasses
@@ -29,6 +33,8 @@ _SMOLLM2 = runpy.run_path(str(Path(__file__).with_name("smollm2.py")))
 ATTENTION = {
     "lolcats_terraced": AttentionConfig(kind="lolcats", window_size=64, window_kind="terraced", tie_qk=False),
     "lolcats_sliding": AttentionConfig(kind="lolcats", window_size=64, tie_qk=False),
+    "window_sinks": AttentionConfig(kind="window", window_size=197, sinks=4),
+    "window_sinks_untrained": AttentionConfig(kind="window", window_size=197, sinks=4),
     "no_conv": AttentionConfig(gate_rank=RANK, conv="off"),
     "plain_linear": AttentionConfig(gate_kind="none", conv="off"),
     "no_normalizer": AttentionConfig(gate_rank=RANK, normalize=False),
@@ -47,6 +53,10 @@ ROWS = (
     Row("lawcat_short", "LAWCAT", "reference"),
     Row("teacher", "teacher", "teacher"),
     Row("lolcats_terraced", "LoLCATs, terraced window", "baseline", reference="lawcat_short"),
+    Row(
+        "window_sinks_untrained", "softmax window of 197 and 4 sinks, not trained", "baseline", reference="lawcat_short"
+    ),
+    Row("window_sinks", "softmax window of 197 and 4 sinks", "baseline", reference="lawcat_short"),
     Row("no_conv", "no convolution", "ablation", reference="lawcat_short"),
     Row("plain_linear", "linear attention, neither gate nor convolution", "baseline", reference="lawcat_short"),
     Row("no_normalizer", "no normaliser", "ablation", reference="lawcat_short"),
@@ -81,6 +91,9 @@ def get_config(variant: str = "lawcat_seed0") -> Config:
     config.seed = int(seed or 0)
     config.stage1.steps, config.stage2.steps = HEADLINE if name == "lawcat" else ABLATION
     config.attention = ATTENTION.get(name, AttentionConfig(gate_rank=RANK))
+    if config.attention.kind == "window":  # without parameters of its own
+        config.stage1.enabled, config.stage2.trainable = False, (r"^lora/",)
+        config.stage2.enabled = name != "window_sinks_untrained"
     if name == "passkey_only":
         _read(config, _passkey_only)
         config.stage2.kl_weight = 0.0  # the teacher is followed on text, and there is none
@@ -160,6 +173,10 @@ def _claims() -> tuple[Claim, ...]:
         Claim("LAWCAT retrieves beyond its training length where LoLCATs does not", "paper, Table 1 and Figure 2",
               "lawcat_short", "lolcats_terraced", beyond),
         Claim("The same, LoLCATs with a sliding window", "paper, Table 1", "lawcat_short", "lolcats_sliding", beyond),
+        Claim("LAWCAT retrieves beyond its training length where window and sinks do not", "this project",
+              "lawcat_short", "window_sinks", beyond),
+        Claim("The same, window and sinks without training", "arXiv 2309.17453", "lawcat_short", "window_sinks_untrained",
+              beyond),
         Claim("Gate and convolution carry further than plain linear attention", "paper, section 3", "lawcat_short",
               "plain_linear", beyond),
         Claim("The convolution helps retrieval", "paper, Table 1", "lawcat_short", "no_conv", passkey(*LENGTHS)),

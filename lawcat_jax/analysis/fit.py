@@ -43,7 +43,7 @@ def print_fit(
     chip = chip.as_devices(len(devices), topology)
     mesh = sharding.make_mesh(config.mesh, devices, rows=sharding.common_rows(config))
     sharding.check_mesh(config, model, mesh, names)
-    length, parts = options.prefill_length or config.stages()[-1][1].seq_length, mesh.shape["sequence"]
+    length, parts = options.prefill_length or config.last_stage()[1].seq_length, mesh.shape["sequence"]
     if "prefill" in names and length % parts:
         raise UserError(f"--prefill_length={length}: config.mesh.sequence={parts} does not divide it")
     if not as_json:

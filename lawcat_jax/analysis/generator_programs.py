@@ -55,7 +55,7 @@ def program(name: str, config: Config, model: ModelConfig, mesh: Mesh, options: 
     """The program ``name``, "prefill" (of whole prompts at once) or "decode", of the student on ``mesh``; ``dtype`` is
     that of the pretrained weights.
     """
-    _, stage = config.stages()[-1]
+    _, stage = config.last_stage()
     graphdef, shapes = models.abstract(model, *architecture(config), dtype=dtype)
     length = (options.prefill_length or stage.seq_length) if name == "prefill" else 1
     rows = mesh.shape["data"] * mesh.shape["fsdp"]

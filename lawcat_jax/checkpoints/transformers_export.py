@@ -38,6 +38,8 @@ _FILES = ("configuration_lawcat.py", "modeling_lawcat.py")
 def export_problems(model: ModelConfig, attention: AttentionConfig) -> list[str]:
     """What the torch model does not have, one line each."""
     problems = []
+    if attention.kind == "window":
+        problems.append("attention.kind 'window'")
     if attention.kind == "lawcat":
         if attention.conv == "stacked":
             problems.append("attention.conv 'stacked'")

@@ -38,7 +38,8 @@ class AttentionConfig(Node):
     rope_linear: bool = False
     """Rotate q and k of the linear branch too (the paper does not)."""
     window_size: int = 0
-    """[tokens] Softmax window over the last tokens, under one denominator with the linear part; 0 is no window."""
+    """[tokens] Softmax window over the last tokens, under one denominator with the linear part (``kind`` "window" has no
+    such part); 0 is no window."""
     window_kind: WindowKind = "sliding"
     """Which tokens a window of w = ``window_size`` holds."""
     affine_window: bool = False
@@ -69,7 +70,7 @@ class AttentionConfig(Node):
     @property
     def rotates(self) -> bool:
         """Whether any layer of the student uses the rotary embedding."""
-        return self.kind == "lolcats" or self.window_size > 0 or self.rope_linear or bool(self.softmax_layers)
+        return self.kind != "lawcat" or self.window_size > 0 or self.rope_linear or bool(self.softmax_layers)
 
 
 @dataclasses.dataclass

@@ -26,8 +26,9 @@ LayerProjection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "
 Dtype = Literal["auto", "float32", "bfloat16"]
 """Number format; ``auto`` is bfloat16 on accelerators and float32 on CPU."""
 
-MixerKind = Literal["lawcat", "lolcats"]
-"""Token mixer that replaces softmax attention: the paper's layer, or the LoLCATs baseline."""
+MixerKind = Literal["lawcat", "lolcats", "window"]
+"""Token mixer that replaces softmax attention: the paper's layer, the LoLCATs baseline, or softmax over a window and the
+first tokens alone (StreamingLLM), which has nothing to train in stage 1."""
 
 Conv = Literal["on", "off", "stacked", "shared"]
 """Causal convolution on q and k: one each, none, two in a row, or the same taps for q and k."""

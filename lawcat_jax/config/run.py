@@ -243,6 +243,11 @@ class Config(Node):
         named = [("pretrain", self.pretrain), ("stage1", self.stage1), ("stage2", self.stage2)]
         return [(name, stage) for name, stage in named if stage.enabled]
 
+    def last_stage(self) -> tuple[str, StageConfig]:
+        """The enabled stage that runs last; of a student that is not trained "none", and ``stage2`` for its lengths and its
+        use of the BOS token."""
+        return self.stages()[-1] if self.stages() else ("none", self.stage2)
+
 
 def _range_problems(c: Config) -> Iterator[str]:
     yield from attention_problems(c.attention)
@@ -253,8 +258,13 @@ def _range_problems(c: Config) -> Iterator[str]:
         yield "config.teacher.architecture: pretraining needs one"
     if c.pretrain.enabled and (c.stage1.enabled or c.stage2.enabled):
         yield "config.pretrain.enabled: pretrain in a run of its own (disable stage1 and stage2)"
-    if not c.stages():
+    if not c.stages() and c.attention.kind != "window":  # which is a student without training as well
         yield "config: no stage is enabled"
+    if c.stage1.enabled and c.attention.kind == "window":
+        yield (
+            "config.stage1.enabled: attention transfer trains the token mixers, and attention.kind 'window' has no "
+            "parameters; set it to False"
+        )
     for name, stage in c.stages():
         yield from stage_problems(stage, f"config.{name}")
     yield from lora_problems(c.lora)

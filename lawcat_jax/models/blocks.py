@@ -159,7 +159,7 @@ class Stacked:
             self.graphdef, self.params = None, None
             return
         self.graphdef, params = nnx.split(module)
-        whole = stop is None or (start == 0 and stop == jax.tree.leaves(params)[0].shape[0])
+        whole = stop is None or all(start == 0 and stop == leaf.shape[0] for leaf in jax.tree.leaves(params))
         # A slice of stacked weights is a copy; a model whose layers are all of one kind needs none.
         self.params = params if whole else jax.tree.map(lambda leaf: leaf[start:stop], params)
 

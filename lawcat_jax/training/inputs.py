@@ -174,7 +174,7 @@ def load_student(config: Config, mesh: Mesh, teacher: OpenedCheckpoint) -> Stude
     params = models.init_params(teacher.model, config.attention, lora, seed=config.seed, base=loaded)
     notes = []
     if teacher.attention is not None:
-        params |= {"mixers": loaded["mixers"]}
+        params |= {"mixers": loaded.get("mixers", {})}  # which of the kind "window" are empty
         kept = "its trained mixers are"
         if teacher.lora is not None:
             params |= {"lora": loaded["lora"]}

@@ -130,7 +130,7 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
     manifest.update(status="finished", model=target, results=results)
     folder.sync(now=True)
     distributed.barrier("finished")  # jax's own farewell gives the slowest process little time
-    say(f"finished: {target}{_bad_steps(manifest.values['stages'])}")
+    say(f"finished: {target}{_bad_steps(manifest.values.get('stages', {}))}")
     return 0
 
 
@@ -253,7 +253,7 @@ def export(config: Config, student: Student, workdir: Path) -> Path:
             write_hf(target, model=student.model, params=params, tokenizer_source=tokenizer_source, overwrite=True)
         distributed.barrier("export")
         return target
-    target, (last, stage) = workdir / "student", config.stages()[-1]
+    target, (last, stage) = workdir / "student", config.last_stage()
     model_dir.save_model(
         target,
         model=student.model,
@@ -265,7 +265,7 @@ def export(config: Config, student: Student, workdir: Path) -> Path:
             "stage": last,
             "source": student.teacher[0],
             "revision": student.teacher[1],
-            "training_length": stage.seq_length,
+            **({"training_length": stage.seq_length} if stage.enabled else {}),
             "add_bos": stage.data.add_bos,
             "eval": to_dict(config.eval),
         },
@@ -278,7 +278,7 @@ def evaluate(config: Config, student: Student, folder: Workdir) -> dict[str, Any
     """Evaluate the trained model as ``config.eval`` says; writes the reports in ``eval/`` and returns their numbers,
     {task: {role: {length: values}}}.
     """
-    last, stage = config.stages()[-1]
+    last, stage = config.last_stage()
     graphdef, _ = models.abstract(student.model, *stages.architecture(last, config), dtype=student.dtype)
     set_bos_rule(student.tokenizer, stage.data.add_bos)
     results = evaluate_model(
@@ -289,7 +289,7 @@ def evaluate(config: Config, student: Student, folder: Workdir) -> dict[str, Any
         model=folder.name,
         output=str(folder.local / "eval"),
         is_student=not config.pretrain.enabled,
-        training_length=stage.seq_length,
+        training_length=stage.seq_length if stage.enabled else None,
         write=distributed.is_primary(),
     )
     return report.rows(results)

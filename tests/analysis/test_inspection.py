@@ -169,6 +169,12 @@ SLOW = pytest.mark.slow
             {"half_life", "effective_gate_rank", "conv_q_drift", "denominator"},
             marks=SLOW,
         ),
+        pytest.param(
+            AttentionConfig(kind="window", window_size=8, sinks=2),
+            {"sink_share"},
+            {"half_life", "effective_gate_rank", "conv_q_drift", "denominator"},
+            marks=SLOW,
+        ),
         pytest.param(AttentionConfig(gate_rank=4, softmax_layers=(1,)), {"half_life"}, {"window_share"}, marks=SLOW),
         pytest.param(
             AttentionConfig(gate_kind="none", conv="off", window_size=8, init="normal"),
@@ -177,7 +183,7 @@ SLOW = pytest.mark.slow
             marks=SLOW,
         ),
     ],
-    ids=["lawcat", "lolcats", "hybrid", "no gate"],
+    ids=["lawcat", "lolcats", "window", "hybrid", "no gate"],
 )
 def test_report_of_a_student(attention, shown, absent, tmp_path, capsys):
     text = tmp_path / "book.txt"
@@ -192,8 +198,11 @@ def test_report_of_a_student(attention, shown, absent, tmp_path, capsys):
     for row in stored["layers"]:
         assert shown | {"relative_mse", "kl"} <= set(row)
         assert not absent & set(row)
-    assert stored["state_norm"]["positions"] == [300]
-    assert set(stored["state_norm"]["layers"]) == {str(layer) for layer in layers}
+    if attention.kind == "window":  # whose state are the rows themselves
+        assert stored["state_norm"] is None
+    else:
+        assert stored["state_norm"]["positions"] == [300]
+        assert set(stored["state_norm"]["layers"]) == {str(layer) for layer in layers}
     assert sorted(stored["rankings"]["kl"]) == layers
     markdown = (tmp_path / "report" / "inspection.md").read_text()
     assert markdown in capsys.readouterr().out

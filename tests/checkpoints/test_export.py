@@ -228,6 +228,7 @@ def test_card_shards_and_refusals(exported, tmp_path):
     for attention, model, text in (
         (AttentionConfig(gate_rank=4, conv="stacked"), students.MODEL, "attention.conv 'stacked'"),
         (AttentionConfig(gate_rank=4, gate_lower_bound=None), students.MODEL, "gate_lower_bound None"),
+        (AttentionConfig(kind="window", window_size=4), students.MODEL, "attention.kind 'window'"),
         (
             AttentionConfig(gate_rank=4, softmax_layers=(0,)),
             dataclasses.replace(students.MODEL, rope_scaling=RopeScaling(kind="dynamic", factor=2.0)),

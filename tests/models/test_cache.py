@@ -34,6 +34,7 @@ VARIANTS = {
     "window_terraced": variant(window_size=2, window_kind="terraced", sinks=1),
     "lolcats_terraced": AttentionConfig(kind="lolcats", window_size=2, window_kind="terraced", sinks=1),
     "lolcats_affine_sinks": AttentionConfig(kind="lolcats", window_size=2, affine_window=True, sinks=1),
+    "window_alone": AttentionConfig(kind="window", window_size=2, sinks=1),
 }
 ONE_LAYER = dataclasses.replace(TINY, num_layers=1)
 
@@ -58,7 +59,7 @@ def check_parity(config, attention, splits):
 
 
 # Their parts are covered by the other variants; the slow test has them all.
-REDUNDANT = {"conv_off", "one_tap", "window", "lolcats", "window_terraced"}
+REDUNDANT = {"conv_off", "one_tap", "window", "lolcats", "window_terraced", "window_alone"}
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name not in REDUNDANT])

@@ -25,7 +25,7 @@ from lawcat_jax.runtime import sharding
 from tests.models.helpers import TINY, drawn, jit
 
 CONFIGS = {
-    **{kind: AttentionConfig(kind=kind, gate_rank=4, window_size=3 if kind == "lolcats" else 0) for kind in MIXERS},
+    **{kind: AttentionConfig(kind=kind, gate_rank=4, window_size=0 if kind == "lawcat" else 3) for kind in MIXERS},
     "full gate, stacked, untied, window": AttentionConfig(
         gate_rank=0, conv="stacked", tie_qk=False, feature_map="relu", window_size=3, sinks=2, output_gate=True
     ),

@@ -21,6 +21,7 @@ MIXERS = {
     "window": AttentionConfig(gate_rank=4, window_size=2, sinks=1, output_gate=True, normalize=True),
     "no_convolution": AttentionConfig(gate_rank=0, conv="off", feature_map="relu", tie_qk=False),
     "lolcats": AttentionConfig(kind="lolcats", window_size=2),
+    "window_alone": AttentionConfig(kind="window", window_size=2, sinks=1),
 }
 
 

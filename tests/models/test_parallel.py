@@ -119,10 +119,11 @@ def test_evaluation_splits_samples_over_copies_of_the_weights():
         AttentionConfig(conv="shared", gate_kind="per_head", window_size=8, feature_map="relu"),
         AttentionConfig(conv="off", gate_kind="none"),
         AttentionConfig(kind="lolcats", conv="off", window_size=8, tie_qk=False),
+        AttentionConfig(kind="window", window_size=8, sinks=2),
     ],
 )
 def test_variants_on_a_mesh(attention):
-    """Logits and gradients of the mixers."""
+    """Logits and gradients of the mixers, or of the projections of one that has no parameters."""
     graphdef, _ = models.abstract(MODEL, attention)
     params = models.init_params(MODEL, attention, None, seed=0)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, size=(4, 32)), jnp.int32)
@@ -138,9 +139,10 @@ def test_variants_on_a_mesh(attention):
     placed = jax.tree.map(jax.device_put, params, sharding.shardings(params, where))
     value, gradient = jax.jit(sharding.on_mesh(jax.value_and_grad(loss), where))(placed)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
+    got, want = (tree["mixers"] or tree["layers"]["attention"] for tree in (gradient, expected_gradient))
     for (path, found), wanted in zip(
-        jax.tree_util.tree_leaves_with_path(gradient["mixers"]),
-        jax.tree.leaves(expected_gradient["mixers"]),
+        jax.tree_util.tree_leaves_with_path(got),
+        jax.tree.leaves(want),
         strict=True,
     ):
         scale = float(jnp.max(jnp.abs(wanted))) + 1e-6

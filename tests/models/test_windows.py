@@ -183,3 +183,24 @@ def test_the_recipe_of_lolcats_is_a_valid_config(variant):
     paths = ["/".join(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
     for stage in (recipe.stage1, recipe.stage2):
         assert all(any(re.search(pattern, path) for path in paths) for pattern in stage.trainable)
+
+
+@pytest.mark.parametrize(
+    "attention", [LOLCATS, LAWCAT, AttentionConfig(kind="window", window_size=3)], ids=lambda a: a.kind
+)
+def test_the_backward_pass_keeps_no_scores(attention):
+    """Of the tokens no more than came in: not the scores [B, T, H, 64 + 3], nor features [B, T, H, K] in float32."""
+    length = 192
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: mixer_class(attention)(TINY, attention, rngs=nnx.Rngs(0))))
+    shapes = ((length, D), (length, H, WIDTH), (length, HKV, WIDTH), (length, HKV, WIDTH))
+    arrays = [jax.ShapeDtypeStruct((1, *shape), jnp.bfloat16) for shape in shapes]
+    cos = jnp.zeros((1, length, WIDTH // 2))
+
+    def kept(params, *arrays):
+        attend = lambda *arrays: nnx.merge(graphdef, params)(*arrays, Context(cos, cos, jnp.zeros(1, int)))[0]  # noqa: E731
+        return jax.vjp(attend, *arrays)[1]
+
+    residuals = jax.tree.leaves(jax.eval_shape(kept, nnx.to_pure_dict(state), *arrays))
+    tokens = sum(leaf.size * leaf.dtype.itemsize for leaf in residuals if length in leaf.shape)
+    given = sum(array.size * array.dtype.itemsize for array in arrays)
+    assert tokens <= given + 2 * cos.size * cos.dtype.itemsize

@@ -22,6 +22,7 @@ from lawcat_jax.config import (
     AttentionConfig,
     CheckpointConfig,
     Config,
+    ConfigError,
     DataConfig,
     EvalConfig,
     LogConfig,
@@ -302,6 +303,32 @@ def test_a_student_that_is_trained_on_keeps_its_adapters_or_is_refused(straight,
     config.stage2.enabled = False
     with pytest.raises(UserError, match="is a student with trained adapters, which only stage 2 has a place for"):
         inputs.open_teacher(config)
+
+
+def test_a_student_that_is_its_teacher_with_another_attention(teacher, tmp_path):
+    """The kind "window" needs no stage, keeps its weights, and is trained on; other kinds need a stage."""
+    attention = AttentionConfig(kind="window", window_size=20, sinks=4)
+    config = make_config(teacher, tmp_path / "run", attention=attention)
+    config.stage1.enabled = config.stage2.enabled = False
+    config.eval.enabled = False
+    assert run.run(config) == 0
+    opened = model_dir.open_checkpoint(tmp_path / "run" / "student")
+    assert (opened.attention, opened.lora) == (attention, None)
+    assert (opened.extra["stage"], opened.extra.get("training_length")) == ("none", None)
+    assert run.run(config) == 0  # it is finished
+    found, base = (optim.flatten(model_dir.load_model(path).params) for path in (tmp_path / "run" / "student", teacher))
+    assert found.keys() == base.keys()
+    assert all(np.array_equal(found[name], base[name]) for name in base)
+    config.attention = AttentionConfig(gate_rank=4)
+    with pytest.raises(ConfigError, match="no stage is enabled"):
+        config.validate()
+
+    more = make_config(tmp_path / "run" / "student", tmp_path / "more", attention=attention)
+    more.stage1.enabled = more.eval.enabled = False
+    assert run.run(more) == 0
+    trained = optim.flatten(model_dir.load_model(tmp_path / "more" / "student").params)
+    assert {name.split("/")[0] for name in trained.keys() - base.keys()} == {"lora"}
+    assert any(np.abs(trained[name]).max() > 0 for name in trained if name.endswith("/b"))
 
 
 def test_a_student_names_the_teacher_that_others_have(straight, teacher, tmp_path):

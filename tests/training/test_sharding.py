@@ -42,6 +42,7 @@ def test_rest_of_the_devices():
         AttentionConfig(gate_rank=0, tie_qk=False, conv="stacked", output_gate=True),
         AttentionConfig(conv="shared", gate_kind="per_head", window_size=8, feature_map="relu"),
         AttentionConfig(kind="lolcats", conv="off", window_size=8, tie_qk=False),
+        AttentionConfig(kind="window", window_size=8),
     ],
 )
 def test_every_parameter_has_a_rule(attention):

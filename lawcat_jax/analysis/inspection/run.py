@@ -106,7 +106,7 @@ def measure(model: LoadedModel, compared: Batch, followed: Batch) -> dict[str, A
     attention = decoder.attention_config
     assert attention is not None  # a student
     layers = passes.linear_layers(decoder)
-    mixers = jax.device_get(params["mixers"])
+    mixers = jax.device_get(params.get("mixers", {}))
     _say("layer by layer")
     statistics = jax.device_get(passes.statistics(params, compared, graphdef=graphdef))
     errors = jax.device_get(passes.relative_errors(params, compared, graphdef=graphdef))

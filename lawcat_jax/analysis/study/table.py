@@ -32,7 +32,8 @@ class Row:
     """One line of the study's tables: a student, trained once for each seed, or the teacher, which is not trained.
 
     ``name`` is in file names and on the command line, ``title`` in tables. ``reference`` is the row that an ablation or a
-    baseline is to be read beside: it must have the same steps of stage 2. ``note`` is printed in every table, for what a
+    baseline is to be read beside: it must have the same steps of stage 2, unless its configuration has no stage (a student of
+    the kind "window" that is not trained). ``note`` is printed in every table, for what a
     reader has to know, such as training on pieces of longer samples.
     """
 

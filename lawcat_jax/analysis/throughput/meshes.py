@@ -107,7 +107,7 @@ def _job(mesh: SweepMesh, first: SweepMesh, program: str, config: Config, batch:
     more = Fraction(mesh.devices, first.devices)
     if program == "prefill":
         longer = Fraction(mesh.axes["sequence"], first.axes["sequence"])
-        length = _scaled("prefill_length", length or config.stages()[-1][1].seq_length, longer, mesh, first)
+        length = _scaled("prefill_length", length or config.last_stage()[1].seq_length, longer, mesh, first)
         batch = _scaled("prefill_batch", first.axes["data"] * first.axes["fsdp"], more / longer, mesh, first)
         return Job(mesh, program, batch, length, own)
     stage = getattr(own, program)

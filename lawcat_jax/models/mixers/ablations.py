@@ -33,7 +33,13 @@ from lawcat_jax.models.mixers.inits import INITS, NARROW, WINDOW_FACTOR
 from lawcat_jax.models.mixers.lawcat import LawcatMixer, convolved
 from lawcat_jax.models.mixers.linear_attention import empty_sums, linear_terms, recur, sums_flops
 from lawcat_jax.models.mixers.mixer import Rules, State
-from lawcat_jax.models.mixers.window import WINDOW_STATE_RULES, empty_window, joint, window_attention, window_flops
+from lawcat_jax.models.mixers.softmax_window import (
+    WINDOW_STATE_RULES,
+    empty_window,
+    joint,
+    window_attention,
+    window_flops,
+)
 from lawcat_jax.models.rope import rotate
 
 if TYPE_CHECKING:
@@ -146,7 +152,8 @@ class LawcatAblation(LawcatMixer):
         x, q, k, v = context.without_padding(x, q, k, v)
         linear_q, linear_k = self._for_linear(q, k, context)
         if a.window_size:
-            o, new_state = self._with_window(x, q, k, v, linear_q, linear_k, context, state)
+            attend = jax.checkpoint(self._with_window)  # keeps no scores and features for the backward pass
+            o, new_state = attend(x, q, k, v, linear_q, linear_k, context, state)
         elif a.conv in ("on", "shared") and a.feature_map == "softmax_dim" and a.tie_qk and a.gate_kind != "none":
             o, new_state = super().__call__(x, linear_q, linear_k, v, context, state)
         else:

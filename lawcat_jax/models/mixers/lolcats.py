@@ -27,7 +27,7 @@ from lawcat_jax.models.mixers.feature_maps import add_map, apply_map
 from lawcat_jax.models.mixers.inits import INITS, WINDOW_FACTOR
 from lawcat_jax.models.mixers.linear_attention import STATE_RULES, Recurrence, empty_sums, linear_terms, sums_flops
 from lawcat_jax.models.mixers.mixer import Rules, State
-from lawcat_jax.models.mixers.window import (
+from lawcat_jax.models.mixers.softmax_window import (
     WINDOW_STATE_RULES,
     empty_window,
     joint,
@@ -92,6 +92,11 @@ class LolcatsMixer(nnx.Module):
         the window is summed apart).
         """
         del x
+        return jax.checkpoint(self._attend)(
+            q, k, v, context, state
+        )  # keeps no scores and features for the backward pass
+
+    def _attend(self, q, k, v, context: Context, state: State | None) -> tuple[Any, State]:
         q, k, v = context.without_padding(q, k, v)
         q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
         old = None if state is None else state["window"]

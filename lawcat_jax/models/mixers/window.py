@@ -1,218 +1,120 @@
-"""Softmax over a window (and the first tokens), as the numerator and denominator of a joint softmax-plus-linear attention.
+"""Softmax over a window and the first tokens, and nothing for what lies between: StreamingLLM (arXiv 2309.17453).
 
-A window of w tokens is *sliding* (the last w tokens, the current one included) or *terraced* (the current block of w
-tokens up to the current one, and the whole block before: w + 1 to 2 w tokens; blocks are counted from the start of the
-sequence). The state keeps constant size: the last w (terraced: 2 w) rotated keys and their values, and those of the
-first ``sinks`` tokens.
+A baseline without parameters of its own. Query t sees the first ``sinks`` tokens and the window, with the state as a
+cache of constant size::
+
+    o_t = softmax over s in (sinks and W_t) of (q_t.k_s / sqrt(d)) v_s
+
+Positions are those within the cache. Keys of the window are at their true distance from the query; a sink is as far away
+as if the tokens between it and the window had never been there. That is a rotation of the query to
+:func:`~lawcat_jax.models.mixers.softmax_window.sink_positions` where it meets sinks. A sequence of at most ``sinks`` +
+``window_size`` tokens therefore gets the teacher's softmax attention.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
+from flax import nnx
 
 from lawcat_jax.config import AttentionConfig, ModelConfig
-from lawcat_jax.errors import UserError
-from lawcat_jax.models import parallel
-from lawcat_jax.models.cache import extend, last_rows
-from lawcat_jax.models.layers import Context
-from lawcat_jax.models.mixers.mixer import Rules
+from lawcat_jax.models.layers import Context, Stack, static_config
+from lawcat_jax.models.mixers.mixer import Rules, State
+from lawcat_jax.models.mixers.softmax_window import (
+    WINDOW_STATE_RULES,
+    WindowTerms,
+    empty_window,
+    sink_positions,
+    window_attention,
+    window_flops,
+)
+from lawcat_jax.models.rope import rope_table, rotate
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
-
-    WindowState = dict[str, Array]
-
-WINDOW_STATE_RULES: Rules = {r"window/\w+": P(parallel.BATCH, None, parallel.HEADS)}
-"""How the arrays of :func:`empty_window`, kept under "window" in a mixer's state, are split over the mesh."""
-
-BLOCK = 64
-"""Fewest queries that share one slice of keys."""
+    from jaxtyping import Array, Float
 
 
-class WindowTerms(NamedTuple):
-    """sum_s e^(q.k_s / sqrt(d) - m) v_s and sum_s e^(...), m the largest score of the query; float32."""
+class WindowMixer(nnx.Module):
+    """StreamingLLM's attention: a :class:`~lawcat_jax.models.mixers.mixer.TokenMixer` without parameters."""
 
-    numerator: Float[Array, "B T H d"]
-    denominator: Float[Array, "B T H"]
+    parameter_rules: ClassVar[Rules] = {}
+    state_rules: ClassVar[Rules] = WINDOW_STATE_RULES
 
+    def __init__(self, config: ModelConfig, attention: AttentionConfig, *, rngs: nnx.Rngs, stack: Stack = ()):
+        del rngs, stack
+        self.config, self.attention = static_config(config), static_config(attention)
 
-class Extended(NamedTuple):
-    """Rotated keys and values of this call behind the R = :func:`kept_rows` before it: row i stands at position
-    start - R + i.
-    """
+    @staticmethod
+    def problems(config: ModelConfig, attention: AttentionConfig) -> list[str]:
+        """There must be a window; sinks need rotary embeddings that are the same in every layer and at every length."""
+        found = []
+        if attention.window_size == 0:
+            found.append("attention.window_size: the kind window needs one of at least 1 token")
+        if attention.sinks and config.nope_layers:
+            found.append(
+                "attention.sinks: the kind window has none in a model with layers without rotary embedding; set 0"
+            )
+        if attention.sinks and config.rope_scaling.kind in ("dynamic", "longrope"):
+            found.append(
+                f"attention.sinks: the kind window has none with rope scaling {config.rope_scaling.kind!r}, whose angles "
+                "depend on the length; set 0"
+            )
+        return found
 
-    k: Float[Array, "B R+T Hkv d"]
-    v: Float[Array, "B R+T Hkv d"]
+    @staticmethod
+    def flops_per_token(config: ModelConfig, attention: AttentionConfig) -> float:
+        """The softmax over window and sinks."""
+        return window_flops(config, attention)
 
+    @staticmethod
+    def empty_state(config: ModelConfig, attention: AttentionConfig, batch: int, dtype: Any) -> State:
+        """Rotated keys and values of the window and of the sinks."""
+        return {"window": empty_window(config, attention, batch, dtype)}
 
-def kept_rows(attention: AttentionConfig) -> int:
-    """R, the tokens before the current one that the state keeps: w, or 2 w where the window is terraced."""
-    return attention.window_size * (2 if attention.window_kind == "terraced" else 1)
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        q: Float[Array, "B T H d"],
+        k: Float[Array, "B T Hkv d"],
+        v: Float[Array, "B T Hkv d"],
+        context: Context,
+        state: State | None = None,
+    ) -> tuple[Float[Array, "B T H d"], State]:
+        """(output of the heads before Wo, next state); see ``TokenMixer.__call__``."""
+        del x
+        return jax.checkpoint(self._attend)(q, k, v, context, state)  # keeps no scores for the backward pass
 
+    def _attend(self, q, k, v, context: Context, state: State | None) -> tuple[Any, State]:
+        terms, state = self._terms(q, k, v, context, state)
+        return (terms.numerator / terms.denominator[..., None]).astype(v.dtype), state
 
-def empty_window(config: ModelConfig, attention: AttentionConfig, batch: int, dtype) -> WindowState:
-    """The window's state before the first token: k, v [B, R, Hkv, d] and sink_k, sink_v [B, sinks, Hkv, d]."""
-    tail = (config.num_kv_heads, config.head_dim)
-    recent, sinks = (batch, kept_rows(attention), *tail), (batch, attention.sinks, *tail)
-    return {
-        "k": jnp.zeros(recent, dtype),
-        "v": jnp.zeros(recent, dtype),
-        "sink_k": jnp.zeros(sinks, dtype),
-        "sink_v": jnp.zeros(sinks, dtype),
-    }
+    def statistics(
+        self,
+        x: Float[Array, "B T D"],
+        q: Float[Array, "B T H d"],
+        k: Float[Array, "B T Hkv d"],
+        v: Float[Array, "B T Hkv d"],
+        context: Context,
+    ) -> dict[str, Array]:
+        """sink_share [H]: mean weight that the sinks get together."""
+        del x, v
+        is_sink = (context.positions() < self.attention.sinks).astype(jnp.float32)
+        values = jnp.broadcast_to(is_sink[:, :, None, None], (*k.shape[:3], 1))
+        terms, _ = self._terms(q, k, values, context, None)
+        share, valid = terms.numerator[..., 0] / terms.denominator, context.valid()[:, :, None]
+        return {"sink_share": jnp.sum(jnp.where(valid, share, 0), axis=(0, 1)) / jnp.sum(valid)}
 
-
-def window_attention(
-    q: Float[Array, "B T H d"],
-    k: Float[Array, "B T Hkv d"],
-    v: Float[Array, "B T Hkv d"],
-    attention: AttentionConfig,
-    context: Context,
-    state: WindowState | None,
-) -> tuple[WindowTerms, Extended, WindowState]:
-    """Terms over the window and the first ``sinks`` tokens; q and k already rotated.
-
-    Memory is linear in T: queries go in blocks, each with its own slice of keys. Returns also the extended rows (for
-    what leaves the window) and the next state.
-    """
-    size, sinks = kept_rows(attention), attention.sinks
-    if sinks and context.segments is not None:
-        raise UserError("attention.sinks: packed rows (data.pack) have no sinks; set sinks=0 or data.pack=False")
-    state = state or {}
-    rows = Extended(extend(state.get("k"), k, size), extend(state.get("v"), v, size))
-    new_state = {name: last_rows(x, size, context.lengths) for name, x in rows._asdict().items()}
-    for name, x in (("sink_k", k), ("sink_v", v)):
-        new_state[name] = _update_sinks(state.get(name), x, sinks, context)
-
-    batch, length, heads, width = q.shape
-    kv_heads = k.shape[2]
-    cut = _Slices(length, size)
-    block, blocks = cut.block, cut.blocks
-    grouped = cut.queries(q).reshape(batch, blocks, block, kv_heads, heads // kv_heads, width)
-    keys, values = (cut.rows(x) for x in rows)
-    mask, _ = _visible(cut, attention, context)
-
-    dots = {"preferred_element_type": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
-    scores = jnp.einsum("bnikgd,bnjkd->bnkgij", grouped, keys, **dots)
-    sink_scores = jnp.einsum("bnikgd,bskd->bnkgis", grouped, new_state["sink_k"], **dots)
-    positions = cut.queries(context.positions())
-    reachable = jnp.arange(sinks) <= positions[..., None]  # [B, n, i, s]
-    everything = jnp.concatenate([scores, sink_scores], axis=-1) * width**-0.5
-    allowed = jnp.concatenate([mask, reachable], axis=-1)[:, :, None, None]
-    weights = jnp.where(allowed, everything, -jnp.inf)
-    weights = jnp.exp(weights - jnp.max(weights, axis=-1, keepdims=True))
-    recent, first = weights[..., : block + size], weights[..., block + size :]
-    numerator = jnp.einsum("bnkgij,bnjkd->bnikgd", recent, values.astype(jnp.float32), **dots)
-    numerator += jnp.einsum("bnkgis,bskd->bnikgd", first, new_state["sink_v"].astype(jnp.float32), **dots)
-    denominator = jnp.moveaxis(jnp.sum(weights, axis=-1), -1, 2)
-    terms = WindowTerms(
-        numerator.reshape(batch, blocks * block, heads, width)[:, :length],
-        denominator.reshape(batch, blocks * block, heads)[:, :length],
-    )
-    return terms, rows, new_state
+    def _terms(self, q, k, v, context: Context, state: State | None) -> tuple[WindowTerms, State]:
+        q, k, v = context.without_padding(q, k, v)
+        sink_q = None
+        if self.attention.sinks:
+            sink_q = rotate(q, *rope_table(sink_positions(self.attention, context), self.config))
+        q, k = (rotate(array, context.cos, context.sin) for array in (q, k))
+        old = None if state is None else state["window"]
+        terms, _, window = window_attention(q, k, v, self.attention, context, old, sink_q=sink_q)
+        return terms, {"window": window}
 
 
-class _Slices:
-    """T queries in blocks, each with its slice of the R + T rows that :class:`Extended` holds."""
-
-    def __init__(self, length: int, kept: int):
-        self.block = min(max(kept, BLOCK), length)
-        self.blocks = -(-length // self.block)
-        self.kept, self._padding = kept, self.blocks * self.block - length
-        self.index = jnp.arange(self.blocks)[:, None] * self.block + jnp.arange(self.block + kept)
-
-    def queries(self, x: Float[Array, "B T ..."]) -> Float[Array, "B n i ..."]:
-        """Blocks of i queries, the last one filled up with zeros."""
-        return self._pad(x).reshape(x.shape[0], self.blocks, self.block, *x.shape[2:])
-
-    def rows(self, x: Float[Array, "B R+T ..."]) -> Float[Array, "B n j ..."]:
-        """The slice of j = R + i rows of each block: query number a of a block is row R + a of its slice."""
-        return jnp.take(self._pad(x), self.index, axis=1)
-
-    def _pad(self, x):
-        return jnp.pad(x, ((0, 0), (0, self._padding), *((0, 0),) * (x.ndim - 2)))
-
-
-def _visible(
-    cut: _Slices, attention: AttentionConfig, context: Context
-) -> tuple[Bool[Array, "B n i j"], Bool[Array, "B n i j"]]:
-    """Which rows of its slice each query has in its window, and which of the last R tokens lie before that (of a
-    terraced window); sinks and what would be before the start of the sequence are in neither.
-    """
-    size, kept = attention.window_size, cut.kept
-    distance = jnp.arange(cut.block)[:, None] + kept - jnp.arange(cut.block + kept)
-    # Counted within a document, so that rows of the documents before have negative positions.
-    places = cut.queries(context.positions())
-    positions = places[..., None] - distance
-    # The current token must stay visible in padded rows too, or their empty softmax would be NaN.
-    band = (distance >= 0) & (distance < kept) & (positions >= attention.sinks)
-    if attention.window_kind == "sliding":
-        return band, jnp.zeros_like(band)
-    inside = positions >= (places[..., None] // size - 1) * size
-    return band & inside, band & ~inside
-
-
-def linear_before_window(
-    phi_q: Float[Array, "B T H K"],
-    phi_k: Float[Array, "B R+T H K"],
-    v: Float[Array, "B R+T Hkv d"],
-    attention: AttentionConfig,
-    context: Context,
-) -> tuple[Float[Array, "B T H d"], Float[Array, "B T H"]]:
-    """Numerator and denominator of linear attention without decay over those of the last R = 2 w tokens that lie before
-    a terraced window, float32; ``phi_k`` are the features of the keys that :class:`Extended` holds.
-
-    A recurrence that takes in one token per step cannot follow a window that moves by w tokens at once. It takes in
-    token t - 2 w at token t, and this is the rest.
-    """
-    batch, length, heads, _ = phi_q.shape
-    cut = _Slices(length, kept_rows(attention))
-    _, before = _visible(cut, attention, context)
-    dots = {"preferred_element_type": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
-    scores = jnp.einsum("bnihc,bnjhc->bnhij", cut.queries(phi_q), cut.rows(phi_k), **dots)
-    scores = jnp.where(before[:, :, None], scores, 0.0)
-    values = cut.rows(v.astype(jnp.float32))
-    grouped = scores.reshape(batch, cut.blocks, v.shape[2], -1, *scores.shape[3:])
-    numerator = jnp.einsum("bnkgij,bnjkd->bnikgd", grouped, values, **dots)
-    numerator = numerator.reshape(batch, cut.blocks * cut.block, heads, -1)
-    denominator = jnp.moveaxis(jnp.sum(scores, axis=-1), 2, -1).reshape(batch, -1, heads)
-    return numerator[:, :length], denominator[:, :length]
-
-
-def _update_sinks(old, x, sinks: int, context: Context):
-    """Put those of the new rows that stand at positions < sinks into the buffer of the first tokens."""
-    if sinks == 0:
-        return x[:, :0]
-    source = jnp.arange(sinks) - context.start[:, None]  # row of this call that holds each sink
-    limit = x.shape[1] if context.lengths is None else context.lengths[:, None]
-    taken = jnp.take_along_axis(x, jnp.clip(source, 0, x.shape[1] - 1)[:, :, None, None], axis=1)
-    fresh = ((source >= 0) & (source < limit))[:, :, None, None]
-    return jnp.where(fresh, taken, jnp.zeros_like(taken) if old is None else old.astype(x.dtype))
-
-
-def window_flops(config: ModelConfig, attention: AttentionConfig) -> float:
-    """Operations per token of the softmax over window and sinks; a terraced window holds 1.5 w tokens on average."""
-    tokens = attention.window_size * (1.5 if attention.window_kind == "terraced" else 1)
-    return 4.0 * config.num_heads * config.head_dim * (tokens + attention.sinks)
-
-
-def joint(
-    window: WindowTerms,
-    linear_numerator: Float[Array, "B T H d"],
-    linear_denominator: Float[Array, "B T H"],
-    factor: Float[Array, " H"],
-    *,
-    affine: bool,
-) -> Float[Array, "B T H d"]:
-    """One denominator over both branches: [s W + l L v] / [s W + l L], s = sigmoid(factor), l = 1 or (affine) 1 - s;
-    float32.
-    """
-    share = jax.nn.sigmoid(factor)
-    rest = 1 - share if affine else jnp.ones_like(share)
-    numerator = share[:, None] * window.numerator + rest[:, None] * linear_numerator
-    denominator = share * window.denominator + rest * linear_denominator
-    return numerator / (denominator + 1e-10)[..., None]
+MIXER = WindowMixer

@@ -40,7 +40,7 @@ def test_mistakes_are_one_line(tmp_path, flags, message):
 def test_list_shows_all_jobs_and_report_writes_what_there_is(tmp_path):
     flags = ["--config=configs/study_cpu.py", f"--output={tmp_path / 'out'}"]
     lines = study(*flags, "--list").stdout.splitlines()
-    assert [line.split()[:2] for line in lines] == [["to", "do"]] * 12
+    assert [line.split()[:2] for line in lines] == [["to", "do"]] * 14
     assert not (tmp_path / "out").exists()
     assert study(*flags, "--report").returncode == 0
     assert "Not run: teacher; " in (tmp_path / "out/results.md").read_text()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from lawcat_jax import models
 from lawcat_jax.analysis.study import Cells, Claim, Evaluation, Row
 from lawcat_jax.analysis.study.plan import make_plan, run_facts
 from lawcat_jax.analysis.study.table import load_study
@@ -179,6 +182,14 @@ def test_a_file_that_is_no_study_is_one_line(tmp_path, text, message):
 CHANGES = {
     "lolcats_terraced": {"attention.kind", "attention.window_size", "attention.window_kind", "attention.tie_qk"},
     "lolcats_sliding": {"attention.kind", "attention.window_size", "attention.tie_qk"},
+    "window_sinks": {
+        *("attention.kind", "attention.window_size", "attention.sinks"),
+        *("stage1.enabled", "stage2.trainable"),
+    },
+    "window_sinks_untrained": {
+        *("attention.kind", "attention.window_size", "attention.sinks"),
+        *("stage1.enabled", "stage2.trainable", "stage2.enabled"),
+    },
     "no_conv": {"attention.conv"},
     "plain_linear": {"attention.gate_kind", "attention.conv"},
     "no_normalizer": {"attention.normalize"},
@@ -219,6 +230,19 @@ def test_the_real_study_changes_what_its_rows_say_and_trains_on_nothing_longer()
     # The headline is the shipped recipe and nothing else.
     _, recipe = load_recipe()
     assert differences(run_facts(recipe), run_facts(configs("lawcat_seed0")), {}, "config") == []
+
+
+def test_the_window_with_sinks_has_a_cache_as_large_as_the_state():
+    """In bytes, of activations in bfloat16."""
+    _, configs = load_study(str(ROOT / "configs/study_smollm2.py"))
+
+    def size(name):
+        config = configs(f"{name}_seed0")
+        graphdef, shapes = models.abstract(config.teacher.architecture, config.attention, dtype=jnp.bfloat16)
+        state = jax.eval_shape(lambda params: models.bind(graphdef, params).init_recurrent(1)["linear"], shapes)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+    assert size("window_sinks") == size("window_sinks_untrained") == size("lawcat_short") == 30 * 154_368
 
 
 def load_recipe():
