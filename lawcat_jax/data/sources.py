@@ -16,8 +16,9 @@ import numpy as np
 from lawcat_jax.config import DataConfig
 from lawcat_jax.data import text as text_data
 from lawcat_jax.data.babilong import BabilongGenerator
+from lawcat_jax.data.conversations import conversations
 from lawcat_jax.data.haystack import load_haystack
-from lawcat_jax.data.instructions import conversations, encode_conversation
+from lawcat_jax.data.instructions import Encoded, encode_conversation
 from lawcat_jax.data.passkey import PasskeyGenerator
 from lawcat_jax.data.retrieval import RetrievalGenerator
 from lawcat_jax.data.samples import Sample, sample_rng
@@ -259,16 +260,19 @@ class InstructionSource:
         if not source:
             raise UserError("data.source: name instruction data (a path or hf:...)")
         limit = data.num_samples + data.validation_samples if is_remote(source) else None
-        rows = list(conversations(source, limit))
+        rows = list(conversations(source, limit, data.ignored_fields))
         held = min(data.validation_samples, len(rows) if own else len(rows) // 10)
         if own:
             rows = rows[:held] if validation else rows
         else:
             rows = rows[len(rows) - held :] if validation else rows[: len(rows) - held]
         if not rows and not validation:
-            raise UserError(f"instruction data {source!r}: it holds no rows")
+            raise UserError(f"instruction data {source!r}: it holds no rows with an answer to learn from")
         self._rows = rows
         self._encoded = functools.lru_cache(maxsize=4096)(self._encode)
+        forms = [(row.alpaca is None, *(turn.role for turn in row.turns)) for row in rows]
+        for index in {form: index for index, form in enumerate(forms)}.values():
+            self._encoded(index)  # what a chat template refuses shows here, not in the middle of a run
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -280,14 +284,15 @@ class InstructionSource:
         return self.long_document(index, self._seq_length)
 
     def bound(self, index: int) -> int:
-        return min(self._seq_length, len(self._encoded(index % len(self))[0]))
+        return min(self._seq_length, len(self._encoded(index % len(self)).tokens))
 
     def long_document(self, index: int, max_tokens: int) -> Document:
-        tokens, answers = self._encoded(index % len(self))
+        found = self._encoded(index % len(self))
         prompt = self._data.prompt_weight if self._data.answer_only else 1.0
-        weights = np.where(answers, self._data.answer_weight, prompt).astype(np.float32)
+        weights = np.where(found.answers, self._data.answer_weight * found.weights, prompt).astype(np.float32)
         weights[0] = 0.0
-        return Document(tokens[:max_tokens], weights[:max_tokens], kl_weight=self._data.kl_weight)
+        return Document(found.tokens[:max_tokens], weights[:max_tokens], kl_weight=self._data.kl_weight)
 
-    def _encode(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return encode_conversation(self._tokenizer, self._rows[index], add_bos=self._data.add_bos)
+    def _encode(self, index: int) -> Encoded:
+        data = self._data
+        return encode_conversation(self._tokenizer, self._rows[index], add_bos=data.add_bos, date=data.chat_date)
