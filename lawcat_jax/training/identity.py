@@ -26,7 +26,7 @@ def identity(config: Config, origin: Mapping[str, Any], data: Mapping[str, Any])
     weights, ``weights``, ``weights_hash`` and ``tokenizer`` (digests; ``weights`` None where they are drawn at random, and
     ``weights_hash`` missing there, and where an earlier version wrote this), and ``chat_template`` (digest) where the data
     are conversations. ``data``: stage ->
-    source -> names, sizes and digests of its files on this machine, see :func:`lawcat_jax.training.inputs.data_files`.
+    source -> what tells it from a changed one, see :func:`lawcat_jax.training.inputs.data_read`.
     """
     values = {name: value for name, value in to_dict(config).items() if name not in HARMLESS}
     return json.loads(json.dumps({"config": values, "teacher": dict(origin), "data": dict(data)}))
@@ -72,8 +72,8 @@ def _refuse_other_data(old: Any, new: Any, where: str) -> None:
     changed = [place[1] for place, files in now.items() if not _same_files(before.get(place, files), files)]
     if changed:
         raise UserError(
-            f"{where} belongs to a run that began with other data: the files of {', '.join(dict.fromkeys(changed))} have other "
-            "names or contents now; restore them, or use another --workdir"
+            f"{where} belongs to a run that began with other data: files or rows of {', '.join(dict.fromkeys(changed))} have "
+            "other names or contents now; restore them, or use another --workdir"
         )
 
 
