@@ -88,7 +88,7 @@ def encode_conversation(
 def _through_template(tokenizer: Tokenizer, conversation: Conversation, date: str) -> tuple[str, list[tuple[int, int]]]:
     """(text, characters at which each answer begins and ends)."""
     turns, where = conversation.turns, f"tokenizer {tokenizer.name_or_path!r}: its chat template"
-    template = _dated(tokenizer.get_chat_template(), date)
+    template = _dated(tokenizer, date)
 
     def written(count: int, *, asked: bool = False) -> str:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns[:count]]
@@ -139,12 +139,19 @@ def _rendered(tokenizer: Tokenizer, template: str, messages: list[dict[str, str]
         raise UserError(f"{refuses}: {' '.join(str(problem).split())[:200]}") from problem
 
 
-def _dated(template: str, date: str) -> str:
-    """A template in which ``strftime_now`` tells the time at the beginning of ``date`` or, without one, refuses.
+def _dated(tokenizer: Tokenizer, date: str) -> str:
+    """The chat template, in which ``strftime_now`` tells the time at the beginning of ``date`` or, without one, refuses.
 
     It is defined in the template itself: transformers hands no functions to templates.
     """
-    if "strftime_now" not in template:
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as problem:  # several, and none of them the default
+        reason = str(problem).strip().split("\n")[0]
+        raise UserError(
+            f"tokenizer {tokenizer.name_or_path!r}: its chat template cannot be used ({reason})"
+        ) from problem
+    if not writes_date(template):
         return template
     value = f'raise_exception("{_NO_DATE}")'
     if date:
@@ -153,3 +160,8 @@ def _dated(template: str, date: str) -> str:
         value = "format" + "".join(f' | replace("{code}", "{day.strftime(code)}")' for code in codes)
     # The empty expression keeps a newline that the template may begin with.
     return f"{{%- macro strftime_now(format) -%}}{{{{ {value} }}}}{{%- endmacro %}}{{{{ '' }}}}{template}"
+
+
+def writes_date(template: object) -> bool:
+    """Whether a chat template, or one of several, asks for today's date."""
+    return "strftime_now" in str(template)

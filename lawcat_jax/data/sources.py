@@ -22,7 +22,7 @@ from lawcat_jax.data import text as text_data
 from lawcat_jax.data.babilong import BabilongGenerator
 from lawcat_jax.data.conversations import Conversation, conversations
 from lawcat_jax.data.haystack import load_haystack
-from lawcat_jax.data.instructions import Encoded, encode_conversation
+from lawcat_jax.data.instructions import Encoded, encode_conversation, writes_date
 from lawcat_jax.data.passkey import PasskeyGenerator
 from lawcat_jax.data.retrieval import RetrievalGenerator
 from lawcat_jax.data.samples import Sample, sample_rng
@@ -320,6 +320,11 @@ class InstructionSource:
 
     def __init__(self, data: DataConfig, tokenizer: Tokenizer, *, seq_length: int, split: str):
         self._data, self._tokenizer, self._seq_length = data, tokenizer, seq_length
+        if data.chat_date and not writes_date(getattr(tokenizer, "chat_template", None)):
+            raise UserError(
+                f"data.chat_date: {data.chat_date} is read by nothing, since tokenizer {tokenizer.name_or_path!r} has no chat "
+                "template that writes a date"
+            )
         validation, own = split == "validation", bool(data.validation_source)
         source, rows = _conversations(data, split)
         if validation and own:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lawcat_jax.config import Config, ModelConfig, to_dict
+from lawcat_jax.config import Config, MixtureSource, ModelConfig, to_dict
 from lawcat_jax.errors import UserError
 
 # Fields that change neither parameters nor data: a run may be resumed with other values.
@@ -140,6 +140,9 @@ def differences(old: Any, new: Any, defaults: Any, path: str) -> list[str]:
             else:
                 found += differences(a, b, defaults.get(name), f"{path}.{name}")
         return found
+    if isinstance(old, list) and isinstance(new, list) and path.endswith(".mixture") and len(old) == len(new):
+        defaults, pairs = _plain(MixtureSource()), enumerate(zip(old, new, strict=True))
+        return [line for index, (a, b) in pairs for line in differences(a, b, defaults, f"{path}[{index}]")]
     if isinstance(old, bool) and path.endswith(".add_bos") and isinstance(new, str):
         old = "always" if old else "never"  # what these values of an earlier version meant
     return [] if old == new else [f"{path}: {old!r} there, {new!r} here"]

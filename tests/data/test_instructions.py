@@ -238,6 +238,18 @@ def test_what_a_template_refuses_shows_at_the_start(tmp_path):
     assert counted({"messages": [ANSWER, USER, ANSWER]}) == "Because.<|end|>Because.<|end|>"
 
 
+def test_one_of_several_templates_is_the_default():
+    tokenizer, row = templated(), {"messages": [USER, ANSWER]}
+    expected = encoded(tokenizer, row).tokens.tolist()
+    tokenizer.chat_template = {"default": CHATML, "rag": "{{ documents }}"}
+    assert encoded(tokenizer, row).tokens.tolist() == expected
+    tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}
+    with pytest.raises(UserError, match=r"its chat template cannot be used \(This model has multiple chat templates"):
+        encoded(tokenizer, row)
+    with pytest.raises(UserError, match=r"its chat template refuses row: Expected an expression"):
+        encoded(templated("{% if %}"), row)
+
+
 def test_a_template_that_leaves_messages_out_is_refused():
     silent = CHATML.replace("{{'<|'", "{% if m.role != 'system' %}{{'<|'").replace("\n'}}", "\n'}}{% endif %}", 1)
     assert counted({"messages": [USER, ANSWER]}, silent) == "Because.<|end|>"
@@ -267,6 +279,10 @@ def test_todays_date_is_not_trained_on(tmp_path):
     assert decode(tokenizer, encoded(templated(newline), row).tokens).startswith("\n<|user|>")
     data = DataConfig(kind="instruction", source=write(tmp_path / "x.jsonl", row), chat_date="2024-02-09")
     Config(stage1=StageConfig(data=data)).validate()
+    assert len(Samples(data, tokenizer, seq_length=64, seed=0, split="train")) == 1
+    for unread in (templated(), small.byte_level()):
+        with pytest.raises(UserError, match=r"data\.chat_date: 2024-02-09 is read by nothing"):
+            Samples(data, unread, seq_length=64, seed=0, split="train")
     for wrong in ("today", "2024-2-9", "20240209"):
         data.chat_date = wrong
         with pytest.raises(ConfigError, match=r"chat_date: '.*' is no date such as"):

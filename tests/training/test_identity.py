@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from training_doubles import STEPS, Run
 
-from lawcat_jax.config import Config, DataConfig, MixtureSource, StageConfig, TeacherConfig
+from lawcat_jax.config import Config, DataConfig, MixtureSource, StageConfig, TeacherConfig, to_dict
 from lawcat_jax.data import haystack, text
 from lawcat_jax.data import sources as data_sources
 from lawcat_jax.errors import UserError
 from lawcat_jax.training import inputs
 from lawcat_jax.training import run as run_module
-from lawcat_jax.training.identity import refuse_another
+from lawcat_jax.training.identity import refuse_another, refuse_other_config
 from lawcat_jax.training.loop import InterruptedRunError, TrainingError
 from lawcat_jax.training.workdir import Workdir
 from tests.data import tokenizers as small
@@ -153,6 +153,24 @@ def test_the_chat_template_is_part_of_a_run_on_conversations():
         found = [origin(template, stage2=stage) for template in (None, "{{ a }}", "{{ b }}")]
         assert len({one.pop("chat_template") for one in found}) == 3
         assert found[0] == found[1] == found[2] == origin("{{ a }}", stage2=plain)
+
+
+def test_sources_of_a_mixture_are_compared_field_by_field():
+    """One that a later version brought counts as its default."""
+    parts = (MixtureSource(kind="text", source="a"), MixtureSource(kind="instruction", source="b"))
+    config = Config(stage2=StageConfig(data=DataConfig(kind="mixture", mixture=parts)))
+    new = json.loads(json.dumps(to_dict(config)))
+    old = json.loads(json.dumps(new))
+    sources = old["stage2"]["data"]["mixture"]
+    for source in sources:
+        del source["chat_date"]
+    refuse_other_config(old, new, "there")
+    sources[1]["weight"] = 7.0
+    with pytest.raises(UserError, match=r"config\.stage2\.data\.mixture\[1\]\.weight: 7\.0 there, 1\.0 here\)"):
+        refuse_other_config(old, new, "there")
+    sources.pop()
+    with pytest.raises(UserError, match=r"config\.stage2\.data\.mixture: "):
+        refuse_other_config(old, new, "there")
 
 
 def test_a_stage_of_another_length_is_refused(begun):
