@@ -120,12 +120,20 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
             if not line.strip():
                 continue
             try:  # bytes that are not UTF-8 become surrogates, which are counted and replaced later
-                row = json.loads(line.decode("utf-8", "surrogateescape"))
+                row = json.loads(line.decode("utf-8", "surrogateescape"), object_pairs_hook=_object)
             except ValueError as problem:
                 raise UserError(f"text source {str(file)!r}, line {number}: not JSON ({problem})") from problem
             except RecursionError:
                 raise UserError(f"text source {str(file)!r}, line {number}: JSON nested too deeply") from None
             yield f"{str(file)!r}, line {number}", row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+    return found
 
 
 def _parquet_documents(file: Path, text_key: str) -> Iterator[str]:

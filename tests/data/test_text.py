@@ -192,6 +192,7 @@ def _bad(folder):
     (folder / "other.jsonl").write_text('{"body": "a"}\n')
     (folder / "number.jsonl").write_text('{"text": 3}\n')
     (folder / "list.jsonl").write_text("[1]\n")
+    (folder / "twice.jsonl").write_text('{"text": "a", "meta": {"text": 1}}\n{"text": "a", "text": "b"}\n')
     (folder / "blank.jsonl").write_text("\n\n")
     (folder / "bad.parquet").write_bytes(b"PAR1 nothing")
     (folder / "table.csv").write_text("a,b")
@@ -204,6 +205,7 @@ def _bad(folder):
         "other.jsonl": "line 1: no field 'text'.*it has body",
         "number.jsonl": "holds a int, not text",
         "list.jsonl": "it is a list",
+        "twice.jsonl": "line 2: not JSON .'text' stands twice in an object",
         "blank.jsonl": "holds no text",
         "bad.parquet": "not a readable parquet file",
         "other.parquet": "no column 'text'.*it has body",
