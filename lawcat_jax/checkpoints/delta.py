@@ -246,7 +246,7 @@ def write_delta(
     values["sha256"] = _content(values, arrays)
     entries = [(path, array.dtype, array.shape, lambda array=array: array) for path, array in arrays.items()]
     with new_file(target) as temporary:
-        write_tensors(temporary, entries, metadata={_KEY: json.dumps(values)}, sums=False)
+        write_tensors(temporary, entries, metadata={_KEY: json.dumps(values)}, hashes=False)
     return target.stat().st_size
 
 

@@ -1,7 +1,7 @@
 """Fingerprints of what is stored: of single arrays, wherever they lie, of JSON values, and of small files.
 
-Arrays have two kinds: a hash, which model directories hold, and a weighted sum, which safetensors files and model directories of
-earlier versions hold. The sum sees damage, but not every exchange of elements nor an even number of changed signs in float32.
+Arrays have two kinds: a hash, and a weighted sum, which earlier versions wrote. The sum sees damage, but not every exchange of
+elements nor an even number of changed signs in float32.
 
 ``LAWCAT_VERIFY_WEIGHTS=off`` in the environment skips the check of arrays when they are read, which takes about two seconds a
 gigabyte; it is on by default.
@@ -14,7 +14,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,27 +86,42 @@ def array_digest(array: Any) -> str:
     """The :func:`~lawcat_jax.runtime.array_hash.array_hash` of a numpy or jax array in 16 hex digits; on the host several
     threads make it."""
     words = _hash_on_host(array) if isinstance(array, np.ndarray) else np.asarray(_hash_program()(array)).tolist()
-    return "".join(f"{word:08x}" for word in words)
+    return hash_digits(words)
 
 
-def _hash_on_host(array: np.ndarray) -> list[int]:
+def hash_part(array: np.ndarray, first: int) -> tuple[int, int]:
+    """What elements ``first``, ``first`` + 1, ... of 1, 2 or 4 bytes add to the two words of the hash of the whole array, modulo
+    2^32."""
+    words = _hash_on_host(array, first)
+    return words[0], words[1]
+
+
+def hash_digits(words: Iterable[int]) -> str:
+    """The two words of a hash in 16 hex digits."""
+    return "".join(f"{word % (1 << 32):08x}" for word in words)
+
+
+def _hash_on_host(array: np.ndarray, first: int = 0) -> list[int]:
     bits = np.ascontiguousarray(array).reshape(-1).view(f"u{min(array.dtype.itemsize, 4)}")
+    blocks = range(0, bits.size, _BLOCK)
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
-        parts = list(threads.map(lambda first: _hash_block(bits, first), range(0, bits.size, _BLOCK)))
+        parts = list(threads.map(lambda start: _hash_block(bits[start : start + _BLOCK], first + start), blocks))
     return [sum(part[word] for part in parts) % (1 << 32) for word in (0, 1)]
 
 
 def _hash_block(bits: np.ndarray, first: int) -> tuple[int, int]:
-    """What the block of elements that begins at ``first`` adds to the two words."""
+    """What the elements of ``bits``, the first of which is element ``first`` of the array, add to the two words."""
     from lawcat_jax.runtime.array_hash import FACTORS, GOLDEN
 
     totals = [0, 0]
-    size = min(_PIECE, bits.size - first)
+    size = min(_PIECE, bits.size)
     places, buffers = np.arange(size, dtype=np.uint32), np.empty((3, size), np.uint32)
-    for start in range(first, min(first + _BLOCK, bits.size), _PIECE):
-        piece = bits[start : start + _PIECE]
+    start = 0
+    while start < bits.size:
+        high, low = divmod(first + start, 1 << 32)
+        piece = bits[start : start + min(_PIECE, (1 << 32) - low)]  # up to where the upper half of the index changes
+        start += piece.size
         key, word, spare = (buffer[: piece.size] for buffer in buffers)
-        high, low = divmod(start, 1 << 32)  # 2^32 is a multiple of a piece: high is that of all its elements
         np.add(places[: piece.size], np.uint32((low + GOLDEN) % (1 << 32)), out=key)
         key ^= _mixed(np.full(1, high, np.uint32), np.empty(1, np.uint32))
         _mixed(key, spare)

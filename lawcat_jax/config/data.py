@@ -1,6 +1,7 @@
 """The data that a training stage reads."""
 
 import dataclasses
+import datetime
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,12 @@ class MixtureSource(Node):
     """``text``: the field of a row that holds its text."""
     validation_source: str = ""
     """``text``, ``instruction``: what validation reads, written as ``source``."""
+    ignored_fields: tuple[str, ...] = ()
+    """``instruction``: fields of rows and messages that say nothing of what is to be learnt, beside those known as such. Others
+    that are not understood are refused."""
+    chat_date: str = ""
+    """``instruction``: the day (YYYY-MM-DD) that a chat template writes which would write today's; without it such a template is
+    refused."""
     wording: Wording = "paper"
     """Passkey and the other generated kinds: wording of training samples. ``varied`` samples fill ``seq_length``."""
     validation_wording: ValidationWording = ""
@@ -122,6 +129,12 @@ class DataConfig(Node):
     validation."""
     validation_source: str = ""
     """Text for validation, written as ``source``."""
+    ignored_fields: tuple[str, ...] = ()
+    """``instruction``: fields of rows and messages that say nothing of what is to be learnt, beside those known as such. Others
+    that are not understood are refused."""
+    chat_date: str = ""
+    """``instruction``: the day (YYYY-MM-DD) that a chat template writes which would write today's; without it such a template is
+    refused."""
     num_workers: int = 0
     """[threads] Prepare batches ahead; 0 prepares them in the training loop."""
     num_processes: int = 0
@@ -143,6 +156,10 @@ _LIMITS |= {"passkey_words": 2**26, "pieces": 2**20}
 def _passkeys(data: DataConfig | MixtureSource) -> bool:
     """Whether the stream has passkey samples, of its own kind or among text."""
     return data.kind == "passkey" or (data.kind == "text" and getattr(data, "passkey_fraction", 0.0) > 0)
+
+
+def _instructions(data: DataConfig | MixtureSource) -> bool:
+    return data.kind == "instruction"
 
 
 def _generated(data: DataConfig | MixtureSource) -> bool:
@@ -176,6 +193,8 @@ _READ_BY: dict[str, tuple[Callable[[DataConfig | MixtureSource], bool], str]] = 
     "source": (_from_source, "'text' and 'instruction'"),
     "text_key": (lambda data: data.kind == "text", "'text'"),
     "validation_source": (_from_source, "'text' and 'instruction'"),
+    "ignored_fields": (_instructions, "'instruction'"),
+    "chat_date": (_instructions, "'instruction'"),
     "passkey_words": (
         lambda data: data.kind == "passkey" and "paper" in (data.wording, data.validation_wording),
         "'passkey' in the wording 'paper'",
@@ -281,6 +300,13 @@ def weight_problems(data: DataConfig, path: str) -> list[str]:
     return problems
 
 
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 def _source_problems(source: DataConfig | MixtureSource, path: str) -> list[str]:
     problems = []
     if source.kind in ("text", "instruction") and not source.source:
@@ -295,6 +321,8 @@ def _source_problems(source: DataConfig | MixtureSource, path: str) -> list[str]
         problems.append(f"{path}.hay_source: name books (a path, hf:..., or tfds:...) for kind {source.kind!r}")
     if source.kind == "babilong" and not source.babi_tasks:
         problems.append(f"{path}.babi_tasks: name at least one task")
+    if source.chat_date and not _is_date(source.chat_date):
+        problems.append(f"{path}.chat_date: {source.chat_date!r} is no date such as 2026-01-31")
     if not 0 <= source.min_length_fraction <= 1:
         problems.append(f"{path}.min_length_fraction: {source.min_length_fraction} is outside [0, 1]")
     for name in ("answer_weight", "prompt_weight", "end_weight", "text_weight", "kl_weight"):

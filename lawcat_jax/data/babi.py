@@ -46,7 +46,13 @@ def read_stories(file: Path) -> list[Story]:
     """
     stories: list[Story] = []
     facts: dict[int, str] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise UserError(f"bAbI file {str(file)!r}: not UTF-8 at byte {problem.start}") from problem
+    except OSError as problem:
+        raise UserError(f"bAbI file {str(file)!r}: cannot be read ({problem.strerror or problem})") from problem
+    for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
         head, _, rest = line.partition(" ")
@@ -59,8 +65,13 @@ def read_stories(file: Path) -> list[Story]:
             facts[int(head)] = rest.strip()
             continue
         question, answer, support = (field.strip() for field in fields)
-        order = list(facts)
-        places = tuple(order.index(int(place)) for place in support.split() if int(place) in facts)
+        order = list(map(str, facts))
+        if not question or not answer or not support or not set(support.split()) <= set(order):
+            raise UserError(
+                f"bAbI file {str(file)!r}, line {number}: a question needs an answer, and numbers of facts before it that support "
+                f"it, not {support!r}"
+            )
+        places = tuple(order.index(place) for place in support.split())
         stories.append(Story(tuple(facts.values()), question, answer, places))
     return stories
 
@@ -101,6 +112,10 @@ def _file(directory: str, task: str, split: str) -> Path | None:
     if not directory:
         return None
     files = sorted(Path(directory).expanduser().glob(f"{task}_*_{split}.txt"))
+    if len(files) > 1:
+        raise UserError(
+            f"bAbI directory {directory!r}: {files[0].name} and {files[1].name} are both {task}'s; leave one"
+        )
     return files[0] if files else None
 
 

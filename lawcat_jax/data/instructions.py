@@ -1,24 +1,23 @@
-"""Instruction data: conversations as samples whose loss counts on the answers.
+"""Conversations as tokens whose loss counts on the answers.
 
-Rows are in Alpaca's form (``instruction``, ``input``, ``output``) or chat form (``messages`` of ``role`` and ``content``, or
-``conversations`` of ``from`` and ``value``). A tokenizer with a chat template writes them through it; without one,
-Alpaca-form rows take the prompt that Stanford Alpaca published.
+A tokenizer with a chat template writes them through it; without one, rows of ``instruction``, ``input`` and ``output`` take the
+prompt that Stanford Alpaca published. :mod:`lawcat_jax.data.conversations` says what rows may hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import datetime
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from lawcat_jax.config.choices import Bos
-from lawcat_jax.data import text as text_data
+from lawcat_jax.data.conversations import Conversation, Turn
 from lawcat_jax.data.tokenize import Tokenizer, encode_offsets, opening
 from lawcat_jax.errors import UserError
 
-Message = dict[str, str]  # "role": "system" | "user" | "assistant"; "content"
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
@@ -28,100 +27,141 @@ ALPACA_WITH_INPUT = (
     "that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
+_NO_DATE = "it writes today's date"
 
 
-def conversations(source: str, limit: int | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of a source (.jsonl, .parquet, ``hf:<name>[:config][:split]``), the first ``limit``.
+class Encoded(NamedTuple):
+    """A conversation of n tokens, int32 [n]; ``answers`` bool [n]: which of them belong to an answer, the mark that ends it
+    included; ``weights`` float32 [n]: how much each of these counts, 0 for the other tokens."""
 
-    Raises:
-      UserError: naming the source and the row that is in neither form.
-    """
-    for number, (where, row) in enumerate(text_data.rows(source)):
-        if limit is not None and number >= limit:
-            return
-        messages(row, where)  # a bad row fails here, not in the middle of a run
-        yield row
-
-
-def messages(row: dict[str, Any], where: str = "row") -> list[Message]:
-    """The messages of a row, ending with the last answer; an Alpaca row gives one question and one answer.
-
-    Raises:
-      UserError: for a row in neither form, or without an answer.
-    """
-    if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
-        extra = row.get("input") or ""
-        question = f"{row['instruction']}\n\n{extra}" if extra else row["instruction"]
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
-    turns = row.get("messages") or row.get("conversations")
-    if row.get("tools") or any(isinstance(turn, dict) and turn.get("tool_calls") for turn in turns or ()):
-        raise UserError(f"instruction data {where}: calls of tools are not supported; leave these rows out")
-    found = []
-    for turn in turns if isinstance(turns, list | tuple) else ():
-        role, content = (
-            (turn.get("role") or turn.get("from"), turn["content"] if "content" in turn else turn.get("value"))
-            if isinstance(turn, dict)
-            else (None, None)
-        )
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise UserError(f"instruction data {where}: a message needs role and content (or from and value)")
-        found.append({"role": _ROLES.get(role, role), "content": content})
-    while found and found[-1]["role"] != "assistant":
-        found.pop()
-    if not found:
-        raise UserError(
-            f"instruction data {where}: expected instruction and output, or messages with an assistant's answer; "
-            f"it has {', '.join(map(str, row)) or 'nothing'}"
-        )
-    return found
+    tokens: np.ndarray
+    answers: np.ndarray
+    weights: np.ndarray
 
 
 def encode_conversation(
-    tokenizer: Tokenizer, row: dict[str, Any], *, add_bos: bool | Bos = True
-) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens int32 [n], answers bool [n]): which tokens belong to an answer, the mark that ends it included.
+    tokenizer: Tokenizer, conversation: Conversation, *, add_bos: bool | Bos = True, date: str = ""
+) -> Encoded:
+    """What the chat template writes (one that writes bos itself gets no second one), or Alpaca's prompt, the answer and eos.
 
-    The text is what the chat template writes (a template that writes bos itself gets no second one), or Alpaca's prompt,
-    the answer and eos.
+    Args:
+      tokenizer: with or without a chat template.
+      conversation: ends with an answer.
+      add_bos: see :func:`lawcat_jax.data.tokenize.opening`.
+      date: YYYY-MM-DD, what a template that writes today's date writes instead.
 
     Raises:
-      UserError: for chat rows without a chat template, or a template that rewrites earlier turns.
+      UserError: a chat without a chat template; a template that refuses the conversation, leaves out a message, rewrites
+        earlier turns, or writes today's date where no ``date`` is given.
     """
-    turns = messages(row)
-    spans: list[tuple[int, int]] = []
+    turns = conversation.turns
     if getattr(tokenizer, "chat_template", None):
-        text = _templated(tokenizer, turns)
-        for number, turn in enumerate(turns):
-            if turn["role"] != "assistant":
-                continue
-            before = _templated(tokenizer, turns[:number], add_generation_prompt=True)
-            after = _templated(tokenizer, turns[: number + 1])
-            if not text.startswith(before) or not text.startswith(after.rstrip()):
-                raise UserError(
-                    f"tokenizer {tokenizer.name_or_path!r}: its chat template rewrites earlier turns, so answers cannot be "
-                    "told from the prompt"
-                )
-            spans.append((len(before), len(after.rstrip())))
+        text, spans = _through_template(tokenizer, conversation, date)
         closing: list[int] = []
     else:
-        if len(turns) != 2 or "instruction" not in row:
+        if conversation.alpaca is None:
             raise UserError(
-                f"tokenizer {tokenizer.name_or_path!r} has no chat template: chat rows need one, Alpaca rows do not"
+                f"tokenizer {tokenizer.name_or_path!r} has no chat template: chats, and rows with a system or history, need "
+                f"one (instruction data {conversation.where})"
             )
-        frame = ALPACA_WITH_INPUT if row.get("input") else ALPACA
-        prompt = frame.format(instruction=row["instruction"], input=row.get("input") or "")
-        text = f"{prompt}\n{row['output']}"
-        spans.append((len(prompt) + 1, len(text)))
+        instruction, extra, output = conversation.alpaca
+        prompt = (ALPACA_WITH_INPUT if extra else ALPACA).format(instruction=instruction, input=extra)
+        text = f"{prompt}\n{output}"
+        spans = [(len(prompt) + 1, len(text))]
         closing = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoding = encode_offsets(tokenizer, text)
     bos = opening(tokenizer, add_bos, encoding.ids)
     ends = np.asarray([end for _, end in encoding.offsets], np.int64)
-    answers = np.zeros(len(ends), bool)
-    for start, end in spans:  # a token that reaches into an answer belongs to it
-        answers[np.searchsorted(ends, start, side="right") : np.searchsorted(ends, end, side="left") + 1] = True
-    tokens = np.asarray([*bos, *encoding.ids, *closing], np.int32)
-    return tokens, np.asarray([*[False] * len(bos), *answers, *[True] * len(closing)], bool)
+    answers, weights = np.zeros(len(ends), bool), np.zeros(len(ends), np.float32)
+    counted = [turn.weight for turn in turns if turn.role == "assistant"]
+    for (start, end), weight in zip(spans, counted, strict=True):  # a token that reaches into an answer belongs to it
+        span = slice(np.searchsorted(ends, start, side="right"), np.searchsorted(ends, end, side="left") + 1)
+        answers[span], weights[span] = True, weight
+    first, last = len(bos), len(closing)
+    return Encoded(
+        np.asarray([*bos, *encoding.ids, *closing], np.int32),
+        np.pad(answers, (first, last), constant_values=(False, True)),
+        np.pad(weights, (first, last), constant_values=(0.0, counted[-1])),
+    )
 
 
-def _templated(tokenizer: Tokenizer, turns: list[Message], add_generation_prompt: bool = False) -> str:
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+def _through_template(tokenizer: Tokenizer, conversation: Conversation, date: str) -> tuple[str, list[tuple[int, int]]]:
+    """(text, characters at which each answer begins and ends)."""
+    turns, where = conversation.turns, f"tokenizer {tokenizer.name_or_path!r}: its chat template"
+    template = _dated(tokenizer, date)
+
+    def written(count: int, *, asked: bool = False) -> str:
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns[:count]]
+        return _rendered(tokenizer, template, messages, asked, f"{where} refuses {conversation.where}")
+
+    text, spans, seen = written(len(turns)), [], 0
+    for number, turn in enumerate(turns):
+        if turn.role != "assistant":
+            continue
+        after = written(number + 1).rstrip()
+        # No template writes a conversation without a message: an answer at the very beginning is looked for.
+        before = written(number, asked=True) if number else text[: text.find(turn.content.strip())]
+        if not text.startswith(before) or not text.startswith(after):
+            raise UserError(
+                f"{where} rewrites earlier turns, so answers cannot be told from the prompt (instruction data "
+                f"{conversation.where})"
+            )
+        _refuse_missing(turns[seen : number + 1], text, len(before), len(after), f"{where} leaves out", conversation)
+        spans.append((len(before), len(after)))
+        seen = number + 1
+    return text, spans
+
+
+def _refuse_missing(
+    turns: Sequence[Turn], text: str, begin: int, end: int, problem: str, conversation: Conversation
+) -> None:
+    """Refuse a template that writes a message only in part: white space apart, each stands where it should."""
+    for turn in turns:
+        part = text[begin:end] if turn.role == "assistant" else text[:begin]
+        if "".join(turn.content.split()) not in "".join(part.split()):
+            what = {"assistant": "part of an answer", "user": "part of a question"}.get(turn.role, "the system message")
+            raise UserError(f"{problem} {what} of instruction data {conversation.where}; leave such rows out")
+
+
+def _rendered(tokenizer: Tokenizer, template: str, messages: list[dict[str, str]], asked: bool, refuses: str) -> str:
+    import jinja2
+
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=asked
+        )
+    except (jinja2.exceptions.TemplateError, TypeError, KeyError, ValueError) as problem:
+        if _NO_DATE in str(problem):
+            raise UserError(
+                f"tokenizer {tokenizer.name_or_path!r}: its chat template writes today's date, and what is trained on must not "
+                "depend on the day: set the stage's data.chat_date, such as 2026-01-31"
+            ) from None
+        raise UserError(f"{refuses}: {' '.join(str(problem).split())[:200]}") from problem
+
+
+def _dated(tokenizer: Tokenizer, date: str) -> str:
+    """The chat template, in which ``strftime_now`` tells the time at the beginning of ``date`` or, without one, refuses.
+
+    It is defined in the template itself: transformers hands no functions to templates.
+    """
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as problem:  # several, and none of them the default
+        reason = str(problem).strip().split("\n")[0]
+        raise UserError(
+            f"tokenizer {tokenizer.name_or_path!r}: its chat template cannot be used ({reason})"
+        ) from problem
+    if not writes_date(template):
+        return template
+    value = f'raise_exception("{_NO_DATE}")'
+    if date:
+        day = datetime.datetime.fromisoformat(date)
+        codes = sorted(set(re.findall(r"%[-_0^#]?[A-Za-z]", template)))
+        value = "format" + "".join(f' | replace("{code}", "{day.strftime(code)}")' for code in codes)
+    # The empty expression keeps a newline that the template may begin with.
+    return f"{{%- macro strftime_now(format) -%}}{{{{ {value} }}}}{{%- endmacro %}}{{{{ '' }}}}{template}"
+
+
+def writes_date(template: object) -> bool:
+    """Whether a chat template, or one of several, asks for today's date."""
+    return "strftime_now" in str(template)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from lawcat_jax.data.pieces import PieceStream
 from lawcat_jax.data.rows import Row, join_rows, make_row, pack
 from lawcat_jax.data.sample_processes import SampleProcesses
 from lawcat_jax.data.sources import GeneratedSource, Source, make_source
+from lawcat_jax.data.sources import remote_contents as read_remotely
 from lawcat_jax.data.teacher_store import TeacherStore
 from lawcat_jax.data.tokenize import Tokenizer
 from lawcat_jax.errors import UserError
@@ -201,6 +203,29 @@ def mixture_parts(data: DataConfig) -> list[tuple[float, DataConfig]]:
             (share, dataclasses.replace(data, mixture=(), passkey_words=0, passkey_fraction=0.0, **counts, **fields))
         )
     return parts
+
+
+def remote_contents(
+    data: DataConfig, tokenizer: Tokenizer, *, seq_length: int, validation_length: int
+) -> dict[str, list[list[Any]]]:
+    """Source -> [split, size, digest] of what a stream reads of it, for the sources that are on hubs.
+
+    Raises:
+      UserError: a source that cannot be read.
+    """
+    if data.kind == "text" and data.passkey_fraction == 1:  # its source is not opened
+        return {}
+    parts = mixture_parts(data) if data.kind == "mixture" else [(1.0, data)]
+    found: dict[str, list[list[Any]]] = {}
+    for split, length, wanted in (
+        ("train", seq_length, data.num_samples),
+        ("validation", validation_length, data.validation_samples),
+    ):
+        for share, part in parts:
+            if round(wanted * share) or (share and data.pieces and split == "train"):
+                for source, size, digest in read_remotely(part, tokenizer, seq_length=length, split=split):
+                    found.setdefault(source, []).append([split, size, digest])
+    return found
 
 
 def _source_seed(seed: int, number: int) -> int:

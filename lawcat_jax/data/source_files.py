@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lawcat_jax.config.choices import TEXT_SUFFIXES
 from lawcat_jax.errors import UserError
@@ -29,36 +30,86 @@ def local_files(source: str) -> list[Path]:
     """Files of a local source (a file, a directory searched recursively, or a glob), sorted by path.
 
     Of a directory, hidden files and folders (``.ipynb_checkpoints`` holds copies) are left out, and so are files of other
-    kinds, which are counted in a line on standard error. Upper and lower case of a suffix are the same.
+    kinds. Links are followed, and a file that is reached twice is read once. What is left out is counted in a line on standard
+    error. Upper and lower case of a suffix are the same. Folders of a pattern that exist as they are written are no patterns.
 
     Raises:
-      UserError: when nothing matches, or a file has an unknown suffix.
+      UserError: when nothing matches, a file has an unknown suffix, or a link of a directory leads nowhere.
     """
     path = Path(source).expanduser()
     try:
         if path.is_dir():
             return _of_directory(path, source)
         if path.is_file():
-            files = [path]
-        else:
-            files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+            return [_with_suffix(path)]
+        found = sorted(Path(name) for name in glob.glob(_pattern(path), recursive=True))
+        files = [_with_suffix(file) for file in found if file.is_file()]
+        if not files:
+            raise UserError(f"text source {source!r}: no such file, and no file matches it as a pattern")
+        return _once(files, source)
     except (OSError, ValueError) as problem:  # ValueError: a NUL character
+        if isinstance(problem, UserError):
+            raise
         reason = getattr(problem, "strerror", None) or problem
         raise UserError(f"text source {source!r}: cannot be looked up ({reason})") from None
-    if not files:
-        raise UserError(f"text source {source!r}: no such file, and no file matches it as a pattern")
+
+
+def _with_suffix(file: Path) -> Path:
+    if not _is_text(file):
+        raise UserError(f"text source {str(file)!r}: unknown suffix, expected one of {', '.join(TEXT_SUFFIXES)}")
+    return file
+
+
+def _pattern(path: Path) -> str:
+    """For glob, with the leading folders escaped that are there as they are written (``data[1]``)."""
+    parts, literal = list(path.parts), Path()
+    while parts and (literal / parts[0]).is_dir():
+        literal /= parts.pop(0)
+    return os.path.join(glob.escape(str(literal)), *parts)
+
+
+def _once(files: Sequence[Path], source: str, linked: int = 0) -> list[Path]:
+    """The files without those that are an earlier one under another name; ``linked`` links were left out before."""
+    kept: dict[Any, Path] = {}
     for file in files:
-        if not _is_text(file):
-            raise UserError(f"text source {str(file)!r}: unknown suffix, expected one of {', '.join(TEXT_SUFFIXES)}")
-    return files
+        stat = file.stat()
+        kept.setdefault((stat.st_dev, stat.st_ino) if stat.st_nlink > 1 else os.path.realpath(file), file)
+    if linked := linked + len(files) - len(kept):
+        _say(f"text source {source!r}: {linked} link(s) to what is read already are passed over")
+    return list(kept.values())
+
+
+def _walk(folder: Path) -> tuple[list[Path], int]:
+    """(everything in a folder and those below it but folders, sorted; how many links to folders lead to one that was seen
+    already). Hidden names are left out.
+
+    Raises:
+      OSError: a folder cannot be read.
+    """
+
+    def fail(problem: OSError) -> None:
+        raise problem
+
+    found, seen, again = [], {os.path.realpath(folder)}, 0
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+        kept = []
+        for name in sorted(name for name in folders if not name.startswith(".")):
+            real = os.path.realpath(os.path.join(place, name))
+            again += real in seen
+            if real not in seen:
+                seen.add(real)
+                kept.append(name)
+        folders[:] = kept
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(found), again
 
 
 def _of_directory(path: Path, source: str) -> list[Path]:
-    found = sorted(
-        file
-        for file in path.rglob("*")
-        if not any(part.startswith(".") for part in file.relative_to(path).parts) and file.is_file()
-    )
+    found, linked = _walk(path)
+    lost = [file for file in found if file.is_symlink() and not file.exists() and _is_text(file)]
+    if lost:
+        raise UserError(f"text source {source!r}: {lost[0].relative_to(path)} is a link to nothing; mend or remove it")
+    found = [file for file in found if file.is_file()]
     texts = [file for file in found if _is_text(file)]
     # Beside other files .md usually describes them; a directory of nothing else is a text.
     files = [file for file in texts if file.suffix.lower() != ".md"] or texts
@@ -67,19 +118,17 @@ def _of_directory(path: Path, source: str) -> list[Path]:
     if len(files) < len(found):
         kept = set(files)
         passed = [file for file in found if file not in kept]
-        _say_passed_over(source, len(passed), str(passed[0].relative_to(path)))
-    return files
+        count = "1 file is" if len(passed) == 1 else f"{len(passed)} files are"
+        _say(
+            f"text source {source!r}: {count} passed over (for example {passed[0].relative_to(path)}); read are "
+            f"{', '.join(TEXT_SUFFIXES)}, .md only where there is nothing else"
+        )
+    return _once(files, source, linked)
 
 
-@functools.cache  # once for each directory, which is listed several times in a run
-def _say_passed_over(source: str, count: int, example: str) -> None:
-    files = "1 file is" if count == 1 else f"{count} files are"
-    print(
-        f"text source {source!r}: {files} passed over (for example {example}); read are {', '.join(TEXT_SUFFIXES)}, "
-        ".md only where there is nothing else",
-        file=sys.stderr,
-        flush=True,
-    )
+@functools.cache  # once for each line: a source is listed several times in a run
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _is_text(file: Path) -> bool:
@@ -99,8 +148,10 @@ def files_here(source: str) -> list[Path]:
     folder = Path(name).expanduser()
     if not name or not folder.is_dir():
         return []
-    files = (file for file in folder.rglob("*") if file.is_file())
-    return sorted(f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts))
+    try:
+        return [file for file in _walk(folder)[0] if file.is_file()]
+    except OSError as problem:
+        raise UserError(f"text source {source!r}: cannot be looked up ({problem.strerror or problem})") from None
 
 
 def digests(files: Sequence[Path]) -> list[str]:

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 import math
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -16,12 +20,13 @@ import numpy as np
 from lawcat_jax.config import DataConfig
 from lawcat_jax.data import text as text_data
 from lawcat_jax.data.babilong import BabilongGenerator
+from lawcat_jax.data.conversations import Conversation, conversations
 from lawcat_jax.data.haystack import load_haystack
-from lawcat_jax.data.instructions import conversations, encode_conversation
+from lawcat_jax.data.instructions import Encoded, encode_conversation, writes_date
 from lawcat_jax.data.passkey import PasskeyGenerator
 from lawcat_jax.data.retrieval import RetrievalGenerator
 from lawcat_jax.data.samples import Sample, sample_rng
-from lawcat_jax.data.source_files import is_remote
+from lawcat_jax.data.source_files import digests, files_here, is_remote
 from lawcat_jax.data.tokenize import Tokenizer, opening
 from lawcat_jax.errors import UserError
 
@@ -177,6 +182,76 @@ def _weighted(data: DataConfig, sample: Sample) -> Document:
     return Document(sample.tokens, weights, sample.needle_end, sample.question_start, kl_weight=data.kl_weight)
 
 
+def remote_contents(
+    data: DataConfig, tokenizer: Tokenizer, *, seq_length: int, split: str
+) -> Iterator[tuple[str, int, str]]:
+    """(source, size, digest) of what :func:`make_source` of the same arguments reads from hubs: tokens, conversations or, of
+    haystacks, characters.
+
+    Raises:
+      UserError: a source that cannot be read.
+    """
+    source = data.validation_source if split == "validation" and data.validation_source else data.source
+    if data.kind in ("text", "instruction") and _is_elsewhere(source):
+        if data.kind == "text":
+            source, tokens = _text_tokens(data, tokenizer, seq_length, split)
+            yield source, len(tokens), hashlib.sha256(tokens.tobytes()).hexdigest()[:32]
+        else:
+            source, rows = _conversations(data, split)
+            said = json.dumps([[dataclasses.astuple(turn) for turn in row.turns] for row in rows])
+            yield source, len(rows), hashlib.sha256(said.encode()).hexdigest()[:32]
+    if _is_elsewhere(data.hay_source):
+        text = "\n\n".join(load_haystack(data.hay_source).documents)
+        yield data.hay_source, len(text), hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@functools.cache  # once for each pair
+def _say_overlap(source: str, validation_source: str) -> None:
+    """Print a line where files on this machine are both trained on and validated on, under whatever names."""
+    trained = set(digests(files_here(source)))
+    files = files_here(validation_source)
+    both = [file for file, digest in zip(files, digests(files), strict=True) if digest in trained]
+    if both:
+        print(
+            f"data.validation_source {validation_source!r}: {len(both)} of {len(files)} file(s) are trained on as well (for example "
+            f"{both[0]}), so that validation says nothing of other text",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _is_elsewhere(source: str) -> bool:
+    return is_remote(source) and not files_here(source)
+
+
+def _text_tokens(data: DataConfig, tokenizer: Tokenizer, seq_length: int, split: str) -> tuple[str, np.ndarray]:
+    """(source, its tokens) that a split of a text is made of."""
+    validation, own = split == "validation", bool(data.validation_source)
+    source = data.validation_source if validation and own else data.source
+    if not source:
+        raise UserError("data.source: name a text source (tfds:..., hf:..., or a path)")
+    wanted = data.validation_samples if validation and own else data.num_samples
+    if not own:
+        wanted += data.validation_samples
+    most = wanted * seq_length + 1 if is_remote(source) else None
+    return source, text_data.load_tokens(source, tokenizer, text_key=data.text_key, max_tokens=most)
+
+
+def _conversations(data: DataConfig, split: str) -> tuple[str, Sequence[Conversation]]:
+    """(source, its conversations) that a split of instruction data is made of."""
+    source = data.validation_source if split == "validation" and data.validation_source else data.source
+    if not source:
+        raise UserError("data.source: name instruction data (a path or hf:...)")
+    if is_remote(source):
+        return source, _remote_conversations(source, data.num_samples + data.validation_samples, data.ignored_fields)
+    return source, tuple(conversations(source, None, data.ignored_fields))
+
+
+@functools.lru_cache(maxsize=4)  # both splits, and the record of what a run has read, ask for them
+def _remote_conversations(source: str, limit: int, notes: tuple[str, ...]) -> tuple[Conversation, ...]:
+    return tuple(conversations(source, limit, notes))
+
+
 class TextSource:
     """Text cut into sequences of its own source, or (validation without one) of the tail of a shared one.
 
@@ -187,18 +262,9 @@ class TextSource:
         self._weight, self._kl_weight, self._seed, self._split = data.text_weight, data.kl_weight, seed, split
         self._eos = tokenizer.eos_token_id
         validation, own = split == "validation", bool(data.validation_source)
-        source = data.validation_source if validation and own else data.source
-        if not source:
-            raise UserError("data.source: name a text source (tfds:..., hf:..., or a path)")
-        wanted = data.validation_samples if validation and own else data.num_samples
-        if not own:
-            wanted += data.validation_samples
-        self._tokens = text_data.load_tokens(
-            source,
-            tokenizer,
-            text_key=data.text_key,
-            max_tokens=wanted * seq_length + 1 if is_remote(source) else None,
-        )
+        source, self._tokens = _text_tokens(data, tokenizer, seq_length, split)
+        if validation and own:
+            _say_overlap(data.source, source)
         self._bos = tokenizer.bos_token_id if opening(tokenizer, data.add_bos) else None
         self._packed = text_data.PackedText(self._tokens, seq_length, bos_id=self._bos, source=source)
         self._seq_length = seq_length
@@ -254,21 +320,27 @@ class InstructionSource:
 
     def __init__(self, data: DataConfig, tokenizer: Tokenizer, *, seq_length: int, split: str):
         self._data, self._tokenizer, self._seq_length = data, tokenizer, seq_length
+        if data.chat_date and not writes_date(getattr(tokenizer, "chat_template", None)):
+            raise UserError(
+                f"data.chat_date: {data.chat_date} is read by nothing, since tokenizer {tokenizer.name_or_path!r} has no chat "
+                "template that writes a date"
+            )
         validation, own = split == "validation", bool(data.validation_source)
-        source = data.validation_source if validation and own else data.source
-        if not source:
-            raise UserError("data.source: name instruction data (a path or hf:...)")
-        limit = data.num_samples + data.validation_samples if is_remote(source) else None
-        rows = list(conversations(source, limit))
+        source, rows = _conversations(data, split)
+        if validation and own:
+            _say_overlap(data.source, source)
         held = min(data.validation_samples, len(rows) if own else len(rows) // 10)
         if own:
             rows = rows[:held] if validation else rows
         else:
             rows = rows[len(rows) - held :] if validation else rows[: len(rows) - held]
         if not rows and not validation:
-            raise UserError(f"instruction data {source!r}: it holds no rows")
+            raise UserError(f"instruction data {source!r}: it holds no rows with an answer to learn from")
         self._rows = rows
         self._encoded = functools.lru_cache(maxsize=4096)(self._encode)
+        forms = [(row.alpaca is None, *(turn.role for turn in row.turns)) for row in rows]
+        for index in {form: index for index, form in enumerate(forms)}.values():
+            self._encoded(index)  # what a chat template refuses shows here, not in the middle of a run
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -280,14 +352,15 @@ class InstructionSource:
         return self.long_document(index, self._seq_length)
 
     def bound(self, index: int) -> int:
-        return min(self._seq_length, len(self._encoded(index % len(self))[0]))
+        return min(self._seq_length, len(self._encoded(index % len(self)).tokens))
 
     def long_document(self, index: int, max_tokens: int) -> Document:
-        tokens, answers = self._encoded(index % len(self))
+        found = self._encoded(index % len(self))
         prompt = self._data.prompt_weight if self._data.answer_only else 1.0
-        weights = np.where(answers, self._data.answer_weight, prompt).astype(np.float32)
+        weights = np.where(found.answers, self._data.answer_weight * found.weights, prompt).astype(np.float32)
         weights[0] = 0.0
-        return Document(tokens[:max_tokens], weights[:max_tokens], kl_weight=self._data.kl_weight)
+        return Document(found.tokens[:max_tokens], weights[:max_tokens], kl_weight=self._data.kl_weight)
 
-    def _encode(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return encode_conversation(self._tokenizer, self._rows[index], add_bos=self._data.add_bos)
+    def _encode(self, index: int) -> Encoded:
+        data = self._data
+        return encode_conversation(self._tokenizer, self._rows[index], add_bos=data.add_bos, date=data.chat_date)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from lawcat_jax.config import DataConfig, MixtureSource, to_dict
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import new_file, read_in_one_line, read_json, write_json
 
@@ -179,14 +180,25 @@ class TeacherStore:
 
 
 def without_new_facts(facts: Any, stored: Any) -> Any:
-    """``facts`` as the version of the program that wrote ``stored`` would have them: without ``teacher.weights_hash`` where
-    that has none."""
+    """``facts`` as the version of the program that wrote ``stored`` would have them: without ``teacher.weights_hash`` and fields of
+    ``data`` that it has not, as long as these have their defaults."""
     if not isinstance(stored, Mapping) or not isinstance(stored.get("teacher"), Mapping):
         return facts
-    if "weights_hash" in stored["teacher"] or "teacher" not in facts:
-        return facts
-    teacher = {name: value for name, value in facts["teacher"].items() if name != "weights_hash"}
-    return {**facts, "teacher": teacher}
+    found = dict(facts)
+    if "weights_hash" not in stored["teacher"] and "teacher" in facts:
+        found["teacher"] = {name: value for name, value in facts["teacher"].items() if name != "weights_hash"}
+    if "data" in facts and isinstance(stored.get("data"), Mapping):
+        found["data"] = _without_new_fields(facts["data"], stored["data"], DataConfig())
+        sources, old = facts["data"].get("mixture", ()), stored["data"].get("mixture", ())
+        if sources and isinstance(old, list) and len(old) == len(sources):
+            pairs = zip(sources, old, strict=True)
+            found["data"]["mixture"] = [_without_new_fields(new, before, MixtureSource()) for new, before in pairs]
+    return found
+
+
+def _without_new_fields(new: Mapping[str, Any], old: Any, default: DataConfig | MixtureSource) -> dict[str, Any]:
+    defaults = json.loads(json.dumps(to_dict(default)))
+    return {name: value for name, value in new.items() if name in old or value != defaults.get(name, ...)}
 
 
 def stored_count(directory: str | Path) -> int:

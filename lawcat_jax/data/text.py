@@ -23,34 +23,47 @@ from typing import Any
 import numpy as np
 
 from lawcat_jax.data import token_cache
+from lawcat_jax.data.cutting import PIECE, cutter
 from lawcat_jax.data.source_files import digests, files_here, is_remote, local_files
-from lawcat_jax.data.tokenize import Tokenizer, check_ids, encode, encode_many, fingerprint
+from lawcat_jax.data.tokenize import Tokenizer, check_ids, encode_many, fingerprint
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import network
 
+_BOM = "\ufeff"
+_OTHER_UNICODE = {  # by the mark that their files begin with
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_PIECE = 1 << 16  # characters given to the tokenizer at once; its transient memory is about 100 bytes a token
 _BATCH = 32  # pieces a call, encoded in parallel
+_VERSION = 2  # raised when the same text gives other tokens than before, so that the cache's are not taken for them
 
 
 def documents(source: str, text_key: str = "text") -> Iterator[str]:
     """Documents of a source in a fixed order: a .txt or .md file is one document, a row or line of the others is one.
 
-    Bytes of a row that are not UTF-8, and lone surrogates, are read as U+FFFD; how many there were is printed at the end.
+    A byte order mark at the beginning of a document is left out, and so are documents of white space alone. Bytes of a row
+    that are not UTF-8, and lone surrogates, are read as U+FFFD. How many there were of both is printed at the end.
 
     Raises:
       UserError: naming the source and what is wrong (no match, empty file, missing key, unreadable, offline).
     """
-    replaced = 0
+    replaced = empty = 0
     try:
         for document in _documents(source, text_key):
-            document, count = mended(document)
+            document, count = mended(document.removeprefix(_BOM))
             replaced += count
-            yield document
+            if document.strip():
+                yield document
+            else:
+                empty += 1
     except OSError as problem:
         raise UserError(f"text source {source!r}: cannot be read ({problem.strerror or problem})") from problem
     finally:
         _say_replaced(replaced, source)
+        if empty:
+            count = "1 document is" if empty == 1 else f"{empty} documents are"
+            print(f"text source {source!r}: {count} empty and left out", flush=True)
 
 
 def mended(text: str) -> tuple[str, int]:
@@ -75,7 +88,18 @@ def _documents(source: str, text_key: str) -> Iterator[str]:
             yield from _READERS[file.suffix.lower()](file, text_key)
 
 
+def _refuse_other_unicode(file: Path, start: bytes) -> None:
+    """Refuse a file that begins with ``start`` where it is UTF-16 or UTF-32, of which half and more of a text is NUL."""
+    found = [name for name, marks in _OTHER_UNICODE.items() if start.startswith(marks)]
+    if not found and start.count(0) * 4 > len(start):
+        found = ["UTF-16, or no text"]
+    if found:
+        raise UserError(f"text source {str(file)!r}: it is {found[0]}; save it as UTF-8")
+
+
 def _txt_documents(file: Path, text_key: str) -> Iterator[str]:
+    with file.open("rb") as stream:
+        _refuse_other_unicode(file, stream.read(1024))
     try:
         yield file.read_text(encoding="utf-8")
     except UnicodeDecodeError as problem:
@@ -90,15 +114,26 @@ def _jsonl_documents(file: Path, text_key: str) -> Iterator[str]:
 def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
+            if number == 1:
+                _refuse_other_unicode(file, line)
+            line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:  # bytes that are not UTF-8 become surrogates, which are counted and replaced later
-                row = json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape"))
+                row = json.loads(line.decode("utf-8", "surrogateescape"), object_pairs_hook=_object)
             except ValueError as problem:
                 raise UserError(f"text source {str(file)!r}, line {number}: not JSON ({problem})") from problem
             except RecursionError:
                 raise UserError(f"text source {str(file)!r}, line {number}: JSON nested too deeply") from None
             yield f"{str(file)!r}, line {number}", row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+    return found
 
 
 def _parquet_documents(file: Path, text_key: str) -> Iterator[str]:
@@ -261,28 +296,9 @@ def _text(value: object, key: str, where: str) -> str:
     return value
 
 
-def _pieces(text: str, drop_space: bool) -> list[str]:
-    """Cut a long document at single spaces between letters, where no tokenizer merges across.
-
-    ``drop_space``: the tokenizer itself puts a space before a text (SentencePiece), so the cut takes it away.
-    """
-    pieces, start = [], 0
-    while len(text) - start > _PIECE:
-        cut = text.rfind(" ", start + 1, start + _PIECE)
-        while cut > start and not (text[cut - 1].isalpha() and text[cut + 1].isalpha()):
-            cut = text.rfind(" ", start + 1, cut)
-        if cut <= start:  # no such place (a table, a script without spaces): cut anywhere
-            pieces.append(text[start : start + _PIECE])
-            start += _PIECE
-            continue
-        pieces.append(text[start:cut])
-        start = cut + drop_space
-    return [*pieces, text[start:]]
-
-
 def token_chunks(source: str, tokenizer: Tokenizer, text_key: str) -> Iterator[np.ndarray]:
     """Token ids of a source in order, int64 arrays; an eos id (if the tokenizer has one) closes each document."""
-    drop_space = encode(tokenizer, "a b") == encode(tokenizer, "a") + encode(tokenizer, "b")
+    cut = cutter(tokenizer)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pending: list[tuple[str, bool]] = []
 
@@ -293,10 +309,10 @@ def token_chunks(source: str, tokenizer: Tokenizer, text_key: str) -> Iterator[n
         return np.concatenate([np.asarray(part, np.int64) for part in ids])
 
     for document in documents(source, text_key):
-        pieces = _pieces(document, drop_space)
+        pieces = cut(document)
         for number, piece in enumerate(pieces, 1):
             pending.append((piece, number == len(pieces)))
-            if len(pending) == _BATCH:
+            if len(pending) == _BATCH or len(piece) > _BATCH * PIECE:
                 yield drain()
     if pending:
         yield drain()
@@ -313,7 +329,7 @@ def load_tokens(
     Raises:
       UserError: see :func:`documents`; also when the source has no tokens, or one beyond the model's embedding.
     """
-    facts: list[Any] = [source if is_remote(source) else "", text_key, max_tokens, fingerprint(tokenizer)]
+    facts: list[Any] = [_VERSION, source if is_remote(source) else "", text_key, max_tokens, fingerprint(tokenizer)]
     files = files_here(source)
     facts += [[file.suffix, digest] for file, digest in zip(files, digests(files), strict=True)]
     largest_id = max(tokenizer.get_vocab().values(), default=0)  # a vocabulary may have gaps, so its size says less

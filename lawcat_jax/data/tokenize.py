@@ -29,8 +29,8 @@ _ROLES = ("tokenizer_config.json", "special_tokens_map.json")  # the files that 
 def load_tokenizer(source: str | os.PathLike, *, revision: str | None = None) -> Tokenizer:
     """Load a tokenizer from a directory (also a model directory), ``asset:<name>`` or a Hugging Face hub id.
 
-    Special tokens are those that transformers finds (tokenizer_config.json, special_tokens_map.json). Truncation and
-    padding, which some tokenizer.json files were saved with, are switched off.
+    Special tokens are those that transformers finds (tokenizer_config.json, special_tokens_map.json). Truncation, padding and
+    dropout of merges, which some tokenizer.json files were saved with, are switched off.
 
     Raises:
       UserError: when nothing usable is found; the message names the source.
@@ -69,11 +69,13 @@ def _load(name: str, revision: str | None) -> Tokenizer:
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer without the truncation and padding that its file may have been saved with."""
+    """The tokenizer without the truncation, the padding, and the dropout of merges that its file may have been saved with."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()
         backend.no_padding()
+        if getattr(backend.model, "dropout", None):  # the same text would have other ids each time
+            backend.model.dropout = None
     return tokenizer
 
 

@@ -17,6 +17,10 @@ from lawcat_jax.files import read_json, write_json
 from lawcat_jax.tasks.task import Model, Task
 
 FOLDER = "unfinished"
+RESULTS_VERSION = 2
+"""Raised by every change of the program after which a model answers otherwise or answers are scored otherwise: results of
+other versions are not mixed with those of this one. (Version 1, which cells do not state: prompts of a model whose rotary
+scaling depends on the length were rotated by the frequencies of their pieces.)"""
 
 
 def file_stamp(source: str) -> list[list[str]]:
@@ -32,20 +36,28 @@ class Cells:
     Args:
       output: the folder of the reports.
       enabled: False keeps nothing and finds nothing (processes that do not write).
+
+    Attributes:
+      outdated: how many cells were found that another version of the program computed, and so not loaded.
     """
 
     def __init__(self, output: Path, *, enabled: bool = True):
         self._folder, self._enabled = output / FOLDER, enabled
         self._used: set[Path] = set()
+        self.outdated = 0
 
     def load(self, task: Task, settings: EvalConfig, model: Model, length: int) -> dict[int, Any] | None:
-        """The result of a cell that was finished before, else None; a damaged file counts as none."""
+        """The result of a cell that was finished before by this version, else None; a damaged file counts as none."""
         path = self._path(task, settings, model, length)
         if path is None or not path.is_file():
             return None
         self._used.add(path)
         try:
-            rows = read_json(path)["results"]
+            values = read_json(path)
+            if values.get("results_version", 1) != RESULTS_VERSION:
+                self.outdated += 1
+                return None
+            rows = values["results"]
             return {task.position(x): task.result(**row) for x, row in rows.items()}
         except (UserError, KeyError, TypeError, ValueError, AttributeError):
             return None
@@ -60,7 +72,8 @@ class Cells:
         if path is not None:
             self._used.add(path)
             rows = {str(x): dataclasses.asdict(result) for x, result in results.items()}
-            write_json(path, {"task": task.name, "model": model.name, "length": length, "results": rows})
+            facts = {"task": task.name, "model": model.name, "length": length, "results_version": RESULTS_VERSION}
+            write_json(path, {**facts, "results": rows})
 
     def clear(self) -> None:
         """Remove the cells that were loaded or saved here; those of another evaluation stay."""

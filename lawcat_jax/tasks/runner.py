@@ -130,6 +130,7 @@ def measure(
       show: print progress to stderr.
     """
     lengths, results, missing = task.lengths(settings), {}, []
+    outdated = cells.outdated if cells is not None else 0
     for length in lengths:
         found = cells.load(task, settings, model, length) if cells is not None else None
         if distributed.agree(found is not None):  # all processes take part in a computation, or none
@@ -139,6 +140,13 @@ def measure(
     if show and results:
         kept = f"{len(lengths) - len(missing)} of {len(lengths)} lengths"
         print(f"{task.name} {model.label}: {kept} were measured before and are kept", file=sys.stderr, flush=True)
+    if show and cells is not None and (outdated := cells.outdated - outdated):
+        print(
+            f"{task.name} {model.label}: {outdated} of {len(lengths)} lengths were measured by another version of this program, "
+            "which may give other numbers; they are measured again",
+            file=sys.stderr,
+            flush=True,
+        )
     progress = ProgressLine(f"{task.name} {model.label}", missing, settings.samples, tokens=task.axis == "tokens")
     if not show:
         progress = None

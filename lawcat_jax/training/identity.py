@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lawcat_jax.config import Config, ModelConfig, to_dict
+from lawcat_jax.config import Config, MixtureSource, ModelConfig, to_dict
 from lawcat_jax.errors import UserError
 
 # Fields that change neither parameters nor data: a run may be resumed with other values.
@@ -26,7 +26,7 @@ def identity(config: Config, origin: Mapping[str, Any], data: Mapping[str, Any])
     weights, ``weights``, ``weights_hash`` and ``tokenizer`` (digests; ``weights`` None where they are drawn at random, and
     ``weights_hash`` missing there, and where an earlier version wrote this), and ``chat_template`` (digest) where the data
     are conversations. ``data``: stage ->
-    source -> names, sizes and digests of its files on this machine, see :func:`lawcat_jax.training.inputs.data_files`.
+    source -> what tells it from a changed one, see :func:`lawcat_jax.training.inputs.data_read`.
     """
     values = {name: value for name, value in to_dict(config).items() if name not in HARMLESS}
     return json.loads(json.dumps({"config": values, "teacher": dict(origin), "data": dict(data)}))
@@ -72,8 +72,8 @@ def _refuse_other_data(old: Any, new: Any, where: str) -> None:
     changed = [place[1] for place, files in now.items() if not _same_files(before.get(place, files), files)]
     if changed:
         raise UserError(
-            f"{where} belongs to a run that began with other data: the files of {', '.join(dict.fromkeys(changed))} have other "
-            "names or contents now; restore them, or use another --workdir"
+            f"{where} belongs to a run that began with other data: files or rows of {', '.join(dict.fromkeys(changed))} have "
+            "other names or contents now; restore them, or use another --workdir"
         )
 
 
@@ -140,6 +140,9 @@ def differences(old: Any, new: Any, defaults: Any, path: str) -> list[str]:
             else:
                 found += differences(a, b, defaults.get(name), f"{path}.{name}")
         return found
+    if isinstance(old, list) and isinstance(new, list) and path.endswith(".mixture") and len(old) == len(new):
+        defaults, pairs = _plain(MixtureSource()), enumerate(zip(old, new, strict=True))
+        return [line for index, (a, b) in pairs for line in differences(a, b, defaults, f"{path}[{index}]")]
     if isinstance(old, bool) and path.endswith(".add_bos") and isinstance(new, str):
         old = "always" if old else "never"  # what these values of an earlier version meant
     return [] if old == new else [f"{path}: {old!r} there, {new!r} here"]

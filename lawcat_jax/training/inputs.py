@@ -19,7 +19,7 @@ from lawcat_jax.checkpoints.model_dir import OpenedCheckpoint, open_checkpoint
 from lawcat_jax.config import Config, DataConfig, ModelConfig, StageConfig, to_dict
 from lawcat_jax.config.data import is_counted
 from lawcat_jax.data.batch import Batch
-from lawcat_jax.data.pipeline import Samples, make_dataset
+from lawcat_jax.data.pipeline import Samples, make_dataset, remote_contents
 from lawcat_jax.data.source_files import digests, files_here
 from lawcat_jax.data.teacher_store import TeacherStore, without_new_facts
 from lawcat_jax.data.tokenize import Tokenizer, encode, fit_embedding, load_tokenizer
@@ -270,9 +270,9 @@ def rows_of_a_pass(config: Config, tokenizer: Callable[[], Tokenizer]) -> dict[s
     return rows
 
 
-def data_files(config: Config) -> dict[str, dict[str, list[list[Any]]]]:
-    """Stage -> source -> [name, size in bytes, digest] of each of its files, of every source on this machine that the stages
-    read.
+def data_read(config: Config, tokenizer: Tokenizer) -> dict[str, dict[str, list[list[Any]]]]:
+    """Stage -> source -> what tells it from a changed one, for every source that the stages read: [name, size in bytes, digest]
+    of each file on this machine, [split, size, digest] of what is read of a hub.
 
     Raises:
       UserError: a source that is not there, or cannot be read.
@@ -290,6 +290,8 @@ def data_files(config: Config) -> dict[str, dict[str, list[list[Any]]]]:
             ]
             for source, files in local.items()
         }
+        lengths = {"seq_length": stage.seq_length, "validation_length": stage.validation_length or stage.seq_length}
+        found[name] |= remote_contents(stage.data, tokenizer, **lengths)
     return found
 
 

@@ -85,7 +85,7 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
         student = inputs.load_student(config, mesh, teacher)
         for note in student.notes:
             say(note)
-    identity = identify(config, student.origin, inputs.data_files(config))
+    identity = identify(config, student.origin, inputs.data_read(config, student.tokenizer))
     refuse_another({name: manifest.values.get(name) for name in ("teacher", "data")}, identity, folder.name)
     manifest.values |= {"teacher": identity["teacher"], "data": identity["data"], "notes": list(student.notes)}
     manifest.values |= {"steps": {stage.name: stage.steps for stage in built}} if manifest.counts_rows else {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import socket
 import sys
@@ -23,6 +24,12 @@ from lawcat_jax.errors import UserError
 
 # What a resumed run reads.
 _NEEDED = ("manifest.json", "metrics.jsonl")
+# What may lie in the folder of a run that has no manifest: what a start that failed, or a lost manifest, leaves; hidden files, what
+# a new file system has, and output of the command that was sent there.
+_OWN = re.compile(
+    r"\..*|lost\+found|.*\.(log|out|err)|metrics\.jsonl|tensorboard|wandb|checkpoints|profile|tokenizer|eval"
+    r"|(student|teacher)(\.damaged\d*)?"
+)
 
 
 class Workdir:
@@ -33,7 +40,8 @@ class Workdir:
     ``flock``). A bucket has no locks: there it is the user who keeps two runs apart.
 
     Raises:
-      UserError: it cannot be made, read, or (when left without another error) written; or another run has it open.
+      UserError: it cannot be made, read, or (when left without another error) written; another run has it open; or it holds
+        something else than a run.
     """
 
     def __init__(self, name: str, *, primary: bool = True, every_seconds: float = 120.0):
@@ -54,15 +62,20 @@ class Workdir:
             except OSError as problem:
                 raise UserError(f"--workdir={name}: cannot be created ({problem.strerror})") from problem
             if primary:
+                _refuse_strangers(self.local, name)
                 self._lock = lock(self.local, f"--workdir={name}")
             return
         self.local = Path(tempfile.mkdtemp(prefix="lawcat_jax-"))
         try:
+            if primary and self._bucket.exists():
+                _refuse_strangers(self._bucket, name)
             for file in _NEEDED:
                 if (self._bucket / file).exists():
                     (self.local / file).write_bytes((self._bucket / file).read_bytes())
         except Exception as problem:  # of whatever library serves the scheme
             shutil.rmtree(self.local, ignore_errors=True)
+            if isinstance(problem, UserError):
+                raise
             hint = "; pip install gcsfs" if isinstance(problem, ImportError) and name.startswith("gs://") else ""
             raise UserError(f"--workdir={name}: cannot be read ({_brief(problem)}){hint}") from problem
 
@@ -115,6 +128,20 @@ class Workdir:
             print(text, file=sys.stderr, flush=True)
             return
         shutil.rmtree(self.local, ignore_errors=True)
+
+
+def _refuse_strangers(folder: Path | epath.Path, name: str) -> None:
+    """Refuse a folder without a manifest that holds what no run leaves."""
+    try:
+        found = sorted(path.name.rstrip("/") for path in folder.iterdir())
+    except OSError as problem:
+        raise UserError(f"--workdir={name}: cannot be read ({problem.strerror or problem})") from problem
+    strangers = [each for each in found if not _OWN.fullmatch(each)]
+    if strangers and "manifest.json" not in found:
+        more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
+        raise UserError(
+            f"--workdir={name}: the folder holds no run, but {', '.join(strangers[:3])}{more}; name a new or an empty folder"
+        )
 
 
 def lock(folder: Path, what: str) -> int | None:

@@ -423,6 +423,38 @@ def test_tensors_that_overlap_in_a_file_are_refused(tmp_path):
         open_tensors(tmp_path / "a.safetensors")
 
 
+ROPE = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 2.0, "original_max_position_embeddings": 32},
+    "llama3": SCALED,
+    "longrope": {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 32},
+}
+
+
+@pytest.mark.parametrize("where", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("kind", ROPE)
+def test_what_a_kind_of_rope_needs_is_what_transformers_needs(kind, where):
+    """Field by field: what makes transformers fail is refused by name, what it does without is not missed."""
+    import transformers
+
+    whole = LLAMA_BASE | {"head_dim": 8, "max_position_embeddings": 64}
+    for name in ROPE[kind]:
+        rope = {key: value for key, value in ROPE[kind].items() if key != name}
+        rope |= {"rope_type": kind, "rope_theta": 1e4}
+        try:
+            transformers.LlamaConfig(**whole, rope_parameters=dict(rope))
+            missed = ""
+        except KeyError as problem:
+            missed = str(problem)
+        if missed:
+            assert name in missed
+            with pytest.raises(UserError, match=f"rope type '{kind}' needs {name}"):
+                model_config_from_hf(whole | {where: rope})
+        else:
+            assert model_config_from_hf(whole | {where: rope}).rope_scaling.kind == kind
+
+
 @pytest.mark.parametrize("code", ["[]", '{"a":1}', "null"])
 def test_a_dtype_that_is_no_text_is_refused(tmp_path, code):
     array = np.ones((2, 3), np.float32)

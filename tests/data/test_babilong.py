@@ -155,6 +155,34 @@ def test_reading_files(directory, tmp_path):
         babi.load_stories(str(tmp_path / "sub"), "qa1", "test")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"1 Mary moved.\n2 Where is Mary?\tcaf\xe9\t1\n", "not UTF-8 at byte"),
+        (
+            b"1 Mary moved.\n2 Where is Mary?\thall\tone\n",
+            "line 2: a question needs an answer, and numbers .* not 'one'",
+        ),
+        (b"1 Mary moved.\n2 Where is Mary?\thall\t7\n", "line 2: .* not '7'"),
+        (b"1 Mary moved.\n2 Where is Mary?\t\t1\n", "line 2: a question needs an answer"),
+    ],
+)
+def test_files_that_say_too_little(content, message, tmp_path):
+    (tmp_path / "qa1_a_test.txt").write_bytes(content)
+    with pytest.raises(UserError, match=rf"qa1_a_test\.txt'.*{message}"):
+        babi.load_stories(str(tmp_path), "qa1", "test")
+
+
+def test_a_mark_of_the_encoding_is_no_text_and_two_files_of_a_task_are_one_too_many(tmp_path):
+    story = "1 Mary moved to the hall.\n2 Where is Mary?\thall\t1\n"
+    (tmp_path / "qa1_a_test.txt").write_text(story, encoding="utf-8-sig")
+    assert babi.load_stories(str(tmp_path), "qa1", "test")[0].facts == ("Mary moved to the hall.",)
+    (tmp_path / "qa2_a_test.txt").write_text(story)
+    (tmp_path / "qa2_b_test.txt").write_text(story)
+    with pytest.raises(UserError, match=r"qa2_a_test\.txt and qa2_b_test\.txt are both qa2's"):
+        babi.load_stories(str(tmp_path), "qa2", "test")
+
+
 def test_bad_requests(directory):
     make = babilong.eval_samples
     with pytest.raises(UserError, match="'qa9' is not one of"):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from lawcat_jax.config import Config, DataConfig, MixtureSource, StageConfig, from_dict, to_dict
-from lawcat_jax.data import instructions
 from lawcat_jax.data.pieces import cut
 from lawcat_jax.data.pipeline import Samples, make_dataset
 from lawcat_jax.data.rows import pack
@@ -18,11 +17,6 @@ from lawcat_jax.data.tokenize import decode
 from lawcat_jax.errors import UserError
 from tests.data import tokenizers as small
 from tests.data.texts import prose, write_babi
-
-CHATML = (
-    "{% for m in messages %}{{'<|' + m['role'] + '|>' + m['content'] + '<|end|>\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{'<|assistant|>'}}{% endif %}"
-)
 
 
 @pytest.fixture
@@ -255,81 +249,6 @@ def test_cut_parts_needle_and_question():
         assert (np.diff(cuts) > 0).all()
         assert np.diff(cuts).max() <= 100
         assert needle <= cuts[-2] <= question
-
-
-def test_chat_template_marks_every_answer():
-    tokenizer = small.byte_level_merged_digits()
-    row = {
-        "conversations": [
-            {"from": "system", "value": "Be short."},
-            {"from": "human", "value": "What now?"},
-            {"from": "gpt", "value": "Sleep."},
-            {"from": "human", "value": "And then?"},
-            {"from": "gpt", "value": "Wake up."},
-            {"from": "human", "value": "Not answered"},
-        ]
-    }
-    import copy
-
-    tokenizer = copy.copy(tokenizer)
-    tokenizer.chat_template = CHATML
-    tokens, answers = instructions.encode_conversation(tokenizer, row)
-    text = decode(tokenizer, tokens)
-    assert text == (
-        "<|system|>Be short.<|end|>\n<|user|>What now?<|end|>\n<|assistant|>Sleep.<|end|>\n"
-        "<|user|>And then?<|end|>\n<|assistant|>Wake up.<|end|>\n"
-    )
-    assert tokens[0] == tokenizer.bos_token_id
-    assert decode(tokenizer, tokens[answers]) == "Sleep.<|end|>Wake up.<|end|>"
-    tokenizer.chat_template = None
-    with pytest.raises(UserError, match="has no chat template"):
-        instructions.encode_conversation(tokenizer, row)
-    tokenizer.chat_template = "{{ messages|length }}" + CHATML
-    with pytest.raises(UserError, match="rewrites earlier turns"):
-        instructions.encode_conversation(tokenizer, row)
-
-
-def test_alpaca_prompt_without_a_template():
-    tokenizer = small.byte_level()
-    tokens, answers = instructions.encode_conversation(
-        tokenizer, {"instruction": "Add.", "input": "1 2", "output": "3"}
-    )
-    assert decode(tokenizer, tokens) == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n"
-        "### Response:\n3"
-    )
-    assert tokens[answers].tolist() == [*tokenizer.encode("3", add_special_tokens=False), tokenizer.eos_token_id]
-
-
-def test_bad_instruction_rows(tmp_path):
-    for row, message in (
-        ({"text": "a"}, "expected instruction and output, or messages.*it has text"),
-        ({"messages": [{"role": "user", "content": "a"}]}, "expected instruction and output"),
-        ({"messages": [{"role": "user"}, 3]}, "needs role and content"),
-        (
-            {
-                "messages": [
-                    {"role": "user", "content": "Rain?"},
-                    {"role": "assistant", "content": None, "tool_calls": [{}]},
-                ]
-            },
-            "calls of tools are not supported",
-        ),
-        (
-            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]},
-            "needs role and content",
-        ),
-    ):
-        (tmp_path / "x.jsonl").write_text(json.dumps(row))
-        with pytest.raises(UserError, match=f"line 1.*{message}"):
-            list(instructions.conversations(str(tmp_path / "x.jsonl")))
-    (tmp_path / "x.jsonl").write_text("[1]")
-    with pytest.raises(UserError, match="a list, not an object"):
-        list(instructions.conversations(str(tmp_path / "x.jsonl")))
-    (tmp_path / "x.txt").write_text("hello")
-    with pytest.raises(UserError, match=r"come from .jsonl or .parquet"):
-        list(instructions.conversations(str(tmp_path / "x.txt")))
 
 
 def test_config_round_trip_and_problems(mixture):

@@ -243,3 +243,20 @@ def test_no_validation(text_file):
     (tmp := text_file.with_name("b.txt")).write_text("The sky is blue. " * 12)
     with pytest.raises(UserError, match="single sequence"):
         _make(DataConfig(kind="text", source=str(tmp)), seq_length=40)
+
+
+def test_files_that_are_trained_and_validated_on_are_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LAWCAT_CACHE", str(tmp_path / "cache"))
+    for folder, names in {"train": "ab", "other": "cd", "mixed": "ce"}.items():
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / f"{name}.txt").write_text("The sky is blue. Here we go. " * 20 + name)
+    (tmp_path / "mixed" / "again.txt").write_text((tmp_path / "train" / "b.txt").read_text())
+    for folder, said in (("other", 0), ("mixed", 1)):
+        data = DataConfig(kind="text", source=str(tmp_path / "train"), validation_source=str(tmp_path / folder))
+        for _ in range(2):
+            make_dataset(data, small.byte_level(), seq_length=16, batch_size=2, seed=0, split="validation")
+        lines = [line for line in capsys.readouterr().err.splitlines() if "validation_source" in line]
+        assert len(lines) == said
+    assert "1 of 3 file(s) are trained on as well" in lines[0]
+    assert "again.txt" in lines[0]

@@ -168,23 +168,6 @@ def test_unwritable_cache_falls_back_to_memory(tmp_path, monkeypatch):
     assert len(text.load_tokens(str(tmp_path / "a.txt"), small.byte_level())) > 3
 
 
-@pytest.mark.parametrize("name", ["byte_level", "metaspace"])
-def test_long_documents_are_cut_without_a_trace(name, tmp_path, monkeypatch):
-    tokenizer = small.ALL[name]()
-    story = " ".join(STORIES * 40)
-    (tmp_path / "a.txt").write_text(story)
-    monkeypatch.setattr(text, "_PIECE", 200)
-    tokens = text.load_tokens(str(tmp_path / "a.txt"), tokenizer)
-    assert tokens.tolist() == [*encode(tokenizer, story), tokenizer.eos_token_id]
-
-
-def test_text_without_spaces_is_cut_anyway(tmp_path, monkeypatch):
-    tokenizer = small.byte_level()
-    (tmp_path / "a.txt").write_text("東京" * 500)
-    monkeypatch.setattr(text, "_PIECE", 64)
-    assert decode(tokenizer, text.load_tokens(str(tmp_path / "a.txt"), tokenizer).tolist()) == "東京" * 500
-
-
 def test_packing_predicts_each_token_once():
     tokens = np.arange(10, 10 + 23).astype(np.uint16)
     packed = text.PackedText(tokens, 5, bos_id=1)
@@ -209,6 +192,7 @@ def _bad(folder):
     (folder / "other.jsonl").write_text('{"body": "a"}\n')
     (folder / "number.jsonl").write_text('{"text": 3}\n')
     (folder / "list.jsonl").write_text("[1]\n")
+    (folder / "twice.jsonl").write_text('{"text": "a", "meta": {"text": 1}}\n{"text": "a", "text": "b"}\n')
     (folder / "blank.jsonl").write_text("\n\n")
     (folder / "bad.parquet").write_bytes(b"PAR1 nothing")
     (folder / "table.csv").write_text("a,b")
@@ -221,6 +205,7 @@ def _bad(folder):
         "other.jsonl": "line 1: no field 'text'.*it has body",
         "number.jsonl": "holds a int, not text",
         "list.jsonl": "it is a list",
+        "twice.jsonl": "line 2: not JSON .'text' stands twice in an object",
         "blank.jsonl": "holds no text",
         "bad.parquet": "not a readable parquet file",
         "other.parquet": "no column 'text'.*it has body",
@@ -296,6 +281,73 @@ def test_of_a_directory_hidden_files_are_skipped_and_others_are_counted(tmp_path
     assert len(said) == 1
     assert "4 files are passed over (for example README.md)" in said[0]
     assert list(text.documents(str(tmp_path / "a.TXT"))) == ["text of a.TXT"]
+
+
+def test_byte_order_marks_are_no_text(tmp_path):
+    for name, content in (("a.txt", "The sky"), ("b.md", "The sky"), ("c.jsonl", '{"text": "The sky"}')):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert list(text.documents(str(tmp_path / name))) == ["The sky"]
+    (tmp_path / "d.jsonl").write_text('{"text": "\\ufeffThe sky"}')
+    assert list(text.documents(str(tmp_path / "d.jsonl"))) == ["The sky"]
+    for encoding, name in {
+        "utf-16": "UTF-16",
+        "utf-32": "UTF-32",
+        "utf-16-le": "UTF-16",
+        "utf-16-be": "UTF-16",
+    }.items():
+        for file, content in (("e.txt", "The sky"), ("e.jsonl", '{"text": "The sky"}')):
+            (tmp_path / file).write_text(content, encoding=encoding)
+            with pytest.raises(UserError, match=rf"{file}': it is {name}.*; save it as UTF-8"):
+                list(text.documents(str(tmp_path / file)))
+
+
+def test_empty_documents_are_left_out_and_counted(tmp_path, capsys):
+    rows = ["The sky", "", " \n", "is blue"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    tokenizer = small.byte_level()
+    tokens = text.load_tokens(str(tmp_path / "a.jsonl"), tokenizer).tolist()
+    assert tokens.count(tokenizer.eos_token_id) == 2
+    assert "2 documents are empty and left out" in capsys.readouterr().out
+    (tmp_path / "b.txt").write_text("\ufeff\n")
+    with pytest.raises(UserError, match="holds no text"):
+        text.load_tokens(str(tmp_path / "b.txt"), tokenizer)
+
+
+def test_linked_files_are_read_once_and_linked_folders_are_read(tmp_path, capsys):
+    folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    (folder / "sub").mkdir(parents=True)
+    elsewhere.mkdir()
+    (folder / "a.txt").write_text("one")
+    (folder / "sub" / "b.txt").write_text("two")
+    (elsewhere / "c.txt").write_text("three")
+    (folder / "linked").symlink_to(elsewhere)
+    assert sorted(text.documents(str(folder))) == ["one", "three", "two"]
+    assert [file.name for file in files_here(f"hf:{folder}")] == ["a.txt", "c.txt", "b.txt"]
+    assert capsys.readouterr().err == ""
+    (folder / "d.txt").symlink_to(folder / "a.txt")
+    os.link(folder / "a.txt", folder / "e.txt")
+    (folder / "sub" / "again").symlink_to(elsewhere)
+    (folder / "sub" / "up").symlink_to(folder)
+    assert sorted(text.documents(str(folder))) == ["one", "three", "two"]
+    assert "4 link(s) to what is read already are passed over" in capsys.readouterr().err
+    assert list(text.documents(str(folder / "*.txt"))) == ["one"]
+    (folder / "f.txt").symlink_to(tmp_path / "nowhere.txt")
+    with pytest.raises(UserError, match=r"f\.txt is a link to nothing"):
+        list(text.documents(str(folder)))
+
+
+def test_names_that_look_like_patterns_are_names_first(tmp_path):
+    for folder in ("data[1]", "data1"):
+        (tmp_path / folder / "sub*").mkdir(parents=True)
+        (tmp_path / folder / "a.txt").write_text(folder)
+        (tmp_path / folder / "sub*" / "b[2].txt").write_text(f"below {folder}")
+    read = lambda source: list(text.documents(str(tmp_path / source)))  # noqa: E731
+    assert read("data[1]") == ["data[1]", "below data[1]"]
+    assert read("data[1]/*.txt") == ["data[1]"]
+    assert read("data[1]/sub*/b[2].txt") == ["below data[1]"]
+    assert read("data[1]/sub*/*.txt") == ["below data[1]"]
+    assert read("data?/a.txt") == ["data1"]
+    assert read("data[1]/**/*.txt") == ["data[1]", "below data[1]"]
 
 
 def test_bytes_and_characters_that_are_no_unicode_are_replaced_and_counted(tmp_path, capsys, cache):

@@ -112,7 +112,7 @@ def test_bare_tokenizer_file(tmp_path):
     assert encode(loaded, TEXT) == encode(small.byte_level(), TEXT)
 
 
-def test_truncation_and_padding_of_a_saved_tokenizer_are_switched_off(tmp_path):
+def test_truncation_padding_and_dropout_of_a_saved_tokenizer_are_switched_off(tmp_path):
     tokenizer = small.byte_level()
     expected = encode(tokenizer, TEXT)
     for name, keep in (("with_config", True), ("bare", False)):
@@ -121,6 +121,7 @@ def test_truncation_and_padding_of_a_saved_tokenizer_are_switched_off(tmp_path):
         values["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
         padding = {"strategy": {"Fixed": 300}, "direction": "Left", "pad_to_multiple_of": None}
         values["padding"] = padding | {"pad_id": 2, "pad_type_id": 0, "pad_token": "<|pad|>"}
+        values["model"]["dropout"] = 0.9
         (tmp_path / name / "tokenizer.json").write_text(json.dumps(values))
         if not keep:
             (tmp_path / name / "tokenizer_config.json").unlink()

@@ -19,7 +19,15 @@ def sources(tmp_path_factory):
     """Two of each kind of source."""
     folder = tmp_path_factory.mktemp("sources")
     for number, name in enumerate(("one", "two")):
-        rows = [{"instruction": f"Count {name} {i}", "output": f"{i} {name}.", "text": prose(40)} for i in range(40)]
+        rows = [
+            {
+                "instruction": f"Count {name} {i}",
+                "input": "x",
+                "output": f"{i} {name}.",
+                "text": f"Count {name} {i} x {i} {name}.",
+            }
+            for i in range(40)
+        ]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
         texts = [{"text": prose(400, number), "body": prose(400, number + 5)} for _ in range(8)]
         (folder / f"{name}-text.jsonl").write_text("\n".join(map(json.dumps, texts)))
@@ -51,6 +59,7 @@ def other(field: str, data: DataConfig, folder) -> object:
         "source": str(folder / text),
         "text_key": "body",
         "validation_source": str(folder / text),
+        "ignored_fields": ("input",),
         "passkey_words": 12,
         "passkey_fraction": 0.75,
         "min_length_fraction": 0.5,
@@ -70,7 +79,9 @@ def other(field: str, data: DataConfig, folder) -> object:
     }[field]
 
 
-FIELDS = [field.name for field in dataclasses.fields(MixtureSource) if field.name not in ("kind", "weight")]
+# chat_date acts through a tokenizer's chat template only: tests/data/test_instructions.py
+APART = ("kind", "weight", "chat_date")
+FIELDS = [field.name for field in dataclasses.fields(MixtureSource) if field.name not in APART]
 FIELDS += ["passkey_words", "passkey_fraction", "mixture", "answer_only"]
 
 

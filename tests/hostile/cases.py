@@ -158,6 +158,15 @@ def run_cases() -> Iterator[Case]:
         return again
 
     yield Case("run", "workdir is a file", with_config(a_file))
+    tiny = f"--config={ROOT / 'configs' / 'tiny.py'}"
+    for name in ("thesis.tex", "model.json", "config.json"):
+
+        def of_others(folder: Path, models: Path, name: str = name) -> list[str]:
+            (folder / "mine").mkdir()
+            (folder / "mine" / name).write_text("{}")
+            return ["train", tiny, "--workdir=mine"]
+
+        yield Case("run", f"workdir holds {name}", of_others)
     for scheme in ("foo://bucket/run", "gs://", "://x", "\0"):
         command = ["train", "--config=config.py", f"--workdir={scheme}"]
         if scheme != "\0":
@@ -202,7 +211,45 @@ def config_cases() -> Iterator[Case]:
         yield Case("config", f"path {path}", lambda f, m, p=path: ["train", f"--config={p}", "--workdir=out"])
 
 
+ROWS: dict[str, Any] = {
+    "a weight that is text": {"instruction": "a", "output": "b", "weight": "1"},
+    "a list": {"instruction": ["a"], "output": "b"},
+    "a number": {"instruction": "a", "input": 3, "output": "b"},
+    "no output": {"instruction": "a", "output": None},
+    "empty output": {"instruction": "a", "output": ""},
+    "both forms": {"instruction": "a", "output": "b", "messages": [{"role": "assistant", "content": "b"}]},
+    "preferences": {"instruction": "a", "output": "b", "chosen": "b", "rejected": "c"},
+    "images": {"messages": [{"role": "assistant", "content": [{"type": "image", "url": "x"}]}]},
+    "tools": {"messages": [{"role": "tool", "content": "4"}, {"role": "assistant", "content": "b"}]},
+    "messages that are text": {"messages": "[]x"},
+    "odd messages": {"messages": [3, [], None]},
+    "chat without a template": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+}
+
+
+def instruction_cases() -> Iterator[Case]:
+    """Rows of instruction data, in a dry run; the first row is a good one."""
+    command = [
+        "train", f"--config={ROOT / 'configs' / 'tiny.py'}", "--config.dry_run", "--config.stage1.data.kind=instruction",
+        "--config.stage1.data.source=rows.jsonl", "--config.stage1.data.passkey_words=0", "--config.stage1.data.num_samples=10000",
+    ]  # fmt: skip
+    for name, row in ROWS.items():
+
+        def arrange(folder: Path, models: Path, row: Any = row) -> list[str]:
+            rows = [{"instruction": "Count", "output": "One."}, row]
+            (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+            return command
+
+        yield Case("data", f"row {name}", arrange, EITHER if name == "empty output" else (2,))
+
+
 DATA_FILES: dict[str, bytes] = {
+    "UTF-16.txt": "some text".encode("utf-16"),
+    "UTF-16.jsonl": '{"text": "some text"}'.encode("utf-16"),
+    "UTF-16 without a mark.txt": "some text".encode("utf-16-le"),
+    "mark alone.txt": b"\xef\xbb\xbf",
+    "mark alone.jsonl": b"\xef\xbb\xbf\n",
+    "empty texts.jsonl": b'{"text": ""}\n{"text": " "}\n',
     "empty.txt": b"",
     "blank.txt": b" \n\n ",
     "short.txt": b"a few words",
@@ -401,7 +448,7 @@ def header_cases() -> Iterator[Case]:
 def all_cases() -> list[Case]:
     """Every case, in a fixed order."""
     makers = (
-        config_cases, run_cases, data_cases, generation_cases, environment_cases, size_cases, model_cases, header_cases,
+        config_cases, run_cases, data_cases, instruction_cases, generation_cases, environment_cases, size_cases, model_cases, header_cases,
         launch_cases,
     )  # fmt: skip
     return [case for make in makers for case in make()]

@@ -95,6 +95,50 @@ def test_plain_folder_stays_where_it_is(tmp_path):
         Workdir(str(tmp_path / "file" / "run"))
 
 
+STRANGERS = {
+    "model.json": "the folder holds no run, but model.json; name a new or an empty folder",
+    "thesis.tex": "the folder holds no run, but thesis.tex;",
+}
+LEFT = (
+    ".lock",
+    ".manifest.json.tmp",
+    "metrics.jsonl",
+    "student",
+    "student.damaged1",
+    "eval",
+    "train.log",
+    "lost+found",
+)
+
+
+@pytest.mark.parametrize("stranger", STRANGERS)
+def test_a_folder_of_other_things_is_no_workdir(stranger, tmp_path, bucket):
+    """Of a disk and of a bucket; what starts that failed leave is no other thing, and a run may have notes beside it."""
+    for name in LEFT:
+        (tmp_path / name).write_text("")
+    with Workdir(str(tmp_path)):
+        pass
+    (tmp_path / ".lock").unlink()
+    (tmp_path / stranger).write_text("mine")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match=STRANGERS[stranger]):
+        Workdir(str(tmp_path))
+    assert sorted(tmp_path.iterdir()) == before
+    (tmp_path / "manifest.json").write_text("{}")
+    with Workdir(str(tmp_path)):
+        pass
+    files = Bucket(skip_instance_cache=True)
+    files.pipe("/b/run/metrics.jsonl", b"")
+    with Workdir("gs://b/run"):
+        pass
+    files.pipe(f"/b/run/{stranger}", b"mine")
+    with pytest.raises(UserError, match=STRANGERS[stranger]):
+        Workdir("gs://b/run")
+    files.pipe("/b/run/manifest.json", b"{}")
+    with Workdir("gs://b/run"):
+        pass
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_run_in_a_bucket_is_resumed_on_a_new_machine(bucket, tmp_path, monkeypatch):

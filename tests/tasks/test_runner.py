@@ -12,7 +12,7 @@ import pytest
 
 from lawcat_jax.config import EvalConfig, TaskName
 from lawcat_jax.errors import UserError
-from lawcat_jax.tasks import figures, report
+from lawcat_jax.tasks import cells, figures, report
 from lawcat_jax.tasks.cells import file_stamp
 from lawcat_jax.tasks.registry import task_named, tasks
 from lawcat_jax.tasks.runner import run_evaluation
@@ -202,6 +202,40 @@ def test_other_settings_other_weights_and_damaged_files_are_not_taken_from_befor
     (cell,) = tmp_path.glob("unfinished/*.json")
     cell.write_text('{"results": {"250": {"accur')
     assert answers()[250].accuracy == 1.0
+
+
+def test_cells_of_another_version_are_measured_again(tmp_path, monkeypatch, capsys):
+    tokenizer = small.byte_level()
+    settings = EvalConfig(lengths=(250, 300, 350), samples=2, batch_size=2)
+    quiet = {"output": tmp_path, "echo": lambda text: None}
+
+    def interrupted():
+        with pytest.raises(Interrupted):
+            run_evaluation(settings, [model(tokenizer, interrupt_after(constant(tokenizer), 2))], **quiet)
+
+    def finished():
+        capsys.readouterr()
+        found = run_evaluation(settings, [model(tokenizer, Oracle(tokenizer))], **quiet)["passkey"]["student"]
+        return [found[length].accuracy for length in settings.lengths], capsys.readouterr().err
+
+    interrupted()
+    accuracies, said = finished()
+    assert accuracies == [0.0, 0.0, 1.0]
+    assert "another version" not in said
+    interrupted()
+    for cell in tmp_path.glob("unfinished/*.json"):  # as before versions were stated
+        values = json.loads(cell.read_text())
+        del values["results_version"]
+        cell.write_text(json.dumps(values))
+    accuracies, said = finished()
+    assert accuracies == [1.0, 1.0, 1.0]
+    assert said.count("2 of 3 lengths were measured by another version of this program") == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "RESULTS_VERSION", cells.RESULTS_VERSION + 1)
+        interrupted()
+    accuracies, said = finished()
+    assert accuracies == [1.0, 1.0, 1.0]
+    assert "measured by another version" in said
 
 
 def test_two_models_are_compared_in_one_table_and_figure(tmp_path):

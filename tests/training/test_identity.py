@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 from training_doubles import STEPS, Run
 
-from lawcat_jax.config import Config, DataConfig, MixtureSource, StageConfig, TeacherConfig
+from lawcat_jax.config import Config, DataConfig, MixtureSource, StageConfig, TeacherConfig, to_dict
+from lawcat_jax.data import haystack, text
+from lawcat_jax.data import sources as data_sources
 from lawcat_jax.errors import UserError
 from lawcat_jax.training import inputs
 from lawcat_jax.training import run as run_module
-from lawcat_jax.training.identity import refuse_another
+from lawcat_jax.training.identity import refuse_another, refuse_other_config
 from lawcat_jax.training.loop import InterruptedRunError, TrainingError
 from lawcat_jax.training.workdir import Workdir
+from tests.data import tokenizers as small
 
 ROOT = Path(__file__).parents[2]
 TEACHER = {
@@ -51,11 +54,11 @@ def begun(tmp_path_factory) -> Path:
         ({"teacher": {**TEACHER, "tokenizer": "x"}}, "another teacher (the tokenizer has changed)"),
         (
             {"data": {"stage1": {"books/*.txt": [["a.txt", 70, "da"], ["b.txt", 81, "db"]]}}},
-            "began with other data: the files of books/*.txt have other names or contents now",
+            "began with other data: files or rows of books/*.txt have other names or contents now",
         ),
         (
             {"data": {"stage1": {"books/*.txt": [["a.txt", 70, "da"], ["b.txt", 80, "shuffled"]]}}},
-            "began with other data: the files of books/*.txt have other names or contents now",
+            "began with other data: files or rows of books/*.txt have other names or contents now",
         ),
         ({"teacher": {**TEACHER, "chat_template": "x"}}, "another teacher (the tokenizer's chat template has changed)"),
         ({"teacher": {**TEACHER, "model": {"rope_theta": 5e5}}}, "rope_theta: 10000.0 there, 500000.0 here"),
@@ -70,16 +73,67 @@ def test_checkpoint_of_another_run_is_refused(begun, changes, message):
     assert sorted(path.name for path in begun.rglob("*")) == before
 
 
-def test_files_of_the_data_are_part_of_a_run(tmp_path):
+def remote(monkeypatch, tmp_path, **sources: list[str]) -> None:
+    """Stands in for hubs: {name of a source: its texts, or as rows its answers}."""
+    monkeypatch.setenv("LAWCAT_CACHE", str(tmp_path / "cache"))
+    haystack.load_haystack.cache_clear()
+    data_sources._remote_conversations.cache_clear()
+    known = {f"hf:{name}": texts for name, texts in sources.items()}
+    rows = {
+        name: [(f"row {i}", {"instruction": "Count", "output": text}) for i, text in enumerate(texts)]
+        for name, texts in known.items()
+    }
+    read = text.documents
+    monkeypatch.setattr(text, "documents", lambda source, key="text": iter(known.get(source) or read(source, key)))
+    monkeypatch.setattr(text, "rows", lambda source: iter(rows[source]))
+
+
+PLACES = {
+    "text": {"kind": "text", "source": "hf:a", "validation_source": "hf:b"},
+    "instruction": {"kind": "instruction", "source": "hf:a", "validation_source": "hf:b"},
+    "hay": {"kind": "niah", "hay": "books", "hay_source": "hf:a"},
+    "mixture": {"kind": "mixture", "mixture": (MixtureSource(kind="text", source="hf:a"),)},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_read_of_hubs_is_part_of_a_run(place, tmp_path, monkeypatch):
+    """By what it holds now, in whatever version: a changed one is refused, the same one goes on."""
+    data = DataConfig(**PLACES[place], num_samples=4, validation_samples=2)
+    config = Config(stage1=StageConfig(data=data, seq_length=16), stage2=StageConfig(enabled=False))
+
+    def identity(folder: str, **sources: list[str]) -> dict:
+        with monkeypatch.context() as patch:
+            remote(patch, tmp_path / folder, **sources)
+            return {**OWN, "data": inputs.data_read(config, small.byte_level())}
+
+    books = {"a": ["The sky is blue. Here we go. " * 9] * 3, "b": ["There and back again. " * 9] * 3}
+    begun = identity("0", **books)
+    assert set(begun["data"]["stage1"]) == ({"hf:a", "hf:b"} if place in ("text", "instruction") else {"hf:a"})
+    refuse_another(begun, identity("1", **books), "there")
+    for name in begun["data"]["stage1"]:
+        other = books | {name[3:]: ["The sky is grey. Here we go. " * 9] * 3}
+        with pytest.raises(UserError, match=f"files or rows of {name} have other names or contents now"):
+            refuse_another(begun, identity(f"2{name}", **other), "there")
+    refuse_another({**begun, "data": {"stage1": {}}}, begun, "there")  # of an earlier version, which did not record it
+
+
+def test_a_stream_that_opens_no_source_needs_none(tmp_path):
+    data = DataConfig(kind="text", source="hf:none", passkey_fraction=1.0)
+    config = Config(stage1=StageConfig(data=data), stage2=StageConfig(enabled=False))
+    assert inputs.data_read(config, None) == {"stage1": {}}
+
+
+def test_files_of_the_data_are_part_of_a_run(tmp_path, monkeypatch):
     for name, words in (("a.txt", "one"), ("b.txt", "two words")):
         (tmp_path / name).write_text(words)
     part = MixtureSource(kind="niah", hay="books", hay_source=str(tmp_path / "a.txt"))
     config = Config(
-        stage1=StageConfig(data=DataConfig(kind="text", source=f"{tmp_path}/*.txt", validation_source="hf:a")),
+        stage1=StageConfig(data=DataConfig(kind="text", source=f"{tmp_path}/*.txt")),
         stage2=StageConfig(data=DataConfig(kind="mixture", mixture=(part,))),
     )
     one, two = (hashlib.sha256(words).hexdigest()[:32] for words in (b"one", b"two words"))
-    assert inputs.data_files(config) == {
+    assert inputs.data_read(config, None) == {
         "stage1": {f"{tmp_path}/*.txt": [["a.txt", 3, one], ["b.txt", 9, two]]},
         "stage2": {str(tmp_path / "a.txt"): [["a.txt", 3, one]]},
     }
@@ -99,6 +153,24 @@ def test_the_chat_template_is_part_of_a_run_on_conversations():
         found = [origin(template, stage2=stage) for template in (None, "{{ a }}", "{{ b }}")]
         assert len({one.pop("chat_template") for one in found}) == 3
         assert found[0] == found[1] == found[2] == origin("{{ a }}", stage2=plain)
+
+
+def test_sources_of_a_mixture_are_compared_field_by_field():
+    """One that a later version brought counts as its default."""
+    parts = (MixtureSource(kind="text", source="a"), MixtureSource(kind="instruction", source="b"))
+    config = Config(stage2=StageConfig(data=DataConfig(kind="mixture", mixture=parts)))
+    new = json.loads(json.dumps(to_dict(config)))
+    old = json.loads(json.dumps(new))
+    sources = old["stage2"]["data"]["mixture"]
+    for source in sources:
+        del source["chat_date"]
+    refuse_other_config(old, new, "there")
+    sources[1]["weight"] = 7.0
+    with pytest.raises(UserError, match=r"config\.stage2\.data\.mixture\[1\]\.weight: 7\.0 there, 1\.0 here\)"):
+        refuse_other_config(old, new, "there")
+    sources.pop()
+    with pytest.raises(UserError, match=r"config\.stage2\.data\.mixture: "):
+        refuse_other_config(old, new, "there")
 
 
 def test_a_stage_of_another_length_is_refused(begun):

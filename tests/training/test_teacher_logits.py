@@ -21,8 +21,10 @@ from lawcat_jax.config import (
     LogConfig,
     LoraConfig,
     MeshConfig,
+    MixtureSource,
     StageConfig,
     TeacherConfig,
+    to_dict,
 )
 from lawcat_jax.data.teacher_store import ARRAYS, SHARD_ROWS, Kept, StoreWriter, TeacherStore
 from lawcat_jax.errors import UserError
@@ -221,6 +223,22 @@ def test_a_store_of_an_earlier_version_knows_no_hash_of_the_weights(tmp_path):
         inputs.check_stored(TeacherStore(tmp_path / "t"), permuted, "there")
     with pytest.raises(UserError, match="holds logits of another teacher"):
         write_store(tmp_path / "t", facts=permuted)
+
+
+def test_a_store_of_an_earlier_version_knows_no_fields_that_came_later(tmp_path):
+    mixed = DataConfig(kind="mixture", mixture=(MixtureSource(kind="text", source="a"), MixtureSource(weight=2.0)))
+    own = {"teacher": {"weights_hash": "h"}, "data": json.loads(json.dumps(to_dict(mixed)))}
+    old = json.loads(json.dumps(own))
+    for fields in (old["data"], *old["data"]["mixture"]):
+        del fields["ignored_fields"]
+    write_store(tmp_path / "s", facts=old, only=1)
+    write_store(tmp_path / "s", facts=own)
+    inputs.check_stored(TeacherStore(tmp_path / "s"), own, "there")
+    own["data"]["mixture"][1]["ignored_fields"] = ["x"]
+    with pytest.raises(UserError, match="other data or another k"):
+        write_store(tmp_path / "s", facts=own)
+    with pytest.raises(UserError, match=r"data\.mixture\[1\]\.ignored_fields: only in the new configuration"):
+        inputs.check_stored(TeacherStore(tmp_path / "s"), own, "there")
 
 
 # The stage

@@ -68,8 +68,13 @@ def text(measurements: list[Measurement], versions: dict[str, str], date: str) -
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     devices = dict.fromkeys(f"{e.devices} x {e.device} ({e.side})" for e in measurements if e.device)
     heading = [", ".join(devices), ", ".join(f"{name} {version}" for name, version in versions.items()), date]
-    notes = [f"  {e.stage} {e.side} ({e.variant}) not measured: {e.problem}" for e in measurements if not e.ms]
+    notes = [f"  {_named(e)} not measured: {e.problem}" for e in measurements if not e.ms]
+    notes += [f"  {_named(e)}: {e.notes['unfinished']}" for e in measurements if "unfinished" in e.notes]
     return "\n".join([*filter(None, heading), *lines, *notes, *map(_comparison, comparisons(measurements).items())])
+
+
+def _named(entry: Measurement) -> str:
+    return f"{entry.stage} {entry.side}" + (f" ({entry.variant})" if entry.variant else "")
 
 
 def _row(entry: Measurement) -> tuple[str, ...]:

@@ -149,7 +149,7 @@ class Benchmark:
         request = self._request(stages, self._out / f"{name}.json")
         problem = _missing(self._options.gla) if side == "torch" else ""
         if not problem and request.left() <= 0:
-            problem = "no time left"
+            problem = f"no time left of --seconds={self._options.seconds:g}"
         if not problem:
             problem = self._child(side, name, request)
         versions, found = records.read_results(request.results)
@@ -162,6 +162,11 @@ class Benchmark:
         for entry in found:
             if not entry.ms and not entry.problem:
                 entry.problem = problem or "it stopped without a word"
+            if entry.ms and entry.repeats < self._options.repeats:
+                why = problem or f"no time left of --seconds={self._options.seconds:g}"
+                entry.notes["unfinished"] = f"{entry.repeats} of {self._options.repeats} repeats: {why}"
+            elif entry.ms and problem and side == "torch":
+                entry.notes["unfinished"] = f"forms of the peer may be missing: {problem}"
         if problem:
             print(f"{name}: {problem}", file=sys.stderr, flush=True)
         self.measurements += sorted(found, key=lambda entry: stages.index(entry.stage))

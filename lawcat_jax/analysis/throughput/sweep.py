@@ -90,7 +90,7 @@ class Sweep:
             return f"not run: {row.devices} devices, this machine has {self._count}"
         request = self._request(job)
         if request.left() <= 0:
-            return "not run: no time left"
+            return f"not run: no time left of --seconds={self._options.seconds:g}"
         try:
             problem = run.run_child("jax_side", self._out / "request.json", request)
         except UserError as refused:
@@ -101,6 +101,8 @@ class Sweep:
             problem = entry.problem or problem
             if entry.ms:
                 row.measured = entry
+                if entry.repeats < request.repeats:
+                    problem = problem or f"no time left of --seconds={self._options.seconds:g}"
                 return f"{entry.repeats} of {request.repeats} repeats: {problem}" if problem else ""
         return f"not measured: {problem or 'it stopped without a word'}"
 

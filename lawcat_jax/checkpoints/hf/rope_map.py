@@ -29,7 +29,7 @@ _NEEDED = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
-    "yarn": (),
+    "yarn": ("factor",),
     "longrope": ("short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }

@@ -18,7 +18,15 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from lawcat_jax.checkpoints.fingerprints import SWITCH, fingerprint, fingerprint_part, wanted
+from lawcat_jax.checkpoints.fingerprints import (
+    SWITCH,
+    array_digest,
+    digest,
+    fingerprint_part,
+    hash_digits,
+    hash_part,
+    wanted,
+)
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import MARK
 
@@ -28,7 +36,9 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-_SUMS = "lawcat_fingerprints"  # in the metadata: 8 hex digits for each tensor, in the order of their names
+# In the metadata: a digest of names, dtypes and shapes in 32 hex digits, then 16 for each tensor, in the order of their names.
+_HASHES = "lawcat_hashes"
+_SUMS = "lawcat_fingerprints"  # of earlier versions: 8 hex digits for each tensor
 _HEADER_LIMIT = 100_000_000  # bytes, the limit of the safetensors library
 BLOCK_BYTES = 32 << 20  # of one read: small beside any large tensor, large enough for full disk speed
 
@@ -64,18 +74,46 @@ class StoredTensor(Protocol):
         ...
 
 
+class Stated:
+    """The fingerprint that a file states of a tensor: 16 hex digits of a hash or, of an earlier version, 8 of a sum. None where
+    names, dtypes or shapes are not those that were written, and so nothing of the tensor is sure.
+
+    A fingerprint is compared as soon as all rows have been read, in whatever order and pieces; a file that is read in part is not.
+    """
+
+    def __init__(self, digits: str | None):
+        self._digits, self._parts = digits, {}
+
+    def differs(self, start: int, stop: int, rows: np.ndarray, total: int) -> bool:
+        """Whether rows [start, stop) of ``total``, of 1 element at least, complete a tensor with another fingerprint."""
+        if self._digits is None:
+            return True
+        first = start * math.prod(rows.shape[1:])
+        words = hash_part(rows, first) if len(self._digits) == 16 else (fingerprint_part(rows, first),)
+        self._parts[start] = stop, words
+        done, found = 0, [0] * len(words)
+        while done in self._parts and done < total:
+            done, words = self._parts[done]
+            found = [a + b for a, b in zip(found, words, strict=True)]
+        if done < total:
+            return False
+        self._parts.clear()
+        return hash_digits(found) != self._digits
+
+
 class Tensor:
     """One tensor in a file: ``shape``, ``dtype`` (None if not one of :data:`DTYPES`), and reads of rows.
 
-    Where its fingerprint is stated (:func:`write_tensors` does) it is checked as soon as all rows have been read, in order.
+    Where its fingerprint is stated (:func:`write_tensors` does) it is checked when all rows have been read, also as
+    several :meth:`part`.
     """
 
     def __init__(
-        self, file: Path, name: str, code: str, shape: tuple[int, ...], offset: int, stated: int | None = None
+        self, file: Path, name: str, code: str, shape: tuple[int, ...], offset: int, stated: Stated | None = None
     ):
         self.file, self.name, self.code, self.shape, self._offset = file, name, code, shape, offset
         self.dtype = DTYPES.get(code)
-        self._stated, self._seen = stated, (0, 0)  # rows read so far, and their part of the fingerprint
+        self._stated, self._first, self._total = stated, 0, shape[0] if shape else 0
 
     @property
     def nbytes(self) -> int:
@@ -88,7 +126,9 @@ class Tensor:
             return self
         assert self.dtype is not None
         offset = self._offset + start * math.prod(self.shape[1:]) * self.dtype.itemsize
-        return Tensor(self.file, self.name, self.code, (stop - start, *self.shape[1:]), offset)
+        part = Tensor(self.file, self.name, self.code, (stop - start, *self.shape[1:]), offset, self._stated)
+        part._first, part._total = self._first + start, self._total
+        return part
 
     def rows(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
         """Rows [start, stop) of axis 0, read into ``out`` (C-contiguous, same dtype) when given."""
@@ -108,21 +148,14 @@ class Tensor:
                     done += count
         except OSError as problem:
             raise UserError(f"cannot read {self.file}: {problem.strerror or problem}") from None
-        if self._stated is not None and wanted():
-            self._follow(start, stop, out)
-        return out
-
-    def _follow(self, start: int, stop: int, rows: np.ndarray) -> None:
-        done, total = (0, 0) if start == 0 else self._seen
-        if start != done:  # out of order: the whole is not seen this time
-            return
-        total += fingerprint_part(rows, start * math.prod(self.shape[1:]))
-        self._seen = stop, total
-        if stop == self.shape[0] and total % (1 << 32) != self._stated:
+        if self._stated is None or start == stop or not wanted():
+            return out
+        if self._stated.differs(self._first + start, self._first + stop, out, self._total):
             raise UserError(
                 f"{self.file}: the contents of {self.name} have changed since they were written; get a fresh copy or convert "
                 f"again ({SWITCH}=off in the environment reads them unchecked)"
             )
+        return out
 
     def blocks(self, start: int, stop: int) -> Iterable[tuple[int, np.ndarray]]:
         """(first row, rows) of [start, stop) in pieces of about :data:`BLOCK_BYTES`, one buffer for all."""
@@ -177,7 +210,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
       UserError: missing, not a safetensors file, truncated, or with an inconsistent header (overlapping tensors, say).
     """
     header, start, size = _read_header(path)
-    sums = _stated_sums(header)
+    stated = _stated(header)
     tensors: dict[str, Tensor] = {}
     ranges: list[tuple[int, int, str]] = []
     for name, entry in header.items():
@@ -197,7 +230,7 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
             raise UserError(
                 f"{path}: tensor {name!r} of shape {list(shape)} {code} does not fill its {end - begin} bytes"
             )
-        tensors[name] = Tensor(path, name, code, shape, start + begin, sums.get(name))
+        tensors[name] = Tensor(path, name, code, shape, start + begin, stated.get(name))
         ranges.append((begin, end, name))
     ranges.sort()
     for (_, end, name), (begin, _, other) in itertools.pairwise(ranges):
@@ -206,14 +239,26 @@ def open_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _stated_sums(header: Mapping[str, Any]) -> dict[str, int]:
-    """Fingerprint of each tensor, where this program wrote the file."""
+def _stated(header: Mapping[str, Any]) -> dict[str, Stated]:
+    """The fingerprint of each tensor by name, where this program wrote the file."""
     names = sorted(name for name in header if name != "__metadata__")
     metadata = header.get("__metadata__")
-    text = metadata.get(_SUMS) if isinstance(metadata, dict) else None
-    if not isinstance(text, str) or not re.fullmatch(rf"[0-9a-f]{{{8 * len(names)}}}", text):
+    metadata = metadata if isinstance(metadata, dict) else {}
+    text, width = metadata.get(_HASHES), 16
+    if isinstance(text, str):
+        layout, text = text[:32], text[32:]
+        if layout != _layout(header):
+            return dict.fromkeys(names, Stated(None))
+    else:
+        text, width = metadata.get(_SUMS), 8
+    if not isinstance(text, str) or not re.fullmatch(rf"[0-9a-f]{{{width * len(names)}}}", text):
         return {}
-    return {name: int(text[8 * index : 8 * index + 8], 16) for index, name in enumerate(names)}
+    return {name: Stated(text[width * index : width * (index + 1)]) for index, name in enumerate(names)}
+
+
+def _layout(header: Mapping[str, Any]) -> str:
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    return digest({n: [e.get("dtype"), e.get("shape")] if isinstance(e, dict) else e for n, e in entries.items()})
 
 
 def write_tensors(
@@ -222,7 +267,7 @@ def write_tensors(
     on_bytes: Callable[[int], object] = lambda count: None,
     metadata: Mapping[str, str] | None = None,
     *,
-    sums: bool = True,
+    hashes: bool = True,
 ) -> None:
     """Write one safetensors file, holding one tensor in memory at a time.
 
@@ -231,15 +276,16 @@ def write_tensors(
       entries: (name, dtype, shape, function that returns the array when it is its turn).
       on_bytes: called with the bytes of every tensor written (progress).
       metadata: free text for the header; see :func:`read_metadata`.
-      sums: put the fingerprint of each tensor into the metadata, which reads are compared with.
+      hashes: put the hash of each tensor into the metadata, which reads are compared with.
     """
-    stated = {_SUMS: "0" * 8 * len(entries)} if sums else {}  # filled in at the end
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", MARK: "1", **stated, **(metadata or {})}}
+    header: dict[str, Any] = {}
     offset, found = 0, {}
     for name, dtype, shape, _ in entries:
         size = math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
+    stated = {_HASHES: _layout(header) + "0" * 16 * len(entries)} if hashes else {}  # filled in at the end
+    header = {"__metadata__": {"format": "pt", MARK: "1", **stated, **(metadata or {})}, **header}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the library pads too: aligned data can be mapped
     with open(path, "wb") as stream:
@@ -249,11 +295,11 @@ def write_tensors(
             if array.shape != shape or array.dtype != dtype:
                 raise ValueError(f"{name} is {array.dtype}{array.shape}, announced as {dtype}{shape}")
             stream.write(array.reshape(-1).view(np.uint8).data)
-            if sums:
-                found[name] = f"{fingerprint(array):08x}"
+            if hashes:
+                found[name] = array_digest(array)
             on_bytes(array.nbytes)
-        if sums:
-            stream.seek(8 + text.index(_SUMS.encode()) + len(f'{_SUMS}":"'))
+        if hashes:
+            stream.seek(8 + text.index(_HASHES.encode()) + len(f'{_HASHES}":"') + 32)
             stream.write("".join(found[name] for name in sorted(found)).encode())
         stream.flush()
         os.fsync(stream.fileno())

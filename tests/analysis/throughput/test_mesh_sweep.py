@@ -81,8 +81,8 @@ def test_other_mistakes(monkeypatch):
 class Children:
     """In the place of ``run.run_child``: speeds by mesh and program, a prediction for all of them."""
 
-    def __init__(self, stop_after: int = 100):
-        self.calls, self._stop_after = [], stop_after
+    def __init__(self, stop_after: int = 100, cut: int = 0):
+        self.calls, self._stop_after, self.cut = [], stop_after, cut
 
     def __call__(self, module, path, request, environment=None):
         config, (program,) = request.settings(), request.stages
@@ -97,9 +97,9 @@ class Children:
         if (request.devices, program) == (2, "prefill"):
             entry.problem = "out of memory: 9 GiB"
         else:
-            entry.timed([0.5 if config.mesh.sequence > 1 else 0.25])
-        if (request.devices, program) == (4, "prefill"):
-            entry.problem = "the link is down"  # after the first repeat
+            down = (request.devices, program) == (4, "prefill")  # the link, after the first repeat
+            entry.timed([0.5 if config.mesh.sequence > 1 else 0.25] * (1 if down else request.repeats - self.cut))
+            entry.problem = "the link is down" if down else ""
         records.Results(request.results).put(entry)
         return "its process ended with status 1" if entry.problem else ""
 
@@ -165,7 +165,9 @@ def test_no_time_left(tmp_path, monkeypatch):
     children = Children()
     assert swept(tmp_path, monkeypatch, children, seconds=1e-9).run() == 1
     assert children.calls == []
-    assert written(tmp_path)["rows"][0]["problem"] == "not run: no time left"
+    assert written(tmp_path)["rows"][0]["problem"] == "not run: no time left of --seconds=1e-09"
+    assert swept(tmp_path, monkeypatch, Children(cut=2), seconds=100).run() == 1
+    assert written(tmp_path)["rows"][0]["problem"] == "3 of 5 repeats: no time left of --seconds=100"
 
 
 def test_names_of_devices_and_slices():

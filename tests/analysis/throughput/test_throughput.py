@@ -60,8 +60,30 @@ def test_what_there_is_no_time_for_is_recorded(tmp_path, capsys):
     config, options = settled(seconds=1e-6, gla="reference", out=str(tmp_path))
     assert run.Benchmark(config, options).run() == 1
     values = json.loads((tmp_path / "throughput.json").read_text())
-    assert [entry["problem"] for entry in values["measurements"]] == ["no time left"] * 4
-    assert "jax not measured: no time left" in capsys.readouterr().out
+    assert [entry["problem"] for entry in values["measurements"]] == ["no time left of --seconds=1e-06"] * 4
+    said = capsys.readouterr().out
+    for stage in ("stage1", "stage2"):
+        assert f"{stage} jax not measured: no time left of --seconds=1e-06" in said
+        assert f"{stage} torch not measured: no time left of --seconds=1e-06" in said
+
+
+@pytest.mark.parametrize(("child", "why"), [("", "no time left of --seconds=60"), ("it was killed", "it was killed")])
+def test_what_was_measured_in_part_says_so(child, why, tmp_path, monkeypatch, capsys):
+    def half(self, side, name, request):
+        entry = Measurement(side, request.stages[0], "form", 2, 24, trainable=7)
+        entry.timed([0.1, 0.2] if side == "jax" else [0.1] * 5)
+        records.Results(request.results).put(entry)
+        return child
+
+    monkeypatch.setattr(run.Benchmark, "_child", half)
+    monkeypatch.setattr(run, "_missing", lambda gla: "")
+    config, options = settled(out=str(tmp_path), seconds=60)
+    assert run.Benchmark(config, options).run() == 0
+    said = capsys.readouterr().out
+    for stage in ("stage1", "stage2"):
+        assert f"{stage} jax (form): 2 of 5 repeats: {why}" in said
+    assert ("stage1 torch (form): forms of the peer may be missing: it was killed" in said) == bool(child)
+    assert "stage2 torch not measured: " in said
 
 
 def test_a_peer_that_is_not_installed_is_one_line(tmp_path, monkeypatch, capsys):
