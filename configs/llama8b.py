@@ -1,4 +1,4 @@
-"""Llama-3.1-8B to a LAWCAT student on passkey data, with the recipe of configs/mistral7b.py (the paper has no 8B model).
+"""Llama-3.1-8B to a LAWCAT student on passkey data, with the recipe of configs/mistral7b.py:paper (the paper has no 8B model).
 
 Command: ``python -m lawcat_jax.train --config=configs/llama8b.py`` (``:instruct`` for the Instruct model). Check first:
 ``python -m lawcat_jax.aot --config=configs/llama8b.py --topology=v5e:8x8`` says whether it fits a TPU slice. The teacher

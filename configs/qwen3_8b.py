@@ -1,4 +1,4 @@
-"""Qwen3-8B to a LAWCAT student on passkey data, with the recipe of configs/mistral7b.py (the paper has no Qwen).
+"""Qwen3-8B to a LAWCAT student on passkey data, with the recipe of configs/mistral7b.py:paper (the paper has no Qwen).
 
 Command: ``python -m lawcat_jax.train --config=configs/qwen3_8b.py`` (``:base`` for the model without instruction tuning).
 Check first: ``python -m lawcat_jax.aot --config=configs/qwen3_8b.py --topology=v5e:8x8`` says whether it fits a TPU slice,

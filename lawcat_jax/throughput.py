@@ -1,4 +1,4 @@
-"""How fast does it train here? ``python -m lawcat_jax.throughput --config=configs/llama1b.py [--config.<field>=<value>]``.
+"""How fast does it train here? ``python -m lawcat_jax.throughput --config=configs/llama1b.py:paper_gpu [--config.<field>=<value>]``.
 
 Builds the configuration's model with random weights, times the steps of both stages that the trainer would run on the
 devices at hand, and then the same model in PyTorch with fla's ``chunk_gla`` on the first of them. Prints a table and

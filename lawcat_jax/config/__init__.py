@@ -12,6 +12,7 @@ generated from the docstrings in this package.
     data       what a training stage reads
     stage      one training stage
     run        everything else, and Config itself
+    recipe     data and stages that config files of several teachers have in common
 
 Nothing here imports jax: a config is read and checked on any machine, at once. There is no ``from __future__ import
 annotations`` in the files with dataclasses: config_flags needs the types of fields, not their names.

@@ -117,7 +117,7 @@ def test_a_million_tokens_of_prefill():
 @pytest.mark.slow
 def test_what_does_not_fit_says_so():
     options = ["--stages=stage2", "--config.stage2.loss_chunk=0", "--config.stage2.batch_size=64"]
-    done = aot("--config=configs/llama1b.py", "--topology=v5e:2x2", "--config.stage2.seq_length=8192", *options)
+    done = aot("--config=configs/llama1b.py:paper", "--topology=v5e:2x2", "--config.stage2.seq_length=8192", *options)
     assert done.returncode == 1, done.stderr[-2000:]
     assert "DOES NOT FIT" in done.stdout
     assert "stage2 does not fit" in done.stderr
@@ -127,7 +127,7 @@ def test_what_does_not_fit_says_so():
 @needs_cuda_plugin
 @pytest.mark.slow
 def test_llama_1b_for_a_gpu():
-    programs = report("--config=configs/llama1b.py", "--topology=h200:1", "--stages=stage1,stage2")
+    programs = report("--config=configs/llama1b.py:paper", "--topology=h200:1", "--stages=stage1,stage2")
     assert list(programs) == ["stage1", "stage2"]
     for program in programs.values():
         assert program["collectives"] == []
@@ -160,7 +160,7 @@ def test_llama_1b_on_two_machines():
 @pytest.mark.slow
 def test_what_does_not_fit_on_a_gpu_says_so():
     options = ["--stages=stage2", "--config.stage2.loss_chunk=0", "--config.stage2.batch_size=16"]
-    done = aot("--config=configs/llama1b.py", "--topology=a100:1", "--config.stage2.seq_length=4096", *options)
+    done = aot("--config=configs/llama1b.py:paper", "--topology=a100:1", "--config.stage2.seq_length=4096", *options)
     assert done.returncode == 1, done.stderr[-2000:]
     assert "DOES NOT FIT" in done.stdout
     assert "loss_chunk=256" in done.stderr

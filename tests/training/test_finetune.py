@@ -178,9 +178,10 @@ def test_a_tied_head_does_not_transpose_the_embedding():
     assert "transpose" not in str(jax.make_jaxpr(logits)(shapes, hidden))
 
 
-def test_the_gpu_variant_trains_the_same():
+@pytest.mark.parametrize(("base", "gpu"), [("base", "gpu"), ("paper", "paper_gpu")])
+def test_the_gpu_variant_trains_the_same(base, gpu):
     get_config = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "llama1b.py"))["get_config"]
-    base, gpu = get_config(), get_config("gpu")
+    base, gpu = get_config(base), get_config(gpu)
     gpu.validate()
     assert (gpu.stage1.unroll_layers, gpu.stage2.unroll_layers, gpu.stage2.remat) == (True, True, "none")
     for stage in ("stage1", "stage2"):

@@ -46,7 +46,7 @@ CASES = {
 
 def config_of(name: str) -> Config:
     if name != "small":
-        return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]()
+        return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]("paper")
     config = Config(attention=AttentionConfig(gate_rank=4), lora=LoraConfig(rank=2))
     config.stage2 = StageConfig(steps=3, learning_rate=1e-2, trainable=("^lora/", "^mixers/"))
     config.teacher.architecture = ModelConfig(

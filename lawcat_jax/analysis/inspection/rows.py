@@ -1,11 +1,15 @@
-"""The token rows that a student is measured on: a text of the user's, or passkey prompts, which need no file."""
+"""The token rows that a student is measured on: a text of the user's, or passkey samples, which need no file.
+
+The samples are in the wording "selection", so that what is chosen by them (the layers of a hybrid, say) has not seen an
+evaluation's.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
 from lawcat_jax.data.batch import Batch, batch_shapes
-from lawcat_jax.data.passkey import landmark_sample_tokens
+from lawcat_jax.data.retrieval import RetrievalGenerator
 from lawcat_jax.data.text import load_tokens
 from lawcat_jax.data.tokenize import Tokenizer, bos_rule, opening, pad_id
 from lawcat_jax.errors import UserError
@@ -32,7 +36,8 @@ def read_rows(tokenizer: Tokenizer, text: str | None, text_key: str, shapes: lis
     Args:
       tokenizer: the model's.
       text: ``tfds:<name>``, ``hf:<name>``, or a path (see :mod:`lawcat_jax.data.text`), from whose beginning every batch is
-        cut; None for passkey prompts of the evaluation (``landmark``): row j is test j, as long as fits in T tokens.
+        cut; None for passkey samples with their answers, as long as fits in T tokens: row j is the same for all T but for
+        its length.
       text_key: the field of the text in rows of a data set.
       shapes: rows and tokens of each batch.
 
@@ -41,9 +46,12 @@ def read_rows(tokenizer: Tokenizer, text: str | None, text_key: str, shapes: lis
     """
     rule = bos_rule(tokenizer)
     if text is None:
+        generator = RetrievalGenerator(tokenizer, task="passkey", wording="selection", add_bos=rule)
         return [
             _batch(
-                tokenizer, [landmark_sample_tokens(tokenizer, size, j, add_bos=rule).tokens for j in range(rows)], size
+                tokenizer,
+                [generator.sample_tokens(np.random.default_rng(row), size).tokens for row in range(rows)],
+                size,
             )
             for rows, size in shapes
         ]

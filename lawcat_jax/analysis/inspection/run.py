@@ -50,7 +50,7 @@ def inspect_checkpoint(
 
     Args:
       checkpoint: a student: model directory, folder of a run, small file.
-      text, text_key: what it reads (see :mod:`lawcat_jax.data.text`); None for passkey prompts of the evaluation.
+      text, text_key: what it reads (see :mod:`lawcat_jax.data.text`); None for passkey samples in the wording "selection".
       samples, length: rows and tokens of the comparison with the teacher; see
         :func:`lawcat_jax.analysis.inspection.rows.compared_shape`.
       max_length: tokens of the one row over which states are followed.
@@ -72,7 +72,7 @@ def inspect_checkpoint(
     compared, followed = read_rows(model.tokenizer, text, text_key, [shape, (1, max_length)])
     found = {
         "checkpoint": checkpoint,
-        "text": text or "passkey prompts (landmark)",
+        "text": text or "passkey samples (selection)",
         "samples": samples,
         "length": shape[1],
         "training_length": model.extra.get("training_length"),

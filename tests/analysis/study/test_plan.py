@@ -200,7 +200,7 @@ CHANGES = {
     "rank_full": {"attention.gate_rank"},
     "untied": {"attention.tie_qk"},
     "gate_per_head": {"attention.gate_kind"},
-    "hybrid": {"attention.softmax_layers"},
+    **{f"hybrid{count}": {"attention.softmax_layers"} for count in (1, 2, 4)},
     "shuffled": {"stage2.state_passing"},
     "ends": {"stage2.data.mixture"},
     "one_wording": {"stage1.data.mixture", "stage2.data.mixture"},
