@@ -10,8 +10,8 @@ from __future__ import annotations
 from absl import flags
 
 from lawcat_jax.command_line import no_arguments, run_main
+from lawcat_jax.data.documents import documents
 from lawcat_jax.data.passkey import HAY
-from lawcat_jax.data.text import documents
 from lawcat_jax.data.train_tokenizer import SMALLEST, save_tokenizer, train_tokenizer
 from lawcat_jax.errors import UserError
 

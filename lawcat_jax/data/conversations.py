@@ -18,7 +18,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from lawcat_jax.data import text as text_data
+from lawcat_jax.data.documents import rows
 from lawcat_jax.errors import UserError
 
 _ROLES = {
@@ -90,7 +90,7 @@ def conversations(source: str, limit: int | None = None, notes: Collection[str] 
       UserError: naming the source, the row and the field that is not understood.
     """
     passed: list[str] = []
-    for number, (where, row) in enumerate(text_data.rows(source)):
+    for number, (where, row) in enumerate(rows(source)):
         if limit is not None and number >= limit:
             break
         found = read_row(row, where, notes)

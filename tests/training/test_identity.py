@@ -14,7 +14,7 @@ import pytest
 from training_doubles import STEPS, Run
 
 from lawcat_jax.config import Config, DataConfig, MixtureSource, StageConfig, TeacherConfig, to_dict
-from lawcat_jax.data import haystack, text
+from lawcat_jax.data import conversations, haystack, text
 from lawcat_jax.data import sources as data_sources
 from lawcat_jax.errors import UserError
 from lawcat_jax.training import inputs
@@ -83,9 +83,9 @@ def remote(monkeypatch, tmp_path, **sources: list[str]) -> None:
         name: [(f"row {i}", {"instruction": "Count", "output": text}) for i, text in enumerate(texts)]
         for name, texts in known.items()
     }
-    read = text.documents
-    monkeypatch.setattr(text, "documents", lambda source, key="text": iter(known.get(source) or read(source, key)))
-    monkeypatch.setattr(text, "rows", lambda source: iter(rows[source]))
+    monkeypatch.setattr(text, "documents", lambda source, key="text": iter(known[source]))
+    monkeypatch.setattr(haystack, "read_documents", lambda source, key="text": iter(known[source]))
+    monkeypatch.setattr(conversations, "rows", lambda source: iter(rows[source]))
 
 
 PLACES = {
