@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -49,6 +48,7 @@ _NOTES = set(
     length num_turns turn_count num_tokens n_tokens token_count meta metadata info notes comment comments avatarurl
     """.split()  # noqa: SIM905
 )
+_LARGEST = 1e9  # of a weight; products of two stay within float32
 _TOOLS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")
 
 
@@ -261,8 +261,8 @@ class _Row:
     def _weight(self, value: Any, name: str) -> float:
         if value is None:
             return 1.0
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            self._fail(f"{name} is {_shown(value)}, not a number of at least 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LARGEST:
+            self._fail(f"{name} is {_shown(value)}, not a number from 0 to {_LARGEST:g}")
         return float(value)
 
     def _switch(self, value: Any, name: str) -> bool:

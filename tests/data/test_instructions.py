@@ -191,6 +191,7 @@ REFUSED = [
     (PAIR | {"train_on_inputs": True}, "'train_on_inputs' is true: set the stage's data.prompt_weight"),
     (PAIR | {"train_on_input": "yes"}, "'train_on_input' is \"yes\""),
     (PAIR | {"weight": True}, "'weight' is true"),
+    (PAIR | {"weight": 10**400}, "'weight' is 1000.* not a number from 0 to 1e.09"),
     (PAIR | {"chosen": "3", "rejected": "4"}, "field 'chosen' is not known.*data.ignored_fields"),
     (PAIR | {"label": False}, "field 'label' is not known"),
     (PAIR | {"images": ["a.png"]}, "field 'images' is not known"),
