@@ -31,7 +31,7 @@ def read_rows(tokenizer: Tokenizer, text: str | None, text_key: str, shapes: lis
 
     Args:
       tokenizer: the model's.
-      text: ``tfds:<name>``, ``hf:<name>``, or a path (see :mod:`lawcat_jax.data.documents`), from whose beginning every batch is
+      text: ``tfds:<name>``, ``hf:<name>``, or a path (see :mod:`lawcat_jax.data.text`), from whose beginning every batch is
         cut; None for passkey prompts of the evaluation (``landmark``): row j is test j, as long as fits in T tokens.
       text_key: the field of the text in rows of a data set.
       shapes: rows and tokens of each batch.

@@ -50,7 +50,7 @@ def inspect_checkpoint(
 
     Args:
       checkpoint: a student: model directory, folder of a run, small file.
-      text, text_key: what it reads (see :mod:`lawcat_jax.data.documents`); None for passkey prompts of the evaluation.
+      text, text_key: what it reads (see :mod:`lawcat_jax.data.text`); None for passkey prompts of the evaluation.
       samples, length: rows and tokens of the comparison with the teacher; see
         :func:`lawcat_jax.analysis.inspection.rows.compared_shape`.
       max_length: tokens of the one row over which states are followed.
