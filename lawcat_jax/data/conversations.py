@@ -138,22 +138,23 @@ class _Row:
 
     def read(self) -> Conversation:
         row = {name: value for name, value in self._given.items() if _is_given(name, value)}
-        self._refuse_unknown(row, _ROW, "field")
         forms = [name for name in _TURNS if name in row]
         single = [name for name in _ALPACA if name in row]
-        if len(forms) > 1 or (forms and single):
-            self._fail(f"it holds both {single[0] if single else forms[1]!r} and {forms[0]!r}; leave one of them out")
-        if forms:
-            turns, alpaca = self._messages(row[forms[0]], forms[0]), None
-            if "history" in row:
-                self._fail(f"'history' goes with instruction and output, not with {forms[0]!r}; leave it out")
-        elif "instruction" in self._given and "output" in self._given:
-            turns, alpaca = self._instruction(row)
-        else:
+        if not forms and not {"instruction", "output"} <= self._given.keys():
             self._fail(
                 "expected instruction and output, or messages with an assistant's answer; "
                 f"it has {', '.join(map(str, self._names)) or 'nothing'}"
             )
+        self._refuse_unknown(row, _ROW, "field")
+        if len(forms) > 1 or (forms and single):
+            self._fail(f"it holds both {(single or forms[1:])[0]!r} and {forms[0]!r}; leave one of them out")
+        if forms and "history" in row:
+            self._fail(f"'history' goes with instruction and output, not with {forms[0]!r}; leave it out")
+        alpaca = None
+        if forms:
+            turns = self._messages(row[forms[0]], forms[0])
+        else:
+            turns, alpaca = self._instruction(row)
         turns = self._system(row, turns)
         while turns and turns[-1].role != "assistant":
             turns.pop()

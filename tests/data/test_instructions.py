@@ -146,6 +146,7 @@ def test_what_says_nothing_is_ignored():
 REFUSED = [
     ({"text": "a"}, "expected instruction and output, or messages.*it has text"),
     ({}, "it has nothing"),
+    ({"instruction": "a", "context": "b", "response": "c"}, "expected instruction and output.*it has instruction, context"),
     ({"messages": [USER]}, "it has no answer"),
     ({"messages": [{"role": "user"}, 3]}, "message 1: a message needs role and content"),
     ({"messages": [USER, 3]}, "message 2 is 3 .*needs role and content"),
