@@ -29,6 +29,8 @@ from lawcat_jax.data.source_files import files_here, is_remote
 from lawcat_jax.data.tokenize import Tokenizer, opening
 from lawcat_jax.errors import UserError
 
+_LOOKED_AT = 1000  # conversations of which people are told how many are too long
+
 
 @dataclasses.dataclass(frozen=True)
 class Document:
@@ -326,7 +328,15 @@ class InstructionSource:
         return len(self._rows)
 
     def described(self) -> str:
-        return f"{len(self):,} conversations"
+        looked, size = range(min(len(self), _LOOKED_AT)), self._seq_length
+        cut = [found for found in map(self._encoded, looked) if len(found.tokens) > size]
+        lost = sum(not found.weights[:size].any() for found in cut)
+        if not cut:
+            return f"{len(self):,} conversations"
+        return (
+            f"{len(self):,} conversations ({len(cut):,} of the first {len(looked):,} are longer than {size} tokens and cut, {lost:,} of "
+            "them before the end of the question, so that nothing is learnt from them)"
+        )
 
     def document(self, index: int) -> Document:
         return self.long_document(index, self._seq_length)

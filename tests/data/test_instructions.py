@@ -230,6 +230,14 @@ def test_rows_with_nothing_to_learn_are_counted(tmp_path, capsys):
         Samples(data, templated(), seq_length=64, seed=0, split="train")
 
 
+def test_conversations_that_are_cut_are_told(tmp_path):
+    rows = [PAIR, PAIR | {"instruction": "Add. " * 400}, PAIR | {"output": "3 " * 400}]
+    data = DataConfig(kind="instruction", source=write(tmp_path / "x.jsonl", *rows), validation_samples=0)
+    said = Samples(data, templated(), seq_length=64, seed=0, split="train").described()
+    assert "3 conversations (2 of the first 3 are longer than 64 tokens and cut, 1 of them before" in said
+    assert Samples(data, templated(), seq_length=4096, seed=0, split="train").described().startswith("3 conversations;")
+
+
 def test_what_a_template_refuses_shows_at_the_start(tmp_path):
     """Of every order of speakers, not only of the first row's."""
     strict = "{% if messages[0].role == 'assistant' %}{{ raise_exception('a user begins') }}{% endif %}" + CHATML
