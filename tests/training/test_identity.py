@@ -19,7 +19,7 @@ from lawcat_jax.data import sources as data_sources
 from lawcat_jax.errors import UserError
 from lawcat_jax.training import inputs
 from lawcat_jax.training import run as run_module
-from lawcat_jax.training.identity import refuse_another, refuse_other_config
+from lawcat_jax.training.identity import refuse_another, refuse_other_config, unrecorded
 from lawcat_jax.training.loop import InterruptedRunError, TrainingError
 from lawcat_jax.training.workdir import Workdir
 from tests.data import tokenizers as small
@@ -115,7 +115,10 @@ def test_what_is_read_of_hubs_is_part_of_a_run(place, tmp_path, monkeypatch):
         other = books | {name[3:]: ["The sky is grey. Here we go. " * 9] * 3}
         with pytest.raises(UserError, match=f"files or rows of {name} have other names or contents now"):
             refuse_another(begun, identity(f"2{name}", **other), "there")
-    refuse_another({**begun, "data": {"stage1": {}}}, begun, "there")  # of an earlier version, which did not record it
+    earlier = {**begun, "data": {"stage1": {}}}  # of a version that did not record it
+    refuse_another(earlier, begun, "there")
+    assert unrecorded(earlier, begun) == list(begun["data"]["stage1"])
+    assert unrecorded(begun, begun) == unrecorded({"data": None}, begun) == []
 
 
 def test_a_stream_that_opens_no_source_needs_none(tmp_path):
