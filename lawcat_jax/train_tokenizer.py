@@ -10,9 +10,9 @@ from __future__ import annotations
 from absl import flags
 
 from lawcat_jax.command_line import no_arguments, run_main
+from lawcat_jax.data.documents import documents
 from lawcat_jax.data.passkey import HAY
-from lawcat_jax.data.text import documents
-from lawcat_jax.data.train_tokenizer import SMALLEST, save_tokenizer, train_tokenizer
+from lawcat_jax.data.train_tokenizer import SMALLEST, refuse_a_model, save_tokenizer, train_tokenizer
 from lawcat_jax.errors import UserError
 
 _INPUT = flags.DEFINE_string("input", None, "Text source: a file, directory or glob (.txt, .jsonl, .parquet).")
@@ -30,6 +30,7 @@ def main(argv: list[str]) -> None:
     source, target = _INPUT.value, _TARGET.value
     if not source or not target:
         raise UserError(f"--{'target' if source else 'input'} is missing")
+    refuse_a_model(target)
     texts = documents(source, _TEXT_KEY.value)
     tokenizer = train_tokenizer(texts, vocab_size=_VOCAB_SIZE.value, passkey_repeats=_PASSKEY_REPEATS.value)
     written = save_tokenizer(tokenizer, target)

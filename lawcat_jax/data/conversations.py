@@ -14,11 +14,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from lawcat_jax.data import text as text_data
+from lawcat_jax.data.documents import rows
 from lawcat_jax.errors import UserError
 
 _ROLES = {
@@ -49,6 +48,7 @@ _NOTES = set(
     length num_turns turn_count num_tokens n_tokens token_count meta metadata info notes comment comments avatarurl
     """.split()  # noqa: SIM905
 )
+_LARGEST = 1e9  # of a weight; products of two stay within float32
 _TOOLS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")
 
 
@@ -90,7 +90,7 @@ def conversations(source: str, limit: int | None = None, notes: Collection[str] 
       UserError: naming the source, the row and the field that is not understood.
     """
     passed: list[str] = []
-    for number, (where, row) in enumerate(text_data.rows(source)):
+    for number, (where, row) in enumerate(rows(source)):
         if limit is not None and number >= limit:
             break
         found = read_row(row, where, notes)
@@ -138,22 +138,23 @@ class _Row:
 
     def read(self) -> Conversation:
         row = {name: value for name, value in self._given.items() if _is_given(name, value)}
-        self._refuse_unknown(row, _ROW, "field")
         forms = [name for name in _TURNS if name in row]
         single = [name for name in _ALPACA if name in row]
-        if len(forms) > 1 or (forms and single):
-            self._fail(f"it holds both {single[0] if single else forms[1]!r} and {forms[0]!r}; leave one of them out")
-        if forms:
-            turns, alpaca = self._messages(row[forms[0]], forms[0]), None
-            if "history" in row:
-                self._fail(f"'history' goes with instruction and output, not with {forms[0]!r}; leave it out")
-        elif "instruction" in self._given and "output" in self._given:
-            turns, alpaca = self._instruction(row)
-        else:
+        if not forms and not {"instruction", "output"} <= self._given.keys():
             self._fail(
                 "expected instruction and output, or messages with an assistant's answer; "
                 f"it has {', '.join(map(str, self._names)) or 'nothing'}"
             )
+        self._refuse_unknown(row, _ROW, "field")
+        if len(forms) > 1 or (forms and single):
+            self._fail(f"it holds both {(single or forms[1:])[0]!r} and {forms[0]!r}; leave one of them out")
+        if forms and "history" in row:
+            self._fail(f"'history' goes with instruction and output, not with {forms[0]!r}; leave it out")
+        alpaca = None
+        if forms:
+            turns = self._messages(row[forms[0]], forms[0])
+        else:
+            turns, alpaca = self._instruction(row)
         turns = self._system(row, turns)
         while turns and turns[-1].role != "assistant":
             turns.pop()
@@ -261,8 +262,8 @@ class _Row:
     def _weight(self, value: Any, name: str) -> float:
         if value is None:
             return 1.0
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            self._fail(f"{name} is {_shown(value)}, not a number of at least 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LARGEST:
+            self._fail(f"{name} is {_shown(value)}, not a number from 0 to {_LARGEST:g}")
         return float(value)
 
     def _switch(self, value: Any, name: str) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lawcat_jax.data import text as text_data
+from lawcat_jax.data.documents import documents as read_documents
 from lawcat_jax.data.sentences import split_sentences
 from lawcat_jax.data.source_files import is_remote
 from lawcat_jax.errors import UserError
@@ -95,7 +95,7 @@ def load_haystack(source: str | tuple[str, ...], text_key: str = "") -> Haystack
         limit = _REMOTE_CHARACTERS if is_remote(one) else None
         taken = 0
         key = text_key or _TEXT_KEYS.get(":".join(one.split(":")[:2]), "text")
-        for document in text_data.documents(one, key):
+        for document in read_documents(one, key):
             documents.append(document if limit is None else document[: limit - taken])
             taken += len(documents[-1])
             if limit is not None and taken >= limit:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from lawcat_jax.config import DataConfig
 from lawcat_jax.data.pieces import PieceStream
 from lawcat_jax.data.rows import Row, join_rows, make_row, pack
 from lawcat_jax.data.sample_processes import SampleProcesses
+from lawcat_jax.data.source_files import digests, files_here
 from lawcat_jax.data.sources import GeneratedSource, Source, make_source
 from lawcat_jax.data.sources import remote_contents as read_remotely
 from lawcat_jax.data.teacher_store import TeacherStore
@@ -67,6 +69,9 @@ def make_dataset(
         dataset = grain.MapDataset.source(range(len(samples)))
     else:
         samples = Samples(data, tokenizer, seq_length=seq_length, seed=seed, split=split)
+        for part in (data, *data.mixture) if split == "validation" else ():
+            if part.validation_source:
+                _say_overlap(part.source, part.validation_source)
         indices = len(samples) if repeat else math.ceil(len(samples) / batch_size) * batch_size
         dataset = grain.MapDataset.source(range(indices))
         if split == "train":
@@ -226,6 +231,21 @@ def remote_contents(
                 for source, size, digest in read_remotely(part, tokenizer, seq_length=length, split=split):
                     found.setdefault(source, []).append([split, size, digest])
     return found
+
+
+@functools.cache  # once for each pair
+def _say_overlap(source: str, validation_source: str) -> None:
+    """Print a line where files on this machine are both trained on and validated on, under whatever names."""
+    trained = set(digests(files_here(source)))
+    files = files_here(validation_source)
+    both = [file for file, digest in zip(files, digests(files), strict=True) if digest in trained]
+    if both:
+        print(
+            f"data.validation_source {validation_source!r}: {len(both)} of {len(files)} file(s) are trained on as well (for example "
+            f"{both[0]}), so that validation says nothing of other text",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _source_seed(seed: int, number: int) -> int:

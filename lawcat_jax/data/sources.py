@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -26,9 +25,11 @@ from lawcat_jax.data.instructions import Encoded, encode_conversation, writes_da
 from lawcat_jax.data.passkey import PasskeyGenerator
 from lawcat_jax.data.retrieval import RetrievalGenerator
 from lawcat_jax.data.samples import Sample, sample_rng
-from lawcat_jax.data.source_files import digests, files_here, is_remote
+from lawcat_jax.data.source_files import files_here, is_remote
 from lawcat_jax.data.tokenize import Tokenizer, opening
 from lawcat_jax.errors import UserError
+
+_LOOKED_AT = 1000  # conversations of which people are told how many are too long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,21 +206,6 @@ def remote_contents(
         yield data.hay_source, len(text), hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-@functools.cache  # once for each pair
-def _say_overlap(source: str, validation_source: str) -> None:
-    """Print a line where files on this machine are both trained on and validated on, under whatever names."""
-    trained = set(digests(files_here(source)))
-    files = files_here(validation_source)
-    both = [file for file, digest in zip(files, digests(files), strict=True) if digest in trained]
-    if both:
-        print(
-            f"data.validation_source {validation_source!r}: {len(both)} of {len(files)} file(s) are trained on as well (for example "
-            f"{both[0]}), so that validation says nothing of other text",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
 def _is_elsewhere(source: str) -> bool:
     return is_remote(source) and not files_here(source)
 
@@ -263,8 +249,6 @@ class TextSource:
         self._eos = tokenizer.eos_token_id
         validation, own = split == "validation", bool(data.validation_source)
         source, self._tokens = _text_tokens(data, tokenizer, seq_length, split)
-        if validation and own:
-            _say_overlap(data.source, source)
         self._bos = tokenizer.bos_token_id if opening(tokenizer, data.add_bos) else None
         self._packed = text_data.PackedText(self._tokens, seq_length, bos_id=self._bos, source=source)
         self._seq_length = seq_length
@@ -327,8 +311,6 @@ class InstructionSource:
             )
         validation, own = split == "validation", bool(data.validation_source)
         source, rows = _conversations(data, split)
-        if validation and own:
-            _say_overlap(data.source, source)
         held = min(data.validation_samples, len(rows) if own else len(rows) // 10)
         if own:
             rows = rows[:held] if validation else rows
@@ -346,7 +328,15 @@ class InstructionSource:
         return len(self._rows)
 
     def described(self) -> str:
-        return f"{len(self):,} conversations"
+        looked, size = range(min(len(self), _LOOKED_AT)), self._seq_length
+        cut = [found for found in map(self._encoded, looked) if len(found.tokens) > size]
+        lost = sum(not found.weights[:size].any() for found in cut)
+        if not cut:
+            return f"{len(self):,} conversations"
+        return (
+            f"{len(self):,} conversations ({len(cut):,} of the first {len(looked):,} are longer than {size} tokens and cut, {lost:,} of "
+            "them before the end of the question, so that nothing is learnt from them)"
+        )
 
     def document(self, index: int) -> Document:
         return self.long_document(index, self._seq_length)

@@ -78,6 +78,21 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, passkey_repeats: i
     )
 
 
+def refuse_a_model(target: str | Path) -> None:
+    """Refuse a directory whose tokenizer is that of a model, which would read other tokens afterwards.
+
+    Raises:
+      UserError: saying which.
+    """
+    path = Path(target).expanduser()
+    found = [path / "config.json", path / "model.json", path / "adapter_config.json", *path.glob("*.safetensors")]
+    found += [path.parent / "model.json"] if path.resolve().name == "tokenizer" else []
+    if model := next((file for file in found if file.is_file()), None):
+        raise UserError(
+            f"target {str(target)!r}: {model} is a model's, whose tokenizer is not replaced; name another folder"
+        )
+
+
 def save_tokenizer(tokenizer: Tokenizer, target: str | Path) -> Path:
     """Write a tokenizer directory under a temporary name, then rename it. Tokenizer files of a directory that
     exists already are replaced one by one; its other files stay.

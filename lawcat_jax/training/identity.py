@@ -77,6 +77,16 @@ def _refuse_other_data(old: Any, new: Any, where: str) -> None:
         )
 
 
+def unrecorded(found: Any, own: Mapping[str, Any]) -> list[str]:
+    """The sources of the data of a run that ``found``, the identity with which an earlier version began it, does not tell: those
+    cannot be compared. [] where it tells of no data at all, as for a run that begins."""
+    old = found.get("data") if isinstance(found, dict) else None
+    if not isinstance(old, dict):
+        return []
+    names = [source for stage, sources in own["data"].items() for source in sources if source not in old.get(stage, {})]
+    return list(dict.fromkeys(names))
+
+
 def _same_files(old: list[list[Any]], new: list[list[Any]]) -> bool:
     """Earlier versions recorded names and sizes only."""
     return len(old) == len(new) and all(

@@ -28,7 +28,7 @@ from lawcat_jax.training import inputs, optim, stages
 from lawcat_jax.training.checkpoint import Checkpointer
 from lawcat_jax.training.dry_run import dry_run
 from lawcat_jax.training.identity import identity as identify
-from lawcat_jax.training.identity import refuse_another, refuse_other_evaluation
+from lawcat_jax.training.identity import refuse_another, refuse_other_evaluation, unrecorded
 from lawcat_jax.training.inputs import Student
 from lawcat_jax.training.loop import EXIT_INTERRUPTED, InterruptedRunError, Loop, StageRun, StopSignal
 from lawcat_jax.training.metrics import Manifest, MetricsWriter
@@ -86,7 +86,12 @@ def run_in(folder: Workdir, config: Config, mesh: Mesh) -> int:
         for note in student.notes:
             say(note)
     identity = identify(config, student.origin, inputs.data_read(config, student.tokenizer))
-    refuse_another({name: manifest.values.get(name) for name in ("teacher", "data")}, identity, folder.name)
+    begun = {name: manifest.values.get(name) for name in ("teacher", "data")}
+    refuse_another(begun, identity, folder.name)
+    for source in unrecorded(begun, identity):
+        say(
+            f"{source}: what it held when this run began was not recorded, so it cannot be compared with what it holds now"
+        )
     manifest.values |= {"teacher": identity["teacher"], "data": identity["data"], "notes": list(student.notes)}
     manifest.values |= {"steps": {stage.name: stage.steps for stage in built}} if manifest.counts_rows else {}
 

@@ -146,6 +146,7 @@ def test_what_says_nothing_is_ignored():
 REFUSED = [
     ({"text": "a"}, "expected instruction and output, or messages.*it has text"),
     ({}, "it has nothing"),
+    ({"instruction": "a", "context": "b", "response": "c"}, "expected instruction and output.*it has instruction, context"),
     ({"messages": [USER]}, "it has no answer"),
     ({"messages": [{"role": "user"}, 3]}, "message 1: a message needs role and content"),
     ({"messages": [USER, 3]}, "message 2 is 3 .*needs role and content"),
@@ -191,6 +192,7 @@ REFUSED = [
     (PAIR | {"train_on_inputs": True}, "'train_on_inputs' is true: set the stage's data.prompt_weight"),
     (PAIR | {"train_on_input": "yes"}, "'train_on_input' is \"yes\""),
     (PAIR | {"weight": True}, "'weight' is true"),
+    (PAIR | {"weight": 10**400}, "'weight' is 1000.* not a number from 0 to 1e.09"),
     (PAIR | {"chosen": "3", "rejected": "4"}, "field 'chosen' is not known.*data.ignored_fields"),
     (PAIR | {"label": False}, "field 'label' is not known"),
     (PAIR | {"images": ["a.png"]}, "field 'images' is not known"),
@@ -226,6 +228,14 @@ def test_rows_with_nothing_to_learn_are_counted(tmp_path, capsys):
     data = DataConfig(kind="instruction", source=write(tmp_path / "y.jsonl", quiet), validation_samples=0)
     with pytest.raises(UserError, match="no rows with an answer to learn from"):
         Samples(data, templated(), seq_length=64, seed=0, split="train")
+
+
+def test_conversations_that_are_cut_are_told(tmp_path):
+    rows = [PAIR, PAIR | {"instruction": "Add. " * 400}, PAIR | {"output": "3 " * 400}]
+    data = DataConfig(kind="instruction", source=write(tmp_path / "x.jsonl", *rows), validation_samples=0)
+    said = Samples(data, templated(), seq_length=64, seed=0, split="train").described()
+    assert "3 conversations (2 of the first 3 are longer than 64 tokens and cut, 1 of them before" in said
+    assert Samples(data, templated(), seq_length=4096, seed=0, split="train").described().startswith("3 conversations;")
 
 
 def test_what_a_template_refuses_shows_at_the_start(tmp_path):

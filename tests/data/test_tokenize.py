@@ -84,6 +84,16 @@ def test_trained_tokenizer_round_trip(tmp_path):
     assert (target / "keep.txt").exists()
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.json", "model.safetensors", "../model.json"])
+def test_the_tokenizer_of_a_model_is_not_replaced(name, tmp_path):
+    target = tmp_path / "tokenizer"
+    target.mkdir()
+    trainer.refuse_a_model(target)
+    (target / name).write_text("{}")
+    with pytest.raises(UserError, match=r"is a model's, whose tokenizer is not replaced"):
+        trainer.refuse_a_model(target)
+
+
 def test_training_is_deterministic():
     again = trainer.train_tokenizer(small.TEXTS, vocab_size=420, passkey_repeats=20)
     assert again.backend_tokenizer.to_str() == small.byte_level().backend_tokenizer.to_str()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 
+STORIES = ["The sky is blue. Here we go.", "The sun is yellow.", "There and back again. The grass is green."]
 _WORDS = """
 the old man walked along a quiet river and thought about his house while rain fell on every roof of that town where people
 slept until morning came with birds over green hills nobody had seen before winter
@@ -21,6 +23,21 @@ def prose(words: int, seed: int = 0) -> str:
         out.append(sentence.capitalize() + "." + ("\n" if rng.random() < 0.1 else ""))
         words -= count
     return " ".join(out)
+
+
+def write_stories(folder: Path) -> list[str]:
+    """The stories as files of every kind, and where they are."""
+    import pyarrow
+    import pyarrow.parquet
+
+    (folder / "txt").mkdir()
+    for number, story in enumerate(STORIES):
+        (folder / "txt" / f"{number}.txt").write_text(story)
+    (folder / "s.jsonl").write_text("\n".join(json.dumps({"text": story, "id": 1}) for story in STORIES) + "\n\n")
+    pyarrow.parquet.write_table(pyarrow.table({"text": STORIES, "id": [1, 2, 3]}), folder / "s.parquet")
+    (folder / "hf").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"text": STORIES}), folder / "hf" / "train.parquet")
+    return [str(folder / "txt"), str(folder / "txt" / "*.txt"), str(folder / "s.jsonl"), str(folder / "s.parquet")]
 
 
 QA1 = """1 Mary moved to the bathroom.

@@ -159,6 +159,10 @@ def run_cases() -> Iterator[Case]:
 
     yield Case("run", "workdir is a file", with_config(a_file))
     tiny = f"--config={ROOT / 'configs' / 'tiny.py'}"
+    trained = ["train_tokenizer", "--input=a.txt", "--target=hf"]
+    yield Case(
+        "run", "tokenizer of a model", lambda f, m: (copied(m, f, "hf"), (f / "a.txt").write_text("a"), trained)[2]
+    )
     for name in ("thesis.tex", "model.json", "config.json"):
 
         def of_others(folder: Path, models: Path, name: str = name) -> list[str]:

@@ -25,7 +25,7 @@ from tests.hostile.ops import OpCall, op_calls
 CASES, OP_CALLS = all_cases(), list(op_calls())
 FAST = [case for case in CASES if case.area == "config" and "override" not in case.name][::2]
 FAST += [case for case in CASES if case.area == "launch"][::40]
-FAST += [case for case in CASES if case.name in ("workdir holds thesis.tex", "row preferences", "UTF-16.jsonl")]
+FAST += [case for case in CASES if case.name in ("workdir holds thesis.tex", "row preferences")]
 
 
 @pytest.fixture(scope="module")

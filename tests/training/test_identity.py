@@ -14,12 +14,12 @@ import pytest
 from training_doubles import STEPS, Run
 
 from lawcat_jax.config import Config, DataConfig, MixtureSource, StageConfig, TeacherConfig, to_dict
-from lawcat_jax.data import haystack, text
+from lawcat_jax.data import conversations, haystack, text
 from lawcat_jax.data import sources as data_sources
 from lawcat_jax.errors import UserError
 from lawcat_jax.training import inputs
 from lawcat_jax.training import run as run_module
-from lawcat_jax.training.identity import refuse_another, refuse_other_config
+from lawcat_jax.training.identity import refuse_another, refuse_other_config, unrecorded
 from lawcat_jax.training.loop import InterruptedRunError, TrainingError
 from lawcat_jax.training.workdir import Workdir
 from tests.data import tokenizers as small
@@ -83,9 +83,9 @@ def remote(monkeypatch, tmp_path, **sources: list[str]) -> None:
         name: [(f"row {i}", {"instruction": "Count", "output": text}) for i, text in enumerate(texts)]
         for name, texts in known.items()
     }
-    read = text.documents
-    monkeypatch.setattr(text, "documents", lambda source, key="text": iter(known.get(source) or read(source, key)))
-    monkeypatch.setattr(text, "rows", lambda source: iter(rows[source]))
+    monkeypatch.setattr(text, "documents", lambda source, key="text": iter(known[source]))
+    monkeypatch.setattr(haystack, "read_documents", lambda source, key="text": iter(known[source]))
+    monkeypatch.setattr(conversations, "rows", lambda source: iter(rows[source]))
 
 
 PLACES = {
@@ -115,7 +115,10 @@ def test_what_is_read_of_hubs_is_part_of_a_run(place, tmp_path, monkeypatch):
         other = books | {name[3:]: ["The sky is grey. Here we go. " * 9] * 3}
         with pytest.raises(UserError, match=f"files or rows of {name} have other names or contents now"):
             refuse_another(begun, identity(f"2{name}", **other), "there")
-    refuse_another({**begun, "data": {"stage1": {}}}, begun, "there")  # of an earlier version, which did not record it
+    earlier = {**begun, "data": {"stage1": {}}}  # of a version that did not record it
+    refuse_another(earlier, begun, "there")
+    assert unrecorded(earlier, begun) == list(begun["data"]["stage1"])
+    assert unrecorded(begun, begun) == unrecorded({"data": None}, begun) == []
 
 
 def test_a_stream_that_opens_no_source_needs_none(tmp_path):
