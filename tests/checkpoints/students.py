@@ -55,6 +55,23 @@ def student_params(
     return added
 
 
+def tame(params: dict[str, np.ndarray], model: ModelConfig) -> dict[str, np.ndarray]:
+    """Parameters of a student of any width, scaled so that activations and scores are about 1, as those of a trained one.
+
+    The draws above are made for :data:`MODEL`. In wider models they give features that are all but one-hot and denominators near
+    0, which turn the rounding of bfloat16, in whatever program, into logits that have nothing to do with each other.
+    """
+    fan_in = {"conv": 4, "feature_map": model.head_dim, "embed": 4}
+
+    def factor(path: str, array: np.ndarray) -> float:
+        if path.endswith(("scale", "bias", "window_factor")):
+            return 1.0
+        found = next((size for name, size in fan_in.items() if name in path), array.shape[-2])
+        return float(found**-0.5 / max(array.std(), 1e-6))
+
+    return {path: (array * factor(path, array)).astype(array.dtype) for path, array in params.items()}
+
+
 def write_teacher(directory: Path, model: ModelConfig = MODEL, **options) -> Path:
     """A Hugging Face directory."""
     write_hf(directory, model=model, params=unflatten(base_params(model, **options)))
@@ -69,16 +86,20 @@ def write_student(
     lora: LoraConfig | None = LORA,
     dtype=np.float32,
     model: ModelConfig = MODEL,
+    tamed: bool = False,
     **extra,
 ) -> Path:
-    """A student's model directory."""
+    """A student's model directory; ``tamed``: see :func:`tame`."""
     base = {path: array.astype(dtype) for path, array in base_params(model).items()}
+    added = student_params(KINDS[kind], lora, model)
+    if tamed:
+        base, added = tame(base, model), tame(added, model)
     save_model(
         directory,
         model=model,
         attention=KINDS[kind],
         lora=lora,
-        params=unflatten(base | student_params(KINDS[kind], lora, model)),
+        params=unflatten(base | added),
         extra={"source": None if teacher is None else str(teacher), "training_length": 128, **extra},
     )
     return directory
