@@ -2,8 +2,8 @@
 
 import dataclasses
 import importlib.util
-import sys
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
