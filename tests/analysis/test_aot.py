@@ -139,6 +139,20 @@ def test_llama_1b_for_a_gpu():
 
 @needs_cuda_plugin
 @pytest.mark.slow
+def test_passing_states_costs_less_than_a_twentieth():
+    """Of a step's memory, traffic and bounds of its time, at SmolLM2's shape."""
+    rows = ("lawcat_short", "shuffled")
+    off, on = (
+        report(f"--config=configs/study_smollm2.py:{row}_seed0", "--topology=h100:1", "--stages=stage2")["stage2"]
+        for row in rows
+    )
+    assert off["peak_bytes"] < on["peak_bytes"] < 1.05 * off["peak_bytes"]
+    assert on["hbm_traffic_bytes"] < 1.05 * off["hbm_traffic_bytes"]
+    assert all(b < 1.05 * a for a, b in zip(off["seconds"], on["seconds"], strict=True))
+
+
+@needs_cuda_plugin
+@pytest.mark.slow
 def test_qwen3_8b_for_eight_gpus():
     programs = report("--config=configs/qwen3_8b.py", "--topology=h100:8")
     assert list(programs) == ["stage1", "stage2", "prefill", "decode"]
