@@ -21,7 +21,9 @@ _GATE_PARAMETERS = flags.DEFINE_integer(
     "gate_parameters", None, "Parameters of the gates' two matrices, all layers together, at most.", lower_bound=0
 )
 _TEXT = flags.DEFINE_string(
-    "text", None, "What gates are measured on: tfds:<name>, hf:<name>, or a path. Default: passkey samples in a wording of their own."
+    "text",
+    None,
+    "What gates are measured on: tfds:<name>, hf:<name>, or a path. Default: passkey samples in a wording of their own.",
 )
 _TEXT_KEY = flags.DEFINE_string("text_key", "text", "Field of the text in its rows.")
 _SAMPLES = flags.DEFINE_integer("samples", 4, "Rows of the text.", lower_bound=1)

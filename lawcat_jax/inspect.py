@@ -18,7 +18,9 @@ from lawcat_jax.config import Bos
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Student: model directory, folder of a run, or small file.")
 _TEXT = flags.DEFINE_string(
-    "text", None, "What the student reads: tfds:<name>, hf:<name>, or a path. Default: passkey samples in a wording of their own."
+    "text",
+    None,
+    "What the student reads: tfds:<name>, hf:<name>, or a path. Default: passkey samples in a wording of their own.",
 )
 _TEXT_KEY = flags.DEFINE_string("text_key", "text", "Field of the text in its rows.")
 _SAMPLES = flags.DEFINE_integer("samples", 4, "Rows on which student and teacher are compared.", lower_bound=1)

@@ -12,12 +12,12 @@ mere note is refused; a field without a value (null or empty) is none. The user 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from lawcat_jax.data.documents import rows
+from lawcat_jax.data.source_files import say_once
 from lawcat_jax.errors import UserError
 
 _ROLES = {
@@ -100,15 +100,10 @@ def conversations(source: str, limit: int | None = None, notes: Collection[str] 
             passed.append(where)
     if passed:
         count = "1 row" if len(passed) == 1 else f"{len(passed)} rows"
-        _say(
+        say_once(
             f"instruction data {source!r}: {count} passed over, with an empty answer or none of a weight above 0 (for example "
             f"{passed[0]})"
         )
-
-
-@functools.cache  # once for each line: a source is read for training and for validation
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def read_row(row: Mapping[str, Any], where: str = "row", notes: Collection[str] = ()) -> Conversation:

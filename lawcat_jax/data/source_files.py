@@ -75,7 +75,7 @@ def _once(files: Sequence[Path], source: str, linked: int = 0) -> list[Path]:
         stat = file.stat()
         kept.setdefault((stat.st_dev, stat.st_ino) if stat.st_nlink > 1 else os.path.realpath(file), file)
     if linked := linked + len(files) - len(kept):
-        _say(f"text source {source!r}: {linked} link(s) to what is read already are passed over")
+        say_once(f"text source {source!r}: {linked} link(s) to what is read already are passed over")
     return list(kept.values())
 
 
@@ -119,15 +119,16 @@ def _of_directory(path: Path, source: str) -> list[Path]:
         kept = set(files)
         passed = [file for file in found if file not in kept]
         count = "1 file is" if len(passed) == 1 else f"{len(passed)} files are"
-        _say(
+        say_once(
             f"text source {source!r}: {count} passed over (for example {passed[0].relative_to(path)}); read are "
             f"{', '.join(TEXT_SUFFIXES)}, .md only where there is nothing else"
         )
     return _once(files, source, linked)
 
 
-@functools.cache  # once for each line: a source is listed several times in a run
-def _say(line: str) -> None:
+@functools.cache
+def say_once(line: str) -> None:
+    """Print a line on standard error, unless it was printed before: a source is opened several times in a run."""
     print(line, file=sys.stderr, flush=True)
 
 

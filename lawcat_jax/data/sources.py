@@ -25,11 +25,11 @@ from lawcat_jax.data.instructions import Encoded, encode_conversation, writes_da
 from lawcat_jax.data.passkey import PasskeyGenerator
 from lawcat_jax.data.retrieval import RetrievalGenerator
 from lawcat_jax.data.samples import Sample, sample_rng
-from lawcat_jax.data.source_files import files_here, is_remote
+from lawcat_jax.data.source_files import files_here, is_remote, say_once
 from lawcat_jax.data.tokenize import Tokenizer, opening
 from lawcat_jax.errors import UserError
 
-_LOOKED_AT = 1000  # conversations of which people are told how many are too long
+_LOOKED_AT = 200  # conversations of which people are told how many are too long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,20 +323,37 @@ class InstructionSource:
         forms = [(row.alpaca is None, *(turn.role for turn in row.turns)) for row in rows]
         for index in {form: index for index, form in enumerate(forms)}.values():
             self._encoded(index)  # what a chat template refuses shows here, not in the middle of a run
+        self._refuse_or_tell_lost(source, validation)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def described(self) -> str:
-        looked, size = range(min(len(self), _LOOKED_AT)), self._seq_length
-        cut = [found for found in map(self._encoded, looked) if len(found.tokens) > size]
-        lost = sum(not found.weights[:size].any() for found in cut)
+        looked, cut, lost = self._cut
         if not cut:
             return f"{len(self):,} conversations"
         return (
-            f"{len(self):,} conversations ({len(cut):,} of the first {len(looked):,} are longer than {size} tokens and cut, {lost:,} of "
-            "them before the end of the question, so that nothing is learnt from them)"
+            f"{len(self):,} conversations ({cut:,} of the first {looked:,} are longer than {self._seq_length} tokens and cut, "
+            f"{lost:,} of them before any answer that counts, so that nothing is learnt from them)"
         )
+
+    @functools.cached_property
+    def _cut(self) -> tuple[int, int, int]:
+        """(conversations looked at, those of them that are cut, those that are cut before what has a weight)."""
+        looked, size = range(min(len(self), _LOOKED_AT)), self._seq_length
+        cut = [number for number in looked if len(self._encoded(number).tokens) > size]
+        return len(looked), len(cut), sum(not self.document(number).weights.any() for number in cut)
+
+    def _refuse_or_tell_lost(self, source: str, validation: bool) -> None:
+        looked, _, lost = self._cut
+        what = f"{'validation' if validation else 'training'} data {source!r}"
+        if lost and lost == looked:
+            raise UserError(
+                f"instruction {what}: seq_length {self._seq_length} ends before the answer of each of the {looked:,} conversations "
+                "looked at, so that nothing would be learnt; make it longer"
+            )
+        if lost:
+            say_once(f"instruction {what}: {self.described()}")
 
     def document(self, index: int) -> Document:
         return self.long_document(index, self._seq_length)

@@ -16,14 +16,22 @@ from lawcat_jax.inference.text import PLAIN, Request, chat_text, cut, prompt_tok
 
 _MADE = ("answer", "tokens", "finish")
 """Fields that a row gets."""
+_SETTINGS = frozenset(
+    """
+    system temperature top_k top_p min_p repetition_penalty frequency_penalty presence_penalty logit_bias stop seed n
+    max_tokens max_new_tokens max_completion_tokens min_tokens do_sample num_beams tools tool_choice functions function_call
+    response_format
+    """.split()  # noqa: SIM905
+)
+"""Fields of a row that other programs take for settings: here the command line has them, for all rows."""
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file: objects with ``prompt``, a text, or ``messages``, a conversation of role and content.
 
     Raises:
-      UserError: naming the line that is neither, or that has a field which the answers would replace; or a file that cannot
-        be read or has none.
+      UserError: naming the line that is neither, or that has a field which the answers would replace, or that would be
+        taken for a setting; or a file that cannot be read or has none.
     """
     rows = list(_rows(Path(path)))
     if not rows:
@@ -52,12 +60,23 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 f"{where}: has {', '.join(taken)} already, which the answer would replace; rename or remove "
                 f"{'it' if len(taken) == 1 else 'them'}"
             )
+        settings = [name for name in row if name in _SETTINGS and row[name] not in (None, "", [], {})]
+        if settings:
+            raise UserError(
+                f"{where}: field {settings[0]!r} would have no effect, since what the command line says holds for all rows; remove it, "
+                "or give it another name"
+            )
         turns = row.get("messages", [])
         if not isinstance(turns, list) or not all(
             isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
             for turn in turns
         ):
             raise UserError(f"{where}: messages is a list of objects with role and content, both text")
+        odd = [name for turn in turns for name, value in turn.items() if name not in ("role", "content") and value]
+        if odd:
+            raise UserError(
+                f"{where}: a message has {odd[0]!r}, which would be left out; only role and content are read"
+            )
         yield row
 
 

@@ -15,6 +15,7 @@ import optax
 
 from lawcat_jax.config import StageConfig
 from lawcat_jax.data.batch import Batch
+from lawcat_jax.errors import UserError
 from lawcat_jax.training import optim, state_passing
 
 
@@ -225,7 +226,8 @@ def make_eval_step(loss_fn: LossFn):
 
 
 def validation(eval_step, frozen, batches: list[Batch]) -> Callable[[optim.Params], dict[str, Any]]:
-    """Token-weighted mean loss and metrics over all ``batches``, as a function of the trainables."""
+    """Token-weighted mean loss and metrics over all ``batches``, as a function of the trainables, which raises a
+    ``UserError`` where no token has a weight: a loss of 0 would pass for the best."""
 
     def evaluate(trainable: optim.Params) -> dict[str, Any]:
         total: Sums | None = None
@@ -234,6 +236,11 @@ def validation(eval_step, frozen, batches: list[Batch]) -> Callable[[optim.Param
             total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
         if total is None:
             return {}
+        if not total.weight > 0:
+            raise UserError(
+                "validation: no token of its samples has a loss weight (answers cut off, or weights of 0); look at the stage's data, "
+                "seq_length and validation_length"
+            )
         return {name: jax.device_get(value) for name, value in _quotients(total).items()}
 
     return evaluate

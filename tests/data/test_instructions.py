@@ -223,19 +223,35 @@ def test_rows_with_nothing_to_learn_are_counted(tmp_path, capsys):
     quiet = {"messages": [USER, ANSWER | {"weight": 0}]}
     source = write(tmp_path / "x.jsonl", PAIR, PAIR | {"output": " "}, quiet, PAIR | {"weight": 0}, PAIR)
     assert [found.where[-6:] for found in conversations.conversations(source)] == ["line 1", "line 5"]
-    assert "3 rows passed over, with an empty answer or none of a weight above 0" in (said := capsys.readouterr().out)
+    assert "3 rows passed over, with an empty answer or none of a weight above 0" in (said := capsys.readouterr().err)
     assert "x.jsonl', line 2)" in said
     data = DataConfig(kind="instruction", source=write(tmp_path / "y.jsonl", quiet), validation_samples=0)
     with pytest.raises(UserError, match="no rows with an answer to learn from"):
         Samples(data, templated(), seq_length=64, seed=0, split="train")
 
 
-def test_conversations_that_are_cut_are_told(tmp_path):
+def test_conversations_that_are_cut_are_told(tmp_path, capsys):
     rows = [PAIR, PAIR | {"instruction": "Add. " * 400}, PAIR | {"output": "3 " * 400}]
     data = DataConfig(kind="instruction", source=write(tmp_path / "x.jsonl", *rows), validation_samples=0)
     said = Samples(data, templated(), seq_length=64, seed=0, split="train").described()
-    assert "3 conversations (2 of the first 3 are longer than 64 tokens and cut, 1 of them before" in said
+    cut = "3 conversations (2 of the first 3 are longer than 64 tokens and cut, 1 of them before any answer"
+    assert cut in said
+    assert cut in capsys.readouterr().err
     assert Samples(data, templated(), seq_length=4096, seed=0, split="train").described().startswith("3 conversations;")
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_conversations_of_which_nothing_is_left_are_refused(tmp_path, split):
+    """Their loss would be 0, as that of a perfect student."""
+    long = [PAIR | {"instruction": f"Add. {number} " * 400} for number in range(3)]
+    files = {"train": [PAIR] * 3, "validation": [PAIR] * 3} | {split: long}
+    paths = {name: write(tmp_path / f"{name}.jsonl", *rows) for name, rows in files.items()}
+    data = DataConfig(
+        kind="instruction", source=paths["train"], validation_source=paths["validation"], validation_samples=3
+    )
+    with pytest.raises(UserError, match="seq_length 64 ends before the answer of each of the 3 conversations"):
+        Samples(data, templated(), seq_length=64, seed=0, split=split)
 
 
 def test_what_a_template_refuses_shows_at_the_start(tmp_path):

@@ -187,6 +187,23 @@ def test_rows_of_a_file_are_answered_as_they_are_alone(model, tmp_path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "max_new_tokens": 3}, "line 1: field 'max_new_tokens' would have no effect"),
+        ({"prompt": "a", "tools": [{"name": "f"}]}, "field 'tools' would have no effect"),
+        ({"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}, "a message has 'tool_calls'"),
+    ],
+)
+def test_fields_of_rows_that_would_do_nothing_are_refused(tmp_path, row, message):
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(UserError, match=message):
+        batch.read_rows(path)
+    path.write_text(json.dumps({"prompt": "a", "id": 7, "stop": None}))
+    assert batch.read_rows(path) == [{"prompt": "a", "id": 7, "stop": None}]
+
+
 def test_rows_that_have_an_answer_already_are_refused(tmp_path):
     file = tmp_path / "in.jsonl"
     for name, value in (("answer", "blue"), ("tokens", 3), ("finish", None)):

@@ -52,6 +52,15 @@ def test_batch_without_weight_changes_nothing():
     assert metrics["loss"] == 0
 
 
+def test_validation_without_weight_is_no_result():
+    def eval_step(trainable, frozen, batch):
+        return step.Sums(loss=jnp.zeros(()), weight=jnp.float32(batch), metrics={})
+
+    assert step.validation(eval_step, {}, [0.0, 2.0])({})["loss"] == 0
+    with pytest.raises(UserError, match="no token of its samples has a loss weight"):
+        step.validation(eval_step, {}, [0.0, 0.0])({})
+
+
 def test_matches_adamw_of_optax():
     stage = StageConfig(
         learning_rate=0.1, trainable=(".*",), weight_decay=0.1, clip_norm=0.5, warmup_fraction=0, b2=0.99
