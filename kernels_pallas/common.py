@@ -63,6 +63,11 @@ def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
+def valid_tokens(lengths: jax.Array, length: int, start: Any = 0) -> jax.Array:
+    """[B, T] bool: positions start .. start + T - 1 that lie before each sequence's length; lengths [B]."""
+    return (start + jnp.arange(length))[None] < lengths[:, None]
+
+
 def without_padding(valid: jax.Array | None, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The arrays [B, T, ...] with zeros where ``valid`` [B, T] is False, and zero gradient there; ``valid`` None is all.
 

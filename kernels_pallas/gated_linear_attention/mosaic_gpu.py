@@ -39,6 +39,7 @@ from kernels_pallas.gated_linear_attention.mosaic_gpu_tiles import (
     bf16,
     f32,
     indices,
+    keep_rows,
     launch,
     operand,
     over_columns,
@@ -47,6 +48,7 @@ from kernels_pallas.gated_linear_attention.mosaic_gpu_tiles import (
     tiles,
     transposed,
 )
+from kernels_pallas.gated_linear_attention.triton_tiles import Rows
 
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 """Names of devices with wgmma, the products of warpgroups, of compute capability 9.0 and no other."""
@@ -124,7 +126,8 @@ def _kernel(
     bound: float | None,
 ):
     """Body of a program. ``heads`` a program; ``groups``: query heads that a value head and a gate head serve; ``shape``
-    (K, V); ``flags``: outputs (else the summary of the segment), given (a state before each segment), normalize, save_den;
+    (K, V); ``flags``: outputs (else the summary of the segment), given (a state before each segment), normalize, save_den,
+    lengths (v is read up to each sequence's);
     ``bound``: raise the gates to it (None: they are)."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -134,6 +137,7 @@ def _kernel(
     c_ref = next(refs)
     q_ref = next(refs) if outputs else None
     k_ref, v_ref, g_ref = (next(refs) for _ in range(3))
+    lengths_ref = next(refs) if flags["lengths"] else None
     S0_ref, z0_ref = (next(refs), next(refs)) if given else (None, None)
     o_ref = next(refs) if outputs else None
     L_ref = None if outputs else next(refs)
@@ -298,6 +302,8 @@ def _kernel(
 
             def await_values():
                 plgpu.barrier_wait(values_loaded.at[value_slot * recurrent + w])
+                if lengths_ref is not None:
+                    keep_rows(v(), lengths_ref[b] - (first + i) * CHUNK)
 
             def ks():
                 return [transposed(k_s.at[slot, p]) for p in range(preparing)]
@@ -412,16 +418,16 @@ def _kernel(
 
 
 def _call(
-    q, k, v, log_g, given, split: Split, heads: int, bound: float | None, *, normalize: bool, save_den: bool
+    q, k, v, log_g, lengths, given, split: Split, heads: int, bound: float | None, *, normalize: bool, save_den: bool
 ) -> tuple[Any, ...]:
     """One launch, with a batch axis more under vmap. q None: (L, S, z) of every segment but the last; else (o, S, z[, den])."""
     options = {"normalize": normalize, "save_den": save_den}
     run = functools.partial(_launch, split=split, heads=heads, bound=bound, **options)
-    return fold_vmap(run)(q, k, v, log_g, given)
+    return fold_vmap(run)(q, k, v, log_g, lengths, given)
 
 
 def _launch(
-    q, k, v, log_g, given, *, split: Split, heads: int, bound: float | None, normalize: bool, save_den: bool
+    q, k, v, log_g, lengths, given, *, split: Split, heads: int, bound: float | None, normalize: bool, save_den: bool
 ) -> tuple[Any, ...]:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -443,7 +449,8 @@ def _launch(
     scratch += [plgpu.Barrier(num_barriers=n) for n in (gate_slots * preparing, value_slots * recurrent)]
     scratch += [plgpu.Barrier(num_arrivals=n, num_barriers=slots) for n in (preparing, preparing + recurrent)]
 
-    inputs = [_constants(), *((q,) if outputs else ()), k, v, log_g, *(given or ())]
+    inputs = [_constants(), *((q,) if outputs else ()), k, v, log_g]
+    inputs += [*(() if lengths is None else (lengths,)), *(given or ())]
     segments = split.segments
     lead = (batch, all_heads) if outputs else (batch, all_heads, segments)
     shapes = [((*lead, features, values), f32), ((*lead, features), f32)]
@@ -454,6 +461,7 @@ def _launch(
     else:
         shapes.insert(0, ((*lead, features), f32))
     flags = {"outputs": outputs, "given": given is not None, "normalize": normalize, "save_den": save_den}
+    flags["lengths"] = lengths is not None
     body = functools.partial(
         _kernel,
         split=split,
@@ -467,13 +475,23 @@ def _launch(
     return launch(body, inputs, shapes, scratch, grid=grid, warpgroups=heads * (preparing + recurrent))
 
 
-def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: float | None, save_residuals: bool) -> Any:
-    """See ``kernels_pallas.contract``. Residuals as in ``triton``, whose backward pass takes them."""
+def forward(
+    q,
+    k,
+    v,
+    log_g,
+    initial_state,
+    *,
+    normalize: bool,
+    lower_bound: float | None,
+    save_residuals: bool,
+    lengths=None,
+) -> Any:
+    """See ``kernels_pallas.contract``. ``lengths`` and residuals as in ``triton``, whose backward pass takes them."""
     length = q.shape[1]
     if save_residuals and length <= triton.SHORT:  # it keeps o in float32 for the gradients
-        return triton.forward(
-            q, k, v, log_g, initial_state, normalize=normalize, lower_bound=lower_bound, save_residuals=True
-        )
+        options = {"normalize": normalize, "lower_bound": lower_bound, "save_residuals": True, "lengths": lengths}
+        return triton.forward(q, k, v, log_g, initial_state, **options)
     residuals = (q, k, v, log_g)
     heads, split = plan(q, v)
     q, k, v, log_g = padded(q, k, v, log_g)
@@ -482,13 +500,13 @@ def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: floa
         gates, bound = jnp.maximum(log_g, lower_bound).astype(bf16), None
     given = None if initial_state is None else tuple(x[:, :, None] for x in initial_state)
     if split.segments > 1:
-        summaries = _call(None, k, v, gates, None, split, heads, bound, normalize=False, save_den=False)
+        summaries = _call(None, k, v, gates, lengths, None, split, heads, bound, normalize=False, save_den=False)
         given = triton.combine(*summaries, initial_state)
     save_den = save_residuals and normalize
-    o, S, z, *den = _call(q, k, v, gates, given, split, heads, bound, normalize=normalize, save_den=save_den)
+    o, S, z, *den = _call(q, k, v, gates, lengths, given, split, heads, bound, normalize=normalize, save_den=save_den)
     o = o[:, :length]
     if not save_residuals:
         return o, (S, z), None
     den = den[0][:, :, :length].swapaxes(1, 2) if normalize else None
     segment = None if split.segments == 1 else given
-    return o, (S, z), (*residuals, initial_state, o if normalize else None, den, segment)
+    return o, (S, z), (*residuals, initial_state, o if normalize else None, den, segment, Rows(lengths))

@@ -94,6 +94,18 @@ def indices(rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
     return row, column
 
 
+def keep_rows(tile: Any, count: jax.Array) -> None:
+    """Zeros the rows of a tile in shared memory from ``count`` on; nothing where that is all of them."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    @pl.when(count < CHUNK)
+    def _():
+        row, _ = indices(*tile.shape)
+        x = plgpu.load(tile, layout=plgpu.Layout.WGMMA).astype(f32)
+        tile[...] = jnp.where(row < count, x, 0.0).astype(tile.dtype)
+        plgpu.commit_smem()
+
+
 def padded(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """[B, T, ...] with T a multiple of ROWS, zeros at the end: keys and gates of zero leave the state alone."""
     missing = -arrays[0].shape[1] % ROWS

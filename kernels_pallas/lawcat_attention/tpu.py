@@ -68,13 +68,29 @@ class KernelSpec(NamedTuple):
     normalize: bool
     has_state: bool
     has_tails: bool
+    has_lengths: bool
 
 
 def supports(
-    q, k, v, gate_logits, conv_q, conv_k, phi, *, normalize: bool, gate_lower_bound: float | None
+    q,
+    k,
+    v,
+    gate_logits,
+    conv_q,
+    conv_k,
+    phi,
+    *,
+    normalize: bool,
+    gate_lower_bound: float | None,
+    lengths: bool,
+    segments: bool,
 ) -> str | None:
     """Why these kernels cannot run these arguments (the end of a sentence), or None."""
     del conv_k, normalize
+    if segments:
+        return "the convolution of the kernel crosses documents (segment_ids)"
+    if q.shape[1] == 1 and lengths:
+        return "the kernel of one token takes no lengths"
     features, width = 2 * phi.shape[-1], q.shape[-1]
     if conv_q.shape[1] - 1 > HALO:
         return f"the convolutions may have {HALO + 1} taps, got {conv_q.shape[1]}"
@@ -141,12 +157,14 @@ def _prefill_kernel(*refs, plan: Plan, spec: KernelSpec) -> None:
     q_ref, k_ref, v_ref, a_ref, m_ref, wq_ref, wk_ref, phi_ref = refs[:8]
     o_ref, S_ref, z_ref, q_rows, k_rows, scores_ref = refs[-6:]
     given = refs[8:-6]
+    lengths_ref = given.pop(0) if spec.has_lengths else None
     tails = [given.pop(0) for _ in range(2)] if spec.has_tails else [None, None]
     gla.start_state(given, (S_ref, z_ref), spec.has_state)
 
     chunk, half = pl.program_id(2), spec.half
     # Features and gates of zero rows are not zero.
-    valid = valid_rows(plan, chunk, neutral_padding=False)
+    length = None if lengths_ref is None else lengths_ref[0, :, :1]
+    valid = valid_rows(plan, chunk, neutral_padding=False, length=length)
     keys = _key_heads(plan)
     key_of = [keys.index(tile_heads(plan, tile, plan.v_group)) for tile in range(plan.tiles)]
     queries = [tile_heads(plan, tile, 1) for tile in range(plan.tiles)]
@@ -181,6 +199,8 @@ def _prefill_kernel(*refs, plan: Plan, spec: KernelSpec) -> None:
     shared = TileInputs(valid, clean(v_ref[0], valid), clean(gates, valid), m_ref, {})
     for tile in range(plan.tiles):
         q, k = (softmaxes(scores_ref[i, tile], half, ones, plan.dtype) for i in range(2))
+        if length is not None:  # then the outputs of padding are zero
+            q = clean(q, valid)
         gla.attend_tile(tile, q, clean(k, valid), shared, o_ref, S_ref, z_ref, plan, spec.normalize)
 
 
@@ -225,8 +245,11 @@ def forward(
     normalize: bool,
     gate_normalizer: float,
     gate_lower_bound: float | None,
+    lengths,
+    numbers,
 ) -> Any:
     """See ``kernels_pallas.contract.Layer``: (o, (S, z)). T = 1 takes the decoding kernel."""
+    assert numbers is None  # supports() has refused them
     spec = KernelSpec(
         half=phi.shape[-1],
         taps=conv_q.shape[1],
@@ -235,6 +258,7 @@ def forward(
         normalize=normalize,
         has_state=initial_state is not None,
         has_tails=conv_state is not None,
+        has_lengths=lengths is not None,
     )
     if q.shape[1] == 1:
         return _decode(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, spec)
@@ -246,6 +270,10 @@ def forward(
     taps = pl.BlockSpec((inputs[5].shape[0], plan.heads_block * plan.width), lambda b, h, t: (0, h))
     matrices = pl.BlockSpec((plan.tiles, plan.lanes, plan.lanes), lambda b, h, t: (h, 0, 0))
     in_specs = [sp.row, sp.v, sp.v, sp.gate, sp.matrices, taps, taps, matrices]
+    if lengths is not None:
+        # As a vector: scalars in SMEM would cost vmap over the batch.
+        inputs.append(jnp.broadcast_to(lengths[:, None, None], (plan.batch, 1, LANES)))
+        in_specs.append(pl.BlockSpec((1, 1, LANES), lambda b, h, t: (b, 0, 0)))
     if conv_state is not None:
         inputs += _tails(conv_state, plan)
         for row in (sp.row, sp.v):
