@@ -160,8 +160,8 @@ class Layer(Protocol):
         *,
         normalize: bool,
         gate_lower_bound: float | None,
-        lengths: bool,
-        segments: bool,
+        lengths: bool = False,
+        segments: bool = False,
     ) -> str | None:
         """As ``Forward.supports``. ``lengths``, ``segments``: whether ``forward`` will get lengths, numbers."""
         ...

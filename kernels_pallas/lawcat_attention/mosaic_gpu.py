@@ -61,8 +61,8 @@ def supports(
     *,
     normalize: bool,
     gate_lower_bound: float | None,
-    lengths: bool,
-    segments: bool,
+    lengths: bool = False,
+    segments: bool = False,
 ) -> str | None:
     """Why these kernels cannot run these arguments (the end of a sentence), or None."""
     if segments:

@@ -169,7 +169,7 @@ class TestMosaicGpuRequired(_MosaicGpu, base.RequiredCases):
 
 @supported
 @pytest.mark.slow
-class TestMosaicGpu(_MosaicGpu, base.GlaBackend):
+class TestMosaicGpu(_MosaicGpu, base.GlaBackend, base.LayerCases):
     def test_shard_map_over_batch_and_heads(self):
         """Types only: the interpreter has one device's memory."""
         case = make("gla", batch=2, length=65, heads=4, value_heads=2, gate_heads=2)

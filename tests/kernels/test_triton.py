@@ -21,7 +21,8 @@ import kernels_pallas as kp
 from kernels_pallas import chunking
 from kernels_pallas.gated_linear_attention import block_sizes, triton
 from kernels_pallas.gated_linear_attention.block_sizes import BlockSizes
-from kernels_pallas.testing import cases, oracle
+from kernels_pallas.testing import cases, layer_cases, oracle
+from kernels_pallas.testing.layer_cases import segment_ids
 
 from . import base
 
@@ -30,8 +31,7 @@ SMALL = BlockSizes(16, 32, 4, 1, 64)
 """Small chunks and many segments: every branch of the driver at a length the interpreter can afford."""
 
 
-QUICK = None if ON_GPU else {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Interpreted kernels compile for longer than they run."""
+QUICK = None if ON_GPU else base.QUICK
 
 
 def interpreted():
@@ -43,8 +43,11 @@ def run(case: cases.Case, sizes: BlockSizes | None = None) -> dict:
     with interpreted(), block_sizes.override(**overrides):
         # Not cases.run_vjp: its cache does not know the block sizes.
         options = case.options | {"implementation": "pallas_triton"}
-        return jax.jit(functools.partial(cases.run_vjp.__wrapped__, **options), compiler_options=QUICK)(
-            case.arrays, case.state, case.cotangents
+        # Known to the compiler, numbers of documents would be folded into the kernels.
+        ids = options.pop("segment_ids", None)
+        call = functools.partial(cases.run_vjp.__wrapped__, **options)
+        return jax.jit(lambda *x: call(*x[:3], segment_ids=x[3]), compiler_options=QUICK)(
+            case.arrays, case.state, case.cotangents, ids
         )
 
 
@@ -91,6 +94,24 @@ def test_segments(monkeypatch, segments):
             compiler_options=QUICK,
         )(case.arrays, case.state)
     base.assert_close({"o": o, "S": state[0], "z": state[1]}, cases.expected(case), cases.BFLOAT16)
+
+
+@pytest.mark.parametrize(
+    ("starts", "options", "programs"),
+    [
+        # Boundaries at and around chunk edges, and documents of one token; two segments for each head.
+        ([[0, 16, 17, 31, 64], [0, 1, 2, 48, 74]], {"heads": 2, "value_heads": 1, "dtype": jnp.float32}, 8),
+        # No boundary in one row, one at the last token of the other; features in two blocks.
+        ([[0], [0, 32, 74]], {"heads": 1, "K": 128, "normalize": False, "state": False}, 1),
+    ],
+)
+def test_documents(monkeypatch, starts, options, programs):
+    monkeypatch.setattr(chunking, "MIN_SEGMENT", 16)
+    case = make("bound", **{"batch": 2, "length": 75, "K": 32, "V": 32, **options})
+    case.options["segment_ids"] = segment_ids(starts, 75)
+    exact = case.arrays[0].dtype == jnp.float32
+    got = run(case, BlockSizes(16, 32, 4, 1, programs))
+    base.assert_close(got, cases.expected(case), cases.FLOAT32 if exact else cases.BFLOAT16)
 
 
 def triton_split(case: cases.Case, sizes: BlockSizes):
@@ -194,6 +215,27 @@ def test_lawcat(monkeypatch, options, segments):
         assert oracle.error(np.asarray(a.astype(jnp.float32)), np.asarray(b)) < limit
 
 
+@pytest.mark.parametrize(
+    ("options", "programs"),
+    [
+        ({"starts": [[0, 15, 16, 40], [0, 1, 33]], "lengths": [45, 17], "dtype": jnp.float32}, 1),
+        pytest.param({"lengths": [45, 0, 32], "dtype": jnp.float32}, 1, marks=pytest.mark.slow),
+        pytest.param({"starts": [[0, 15, 16, 40], [0]], "heads": 4, "kv_heads": 2}, 8, marks=pytest.mark.slow),
+        pytest.param({"starts": [[0, 30], [0, 44]], "lengths": [31, 44], "heads": 1}, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_padded_and_packed_layer(monkeypatch, options, programs):
+    """Outputs and every gradient; NaN and infinity at padding reach nothing."""
+    monkeypatch.setattr(chunking, "MIN_SEGMENT", 16)
+    case = layer_cases.make_case(**{"length": 45, "width": 32, "dtype": jnp.bfloat16, **options})
+    sizes = BlockSizes(16, 32, 4, 1, programs)
+    call = functools.partial(layer_cases.run_vjp.__wrapped__, implementation="pallas_triton")
+    with interpreted(), block_sizes.override(**dict.fromkeys(block_sizes.KERNELS, sizes)):
+        got = jax.jit(call, compiler_options=QUICK)(case.arrays, case.cotangents, case.lengths, case.segment_ids)
+    bad, found = layer_cases.problems(case, got, layer_cases.TOLERANCES[case.arrays["q"].dtype.name])
+    assert not bad, (bad, found)
+
+
 def by_kernel(arrays: dict) -> tuple:
     """lawcat_attention by the layer kernels, (o, (S, z), tails)."""
     with interpreted():
@@ -278,7 +320,7 @@ class _Triton:
 
 
 @pytest.mark.slow
-class TestTriton(_Triton, base.GlaBackend):
+class TestTriton(_Triton, base.GlaBackend, base.SegmentCases, base.LayerCases):
     pass
 
 
