@@ -88,9 +88,12 @@ def segment_starts(segment_ids: jax.Array, valid: jax.Array | None = None) -> ja
 
 
 def segment_numbers(segment_ids: jax.Array, valid: jax.Array | None = None) -> jax.Array:
-    """[B, T] int32: 0, 1, 2, ... for the segments in order, also where an id comes again later; see
+    """[B, T] int32 that grow from segment to segment, also where an id comes again later: 0 in the first one, which goes on
+    from what was before these tokens, and in the others 1 + the position of their first token; see
     :func:`segment_starts`."""
-    return jnp.cumsum(segment_starts(segment_ids, valid).astype(jnp.int32), axis=1)
+    starts = segment_starts(segment_ids, valid)
+    after = jnp.arange(1, starts.shape[1] + 1, dtype=jnp.int32)
+    return lax.cummax(jnp.where(starts, after, 0), axis=1)
 
 
 @contextlib.contextmanager

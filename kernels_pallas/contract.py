@@ -27,9 +27,9 @@ class Forward(Protocol):
 
     * ``APPLIES_BOUND = True`` when it raises gates to ``lower_bound`` by itself, with zero gradient below; otherwise it
       gets ``log_g`` already bounded;
-    * ``TAKES_SEGMENTS = True`` when ``forward`` takes ``numbers``, int32 [B, T] or None: the documents of packed rows, in
-      order from 0 (``kernels_pallas.common.segment_numbers``). The state starts anew where the number changes, and the
-      initial state belongs to document 0. Otherwise packed rows come as gates that forget everything, without a bound.
+    * ``TAKES_SEGMENTS = True`` when ``forward`` takes ``numbers``, int32 [B, T] or None: the documents of packed rows, see
+      ``kernels_pallas.common.segment_numbers``. The state starts anew where the number changes, and the initial state
+      belongs to document 0. Otherwise packed rows come as gates that forget everything, without a bound.
     """
 
     @staticmethod

@@ -81,6 +81,9 @@ PROGRAMS = 120
 """With fewer programs than this a sequence is cut into segments: an H100 or H200 runs 132 at a time, one on each
 multiprocessor."""
 
+TAKES_SEGMENTS = True
+"""Packed rows take ``triton``'s forward pass, and the kernel for the gradients of a chunk here."""
+
 APPLIES_BOUND = True
 """Gates below the bound are raised on load, as in ``triton``."""
 
@@ -486,12 +489,14 @@ def forward(
     lower_bound: float | None,
     save_residuals: bool,
     lengths=None,
+    numbers=None,
 ) -> Any:
     """See ``kernels_pallas.contract``. ``lengths`` and residuals as in ``triton``, whose backward pass takes them."""
     length = q.shape[1]
-    if save_residuals and length <= triton.SHORT:  # it keeps o in float32 for the gradients
-        options = {"normalize": normalize, "lower_bound": lower_bound, "save_residuals": True, "lengths": lengths}
-        return triton.forward(q, k, v, log_g, initial_state, **options)
+    # The kernel here holds no state back from a row. And short sequences need o in float32 for their gradients.
+    if numbers is not None or (save_residuals and length <= triton.SHORT):
+        options = {"normalize": normalize, "lower_bound": lower_bound, "save_residuals": save_residuals}
+        return triton.forward(q, k, v, log_g, initial_state, **options, lengths=lengths, numbers=numbers)
     residuals = (q, k, v, log_g)
     heads, split = plan(q, v)
     q, k, v, log_g = padded(q, k, v, log_g)

@@ -106,6 +106,13 @@ def keep_rows(tile: Any, count: jax.Array) -> None:
         plgpu.commit_smem()
 
 
+def to_whole_chunks(x: jax.Array, axis: int) -> jax.Array:
+    """x with its last entry along ``axis``, the tokens, repeated up to whole chunks: copies that are no TMA have no bounds."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % CHUNK)
+    return jnp.pad(x, widths, mode="edge")
+
+
 def padded(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """[B, T, ...] with T a multiple of ROWS, zeros at the end: keys and gates of zero leave the state alone."""
     missing = -arrays[0].shape[1] % ROWS

@@ -226,8 +226,8 @@ def segment_decay(L: tuple[jax.Array, ...], rows: Rows, split: Split, segment: A
     if rows.numbers is None:
         return L
     tokens = split.per_segment * split.chunk
-    before, last = rows.owners(segment * tokens, tokens, split.length)
-    return tuple(jnp.where(before == last, x, FORGOTTEN) for x in L)
+    last = rows.last_begins(segment * tokens, tokens, split.length)
+    return tuple(jnp.where(last < 0, x, FORGOTTEN) for x in L)
 
 
 def segment_state_kernel(

@@ -188,38 +188,37 @@ def round_to(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 class Documents(NamedTuple):
-    """Which document the rows of a chunk [C] int32 belong to, and which one the state before it and after it.
+    """Where the document of every row of a chunk begins, as a row of the chunk [C] int32, negative if before it; and that
+    of the last row.
 
-    A state enters the rows of its own document only, and only what the last document holds leaves the chunk. All three masks
-    follow from the numbers of :func:`kernels_pallas.common.segment_numbers`, which grow along a sequence.
+    A state enters the rows of its own document only, and only what the last document holds leaves the chunk.
     """
 
-    rows: jax.Array
-    before: jax.Array
+    first: jax.Array
     last: jax.Array
 
     def same(self, mask: jax.Array) -> jax.Array:
-        """``mask`` [C, C] where both tokens are of one document."""
-        return mask & (self.rows[:, None] == self.rows[None, :])
+        """``mask`` [C, C], which is causal, where both tokens are of one document."""
+        return mask & (iota(mask.shape, 1) >= self.first[:, None])
 
     def entered(self, x: jax.Array) -> jax.Array:
         """x [C, .] in the rows that the state before the chunk reaches, else 0."""
-        return jnp.where((self.rows == self.before)[:, None], x, jnp.zeros_like(x))
+        return jnp.where((self.first < 0)[:, None], x, jnp.zeros_like(x))
 
     def leaving(self, x: jax.Array) -> jax.Array:
         """x [C, .] in the rows that reach the state after the chunk, else 0."""
-        return jnp.where((self.rows == self.last)[:, None], x, jnp.zeros_like(x))
+        return jnp.where(iota(x.shape, 0) >= self.last, x, jnp.zeros_like(x))
 
     def passing(self, x: jax.Array) -> jax.Array:
         """x, of any shape, if the state before the chunk reaches the state after it, else 0."""
-        return jnp.where(self.before == self.last, x, jnp.zeros_like(x))
+        return jnp.where(self.last < 0, x, jnp.zeros_like(x))
 
 
 class Rows(NamedTuple):
     """What a call knows about its rows of tokens, None where it does not: arrays outside a kernel, their refs inside.
 
     ``lengths`` [B] int32, within 0 .. T: v is read up to there only, where q, k and log_g are zeros from there on.
-    ``numbers`` [B, T] int32: the documents, see :class:`Documents`.
+    ``numbers`` [B, T] int32: the documents, see :func:`kernels_pallas.common.segment_numbers`.
     """
 
     lengths: Any = None
@@ -246,17 +245,16 @@ class Rows(NamedTuple):
         """Inside a kernel: up to where v is read."""
         return otherwise if self.lengths is None else self.lengths[0]
 
-    def owners(self, start: Any, count: Any, length: int) -> tuple[jax.Array, jax.Array]:
-        """Inside a kernel: the documents of the states before and after rows [start, start + count) of ``length``."""
-        before = jnp.where(start > 0, self.numbers[jnp.maximum(start - 1, 0)], 0)
-        return before, self.numbers[jnp.minimum(start + count, length) - 1]
+    def last_begins(self, start: Any, count: Any, length: int) -> jax.Array:
+        """Inside a kernel: where the document of the last of rows [start, start + count) begins, counted from ``start``."""
+        return self.numbers[jnp.minimum(start + count, length) - 1] - 1 - start
 
     def documents(self, start: Any, chunk: int, length: int) -> Documents | None:
         """Inside a kernel: the documents of a chunk; None where all tokens are of one."""
         if self.numbers is None:
             return None
-        rows = load_vector(self.numbers, start, chunk, length if length % chunk else None, -1)
-        return Documents(rows, *self.owners(start, chunk, length))
+        numbers = load_vector(self.numbers, start, chunk, length if length % chunk else None, 0)
+        return Documents(numbers - 1 - start, self.last_begins(start, chunk, length))
 
 
 def take_rows(refs: Iterator[Any], given: tuple[bool, ...]) -> Rows:

@@ -457,10 +457,9 @@ def backward(
     if split.segments > 1:
         final = combine(*sweep(None, per_chunk=False), initial=dstate, reverse=True)
     dS, dz, dS0, dz0 = sweep(final, per_chunk=True)
-    run = gradients or functools.partial(chunk_gradients, sizes=sizes("backward"), rows=rows)
-    dq, dk, dv, dlog_g = run(
-        q, k, v, log_g, do, den, delta, states, (dS, dz), split=split, normalize=normalize, bound=lower_bound
-    )
+    run = gradients or functools.partial(chunk_gradients, sizes=sizes("backward"))
+    options = {"split": split, "normalize": normalize, "bound": lower_bound, "rows": rows}
+    dq, dk, dv, dlog_g = run(q, k, v, log_g, do, den, delta, states, (dS, dz), **options)
     dv = _group_sum(dv, v.shape[2], v.dtype)
     dlog_g = _group_sum(dlog_g, log_g.shape[2], log_g.dtype)
     return dq, dk, dv, dlog_g, (dS0, dz0) if initial_state is not None else (None, None)

@@ -37,6 +37,7 @@ from kernels_pallas.gated_linear_attention.mosaic_gpu_tiles import (
     over_rows,
     padded,
     products,
+    to_whole_chunks,
 )
 from kernels_pallas.lawcat_attention import triton, xla
 
@@ -65,9 +66,7 @@ def supports(
     segments: bool = False,
 ) -> str | None:
     """Why these kernels cannot run these arguments (the end of a sentence), or None."""
-    if segments:
-        return "its state and convolution cross documents (segment_ids)"
-    options = {"normalize": normalize, "gate_lower_bound": gate_lower_bound, "lengths": lengths, "segments": False}
+    options = {"normalize": normalize, "gate_lower_bound": gate_lower_bound, "lengths": lengths, "segments": segments}
     reason = triton.supports(q, k, v, gate_logits, conv_q, conv_k, phi, **options)
     if reason is not None:
         return reason
@@ -82,12 +81,24 @@ def supports(
     )
 
 
-def _features_kernel(*refs, tiles: int, count: int, taps: int, blocks: int, half: int, groups: int, has_lengths: bool):
+def _features_kernel(
+    *refs,
+    tiles: int,
+    count: int,
+    taps: int,
+    blocks: int,
+    half: int,
+    groups: int,
+    has_lengths: bool,
+    has_numbers: bool,
+):
     """One warpgroup for q and one for k of a head. ``blocks`` of 64 channels; a program takes ``tiles`` of the ``count`` tiles;
-    query head h reads head h // groups of k. Rows from each sequence's length on, if there are lengths, become zeros."""
+    query head h reads head h // groups of k. Rows from each sequence's length on, if there are lengths, become zeros, and
+    convolutions stay within documents, if there are numbers."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     lengths_ref, *refs = refs if has_lengths else (None, *refs)
+    numbers_ref, *refs = refs if has_numbers else (None, *refs)
     phi_ref = refs[0]
     inputs = (refs[1:4], refs[4:7])
     outputs = refs[7:9]
@@ -139,9 +150,14 @@ def _features_kernel(*refs, tiles: int, count: int, taps: int, blocks: int, half
 
         @pl.loop(0, steps)
         def _(i):
-            slot = slot_of(i)
+            slot, start = slot_of(i), (first + i) * CHUNK
+            begins = None
+            if numbers_ref is not None:  # where each row's document begins, as a row of the tile
+                numbers = plgpu.load(numbers_ref.at[b, pl.ds(start, CHUNK)], layout=tile.reduce(1), optimized=False)
+                # conv_state comes before the document of number 0.
+                begins = over_columns(jnp.where(numbers == 0, -HALO, numbers - 1 - start))
             plgpu.barrier_wait(loaded.at[side * SLOTS + slot])
-            valid = None if lengths_ref is None else lengths_ref[b] - (first + i) * CHUNK
+            valid = None if lengths_ref is None else lengths_ref[b] - start
             if valid is not None:  # the products that shift rows would spread what padding holds
                 for p in range(blocks):
                     keep_rows(x_s.at[side, slot, p], valid)
@@ -162,6 +178,8 @@ def _features_kernel(*refs, tiles: int, count: int, taps: int, blocks: int, half
                 for start in range(0, taps - 1, together):
                     which = range(start, min(start + together, taps - 1))
                     for t, x in zip(which, products(*(shifted(t, p) for t in which)), strict=True):
+                        if begins is not None:
+                            x = jnp.where(indices(CHUNK, WIDTH)[0] - (taps - 1 - t) >= begins, x, 0.0)
                         u += x * tap(t, p)
                 us.append(u.astype(bf16))
 
@@ -212,14 +230,14 @@ def features(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See ``kernels_pallas.contract.LayerFeatures``: bfloat16, and float32 gates that are not bounded."""
     del gate_lower_bound
-    assert numbers is None  # supports() has refused them
-    q, k = fold_vmap(_launch, shared=(2, 3, 4))(q, k, conv_q, conv_k, phi, conv_state, lengths)
+    numbers = None if numbers is None else to_whole_chunks(numbers, 1)
+    q, k = fold_vmap(_launch, shared=(2, 3, 4))(q, k, conv_q, conv_k, phi, conv_state, lengths, numbers)
     valid = None if lengths is None else valid_tokens(lengths, q.shape[1])
     (log_g,) = without_padding(valid, xla.log_gate(gate_logits, gate_normalizer))
     return q, k, log_g
 
 
-def _launch(q, k, conv_q, conv_k, phi, conv_state, lengths):
+def _launch(q, k, conv_q, conv_k, phi, conv_state, lengths, numbers):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     batch, length, heads, width = q.shape
@@ -230,7 +248,7 @@ def _launch(q, k, conv_q, conv_k, phi, conv_state, lengths):
     count, blocks = -(-length // CHUNK), width // WIDTH
     tiles = min(TILES, count)
 
-    inputs = [*(() if lengths is None else (lengths,)), phi.astype(bf16)]
+    inputs = [*(x for x in (lengths, numbers) if x is not None), phi.astype(bf16)]
     for x, carry, w in zip((q, k), carries, (conv_q, conv_k), strict=True):
         inputs += [x, carry, w.astype(f32)]
     body = functools.partial(
@@ -242,6 +260,7 @@ def _launch(q, k, conv_q, conv_k, phi, conv_state, lengths):
         half=half,
         groups=heads // k.shape[2],
         has_lengths=lengths is not None,
+        has_numbers=numbers is not None,
     )
     scratch = [
         operand(blocks, WIDTH, half),
@@ -283,5 +302,5 @@ def forward(
         return triton.forward(q, k, v, gate_logits, conv_q, conv_k, phi, *state, normalize=normalize, **front, **known)
     q, k, log_g = features(q, k, gate_logits, conv_q, conv_k, phi, conv_state, **front, **known)
     options = {"normalize": normalize, "lower_bound": gate_lower_bound, "save_residuals": False}
-    o, state, _ = gla.forward(q, k, v, log_g, initial_state, **options, lengths=lengths)
+    o, state, _ = gla.forward(q, k, v, log_g, initial_state, **options, **known)
     return o, state

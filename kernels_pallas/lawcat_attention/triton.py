@@ -104,7 +104,7 @@ def convolved(
     taps, length, limit = w_ref.shape[0], front.length, rows.limit(front.limit)
     shape = (front.chunk, n)
     index, columns = start + iota(shape, 0), at + iota(shape, 1)
-    own = None if rows.numbers is None else load_vector(rows.numbers, start, front.chunk, front.limit, -1)
+    numbers = None if rows.numbers is None else load_vector(rows.numbers, start, front.chunk, front.limit, 0)
     y = jnp.zeros(shape, x_ref.dtype)
     for j in range(taps):
         w = jnp.broadcast_to(w_ref[j, pl.ds(at, n)][None, :], shape)
@@ -117,18 +117,14 @@ def convolved(
             # Index arrays, not a slice: the interpreter has no slices that begin before row 0.
             clipped = jnp.clip(shifted, 0, length - 1) if interpret_mode() else shifted
             x = plgpu.load(x_ref.at[clipped, columns], mask=inside, other=0.0)
-            if own is not None and rows.numbers is not None:
-                at_token = start - back + lax.iota(jnp.int32, front.chunk)
-                there = (at_token >= 0) & (at_token < length)
-                clipped = jnp.clip(at_token, 0, length - 1) if interpret_mode() else at_token
-                of = plgpu.load(rows.numbers.at[clipped], mask=there, other=-1)
-                x = jnp.where((of == own)[:, None], x, jnp.zeros_like(x))
+            if numbers is not None:  # selected after the load, which then waits for nothing
+                x = jnp.where(shifted >= numbers[:, None] - 1, x, jnp.zeros_like(x))
         y = _multiply_add(x, w, y)
     if front.carried:
         kept = jnp.minimum(index, taps - 2)
         extra = plgpu.load(extra_ref.at[kept, columns], mask=index < taps - 1, other=0.0)
-        if own is not None:
-            extra = jnp.where((own == 0)[:, None], extra, 0.0)
+        if numbers is not None:
+            extra = jnp.where((numbers == 0)[:, None], extra, 0.0)
         y = round_to(y.astype(f32) + extra, y.dtype)
     return y
 

@@ -34,7 +34,7 @@ def composed(
 ):
     """(o, (S, z)): convolutions, feature map and gates in XLA, then ``gated_linear_attention`` or ``decode_step``.
 
-    ``numbers``: segments of the tokens in order from 0, see ``kernels_pallas.common.segment_numbers``.
+    ``numbers``: segments of the tokens, see ``kernels_pallas.common.segment_numbers``.
     """
     normalizer = spec.gate_normalizer
     q, k, log_g = xla.prepare(q, k, gate_logits, conv_q, conv_k, phi, conv_state, valid, normalizer, numbers)

@@ -117,10 +117,10 @@ def run_vjp(arrays, cotangents, lengths, ids, *, implementation: str | None = No
 
 def expected(case: Case) -> dict[str, np.ndarray]:
     """What :func:`run_vjp` should give, in float64; zeros at padding, of what has no tokens the states that it began with."""
-    a = jax.tree.map(lambda x: np.asarray(x.astype(jnp.float32), np.float64), case.arrays)
-    do, dS, dz, *drows = (np.asarray(x.astype(jnp.float32), np.float64) for x in case.cotangents)
+    a, cotangents = jax.tree.map(lambda x: np.asarray(x).astype(np.float64), (case.arrays, case.cotangents))
+    do, dS, dz, *drows = cotangents
     batch, length = a["q"].shape[:2]
-    parameters = {name: a[name] for name in PARAMETERS}
+    parameters: dict[str, Any] = {name: a[name] for name in PARAMETERS}
     out = {name: np.zeros_like(a[name[1:]]) for name in ("dq", "dk", "dv", "dgate_logits")} | {"o": np.zeros_like(do)}
     out |= {f"d{name}": np.zeros_like(x) for name, x in parameters.items()}
     names = ("S", "z", "rows_q", "rows_k")
@@ -139,9 +139,9 @@ def expected(case: Case) -> dict[str, np.ndarray]:
                 continue
             given = [starts[n][one] if first == 0 else np.zeros_like(starts[n][one]) for n in names]
             end = [ends[n][one] if last == count else np.zeros_like(ends[n][one]) for n in names]
-            part = {n: a[n][one, first:last] for n in PER_TOKEN}
-            states = {"initial_state": given[:2], "conv_state": given[2:]}
-            got = oracle.lawcat_attention(**part, **parameters, **states, cotangents=[do[one, first:last], *end])
+            part: dict[str, Any] = {n: a[n][one, first:last] for n in PER_TOKEN}
+            states: dict[str, Any] = {"initial_state": given[:2], "conv_state": given[2:]}
+            got: Any = oracle.lawcat_attention(**part, **parameters, **states, cotangents=[do[one, first:last], *end])
             for name in ("o", "dq", "dk", "dv", "dgate_logits"):
                 out[name][one, first:last] = got[name]
             for name in PARAMETERS:
