@@ -201,7 +201,8 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
         plgpu.commit_smem()
         total = product(*((ones, transposed(ref)) for ref in sums)) + vector(z_ref, p) * dz
         if documents:
-            F, total = leaving(F), jnp.where(last_begins() < 0, total, 0.0)
+            # The lowering has no select of a whole tile.
+            F, total = leaving(F), total * jnp.where(last_begins() < 0, 1.0, 0.0)
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         write(dq_ref, y_own, jnp.exp2(x) * R, p)
