@@ -18,10 +18,11 @@ from kernels_pallas import chunking
 from kernels_pallas.gated_linear_attention import mosaic_gpu
 from kernels_pallas.lawcat_attention import mosaic_gpu as lawcat
 from kernels_pallas.lawcat_attention.xla import prepare
-from kernels_pallas.testing import cases, oracle
+from kernels_pallas.testing import cases, layer_cases, oracle
 
 from . import base
 from .test_triton import lawcat_inputs
+from .test_triton_lowering import cuda_module, lawcat_arrays
 
 ON_GPU = jax.default_backend() == "gpu"
 supported = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic GPU's interpreter came with jax 0.11")
@@ -31,7 +32,7 @@ def interpreted():
     return contextlib.nullcontext() if ON_GPU else kp.interpret()
 
 
-def forward(case: cases.Case, save_residuals: bool = False):
+def forward(case: cases.Case, save_residuals: bool = False, lengths=None):
     run = functools.partial(
         mosaic_gpu.forward,
         normalize=case.options["normalize"],
@@ -39,7 +40,7 @@ def forward(case: cases.Case, save_residuals: bool = False):
         save_residuals=save_residuals,
     )
     with interpreted():
-        return jax.jit(run)(*case.arrays, case.state)
+        return jax.jit(lambda *x: run(*x, lengths=lengths))(*case.arrays, case.state)
 
 
 def make(name: str, **options) -> cases.Case:
@@ -77,16 +78,54 @@ def test_segments_equal_one_pass(monkeypatch, length, shortest, segments):
     check(case)
 
 
-@supported
-@pytest.mark.skipif(ON_GPU, reason="races are detected in the interpreter")
-@pytest.mark.parametrize("options", [{"heads": 2}, {"heads": 1, "K": 128}])
-def test_no_slot_is_loaded_again_while_it_is_read(monkeypatch, options):
+@pytest.fixture
+def races(monkeypatch):
+    """Lets the interpreter look for races; gives the function that says whether there were any."""
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter  # no public name yet
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     monkeypatch.setattr(plgpu, "InterpretGPUParams", functools.partial(plgpu.InterpretGPUParams, detect_races=True))
-    forward(make("gla", length=330, **options))
-    assert not interpreter.get_races().races_found
+    return lambda: interpreter.get_races().races_found
+
+
+@supported
+@pytest.mark.skipif(ON_GPU, reason="races are detected in the interpreter")
+@pytest.mark.parametrize("options", [{"heads": 2}, {"heads": 1, "K": 128, "V": 128}])
+@pytest.mark.parametrize("length", [None, 100])
+def test_no_slot_is_loaded_again_while_it_is_read(races, options, length):
+    forward(make("gla", length=330, **options), lengths=None if length is None else jnp.asarray([length]))
+    assert not races()
+
+
+@supported
+@pytest.mark.skipif(ON_GPU, reason="races are detected in the interpreter")
+@pytest.mark.parametrize("width", [64, 128])
+def test_no_tile_is_formed_while_it_is_masked(races, width):
+    case = layer_cases.make_case(length=330, width=width, lengths=[150], starts=[[0, 70, 140]], dtype=jnp.bfloat16)
+    with interpreted():
+        jax.jit(
+            lambda x: kp.lawcat_attention(
+                **x, lengths=case.lengths, segment_ids=case.segment_ids, implementation="pallas_mosaic_gpu"
+            )
+        )(case.arrays)
+    assert not races()
+
+
+@supported
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("d", [64, 128])
+def test_a_padded_layer_lowers(d, segments):
+    """For Hopper, on a machine without one: masks of rows, whole tiles and scalars included."""
+    known = (jax.ShapeDtypeStruct((4,), jnp.int32), jax.ShapeDtypeStruct((4, 1000), jnp.int32) if segments else None)
+
+    def gradient(arrays, lengths, ids):
+        options = {"lengths": lengths, "segment_ids": ids, "implementation": "pallas_mosaic_gpu"}
+        out, pullback = jax.vjp(lambda x: kp.lawcat_attention(**x, **options), arrays)
+        return pullback(out)
+
+    text = cuda_module(gradient, lawcat_arrays(4, 1000, d), *known)
+    # Features twice, outputs (by Triton in packed rows) and the gradients of the chunks.
+    assert text.count("custom_call @mosaic_gpu") == (3 if segments else 4 + text.count("gla_combine") // 2)
 
 
 @supported
