@@ -38,6 +38,7 @@ from kernels_pallas.gated_linear_attention import mosaic_gpu, triton, triton_vjp
 from kernels_pallas.gated_linear_attention.mosaic_gpu_tiles import (
     CHUNK,
     WIDTH,
+    ChunkDocuments,
     bf16,
     f32,
     indices,
@@ -45,6 +46,7 @@ from kernels_pallas.gated_linear_attention.mosaic_gpu_tiles import (
     over_columns,
     over_rows,
     padded,
+    passing,
     products,
     tiles,
     to_whole_chunks,
@@ -88,28 +90,22 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
     def read(ref: Any) -> jax.Array:
         return plgpu.load(ref, layout=tile).astype(f32)
 
-    def begins() -> jax.Array:
-        """Where the document of every row begins, as a row of the chunk; negative: before it."""
-        numbers = plgpu.load(numbers_ref.at[b, rows], layout=along, optimized=False)
-        return over_columns(numbers - 1 - i * CHUNK)
-
-    def last_begins() -> jax.Array:
-        return numbers_ref[b, i * CHUNK + CHUNK - 1] - 1 - i * CHUNK
+    packed = None if numbers_ref is None else ChunkDocuments(numbers_ref, b, i * CHUNK)
 
     def masked(x: jax.Array) -> jax.Array:
         row, column = indices(*x.shape)
         keep = row >= column
-        if documents:
-            keep &= column >= begins()
+        if packed is not None:
+            keep &= column >= over_columns(packed.first())
         return jnp.where(keep, x, 0.0).astype(bf16)
 
     def entered(x: jax.Array) -> jax.Array:
         """x in the rows that the state before the chunk reaches."""
-        return jnp.where(begins() < 0, x, 0.0)
+        return x if packed is None else jnp.where(over_columns(packed.first()) < 0, x, 0.0)
 
     def leaving(x: jax.Array) -> jax.Array:
         """x in the rows that reach the state after the chunk."""
-        return jnp.where(indices(*x.shape)[0] >= last_begins(), x, 0.0)
+        return x if packed is None else jnp.where(indices(*x.shape)[0] >= packed.last(), x, 0.0)
 
     def vector(ref: Any, p: int) -> jax.Array:
         """A vector of the features, in every row."""
@@ -200,9 +196,8 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
         F += dz
         plgpu.commit_smem()
         total = product(*((ones, transposed(ref)) for ref in sums)) + vector(z_ref, p) * dz
-        if documents:
-            # The lowering has no select of a whole tile.
-            F, total = leaving(F), total * jnp.where(last_begins() < 0, 1.0, 0.0)
+        if packed is not None:
+            F, total = leaving(F), total * passing(packed.last())
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         write(dq_ref, y_own, jnp.exp2(x) * R, p)
@@ -294,16 +289,14 @@ def backward(residuals, do, dstate, *, normalize: bool, lower_bound: float | Non
     q, _, v, log_g = residuals[:4]
     if q.shape[1] <= triton.SHORT:  # as in forward
         return triton_vjp.backward(residuals, do, dstate, normalize=normalize, lower_bound=lower_bound)
-    packed = residuals[-1].numbers is not None
-    split = triton.plan_forward(q, v, lower_bound)[1] if packed else mosaic_gpu.plan(q, v)[1]
-    square = q.shape[-1] == v.shape[-1] and split.chunk == CHUNK
+    square = q.shape[-1] == v.shape[-1]
     dq, dk, dv, dlog_g, dstate = triton_vjp.backward(
         residuals,
         do,
         dstate,
         normalize=normalize,
         lower_bound=lower_bound,
-        split=split,
+        split=mosaic_gpu.plan(q, v)[1],
         gradients=chunk_gradients if square else None,
     )
     if square and log_g.dtype != bf16 and lower_bound is not None:

@@ -160,7 +160,7 @@ def _features_kernel(
             valid = None if lengths_ref is None else lengths_ref[b] - start
             if valid is not None:  # the products that shift rows would spread what padding holds
                 for p in range(blocks):
-                    keep_rows(x_s.at[side, slot, p], valid)
+                    keep_rows(x_s.at[side, slot, p], 0, valid)
 
             def tap(t, p):
                 return over_rows(plgpu.load(w_s.at[side, t, pl.ds(WIDTH * p, WIDTH)], layout=tile.reduce(0)))

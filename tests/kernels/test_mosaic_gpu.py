@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from typing import ClassVar
 
 import jax
@@ -19,6 +20,7 @@ from kernels_pallas.gated_linear_attention import mosaic_gpu
 from kernels_pallas.lawcat_attention import mosaic_gpu as lawcat
 from kernels_pallas.lawcat_attention.xla import prepare
 from kernels_pallas.testing import cases, layer_cases, oracle
+from kernels_pallas.testing.layer_cases import segment_ids
 
 from . import base
 from .test_triton import lawcat_inputs
@@ -78,6 +80,28 @@ def test_segments_equal_one_pass(monkeypatch, length, shortest, segments):
     check(case)
 
 
+@supported
+@pytest.mark.parametrize(
+    ("starts", "options"),
+    [
+        # Two heads a program and three segments of a head, with boundaries at and around their edges.
+        ([[0, 63, 64, 128, 129, 259], [0, 1, 2, 191, 192]], {"heads": 2, "value_heads": 1}),
+        ([[0, 100, 250]], {"heads": 1, "K": 128, "V": 128, "normalize": False, "state": False}),
+    ],
+)
+def test_documents(monkeypatch, starts, options):
+    monkeypatch.setattr(chunking, "MIN_SEGMENT", 64)
+    monkeypatch.setattr(mosaic_gpu, "PROGRAMS", 6)
+    case = make("bound", batch=len(starts), length=260, **options)
+    case.options["segment_ids"] = segment_ids(starts, 260)
+    assert mosaic_gpu.plan(case.arrays[0], case.arrays[2])[1].segments > 1
+    with interpreted():
+        got = cases.run_vjp.__wrapped__(
+            case.arrays, case.state, case.cotangents, **case.options, implementation="pallas_mosaic_gpu"
+        )
+    base.assert_close(got, cases.expected(case), cases.BFLOAT16)
+
+
 @pytest.fixture
 def races(monkeypatch):
     """Lets the interpreter look for races; gives the function that says whether there were any."""
@@ -116,16 +140,19 @@ def test_no_tile_is_formed_while_it_is_masked(races, width):
 @pytest.mark.parametrize("d", [64, 128])
 def test_a_padded_layer_lowers(d, segments):
     """For Hopper, on a machine without one: masks of rows, whole tiles and scalars included."""
-    known = (jax.ShapeDtypeStruct((4,), jnp.int32), jax.ShapeDtypeStruct((4, 1000), jnp.int32) if segments else None)
+    known = (jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((1, 1000), jnp.int32) if segments else None)
 
     def gradient(arrays, lengths, ids):
         options = {"lengths": lengths, "segment_ids": ids, "implementation": "pallas_mosaic_gpu"}
         out, pullback = jax.vjp(lambda x: kp.lawcat_attention(**x, **options), arrays)
         return pullback(out)
 
-    text = cuda_module(gradient, lawcat_arrays(4, 1000, d), *known)
-    # Features twice, outputs (by Triton in packed rows) and the gradients of the chunks.
-    assert text.count("custom_call @mosaic_gpu") == (3 if segments else 4 + text.count("gla_combine") // 2)
+    text = cuda_module(gradient, lawcat_arrays(1, 1000, d), *known)
+    # Features twice, the states of segments, outputs, and the gradients of the chunks.
+    assert text.count("custom_call @mosaic_gpu") == 5
+    assert (
+        len(re.findall(r"custom_call @__gpu\$xla.gpu.triton", text)) == 5
+    )  # two sweeps, one of them twice, and what joins them
 
 
 @supported
@@ -208,7 +235,7 @@ class TestMosaicGpuRequired(_MosaicGpu, base.RequiredCases):
 
 @supported
 @pytest.mark.slow
-class TestMosaicGpu(_MosaicGpu, base.GlaBackend, base.LayerCases):
+class TestMosaicGpu(_MosaicGpu, base.GlaBackend, base.SegmentCases, base.LayerCases):
     def test_shard_map_over_batch_and_heads(self):
         """Types only: the interpreter has one device's memory."""
         case = make("gla", batch=2, length=65, heads=4, value_heads=2, gate_heads=2)
