@@ -43,8 +43,8 @@ def gated_linear_attention(
         -128, which in float32 changes nothing.
       segment_ids: documents of a row; S and z start anew (from zeros) wherever the id changes, and an id may come again.
         The first segment goes on from ``initial_state``; the state returned is the last one's. None: one document.
-        "pallas_triton" masks inside its chunks; to the others a start is a gate of 0, so they must take gates without a
-        bound, at the price of those.
+        The kernels of GPUs mask inside their chunks; to the others a start is a gate of 0, so they must take gates
+        without a bound, at the price of those.
       implementation: one of ``kernels_pallas.IMPLEMENTATIONS``, such as "scan" or "pallas_triton", or None for the best
         one on the platform (``kernels_pallas.implementation_for``).
 
