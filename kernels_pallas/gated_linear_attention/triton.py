@@ -14,7 +14,7 @@ Algebra of a chunk of C rows (b inclusive cumulative sum of lg = log2(e) log_g; 
     o = (A v + q^ S~) / (sum_j A + q^ z~ + eps)              S' = e (S~ + k^T v)     z' = e (z~ + sum_j k^)
 
 since b_C - r = r: two exponentials per element and one per feature. Within |log_g| C <= 80 nothing overflows. The denominator sums the same
-rounded A and q^ that the numerator uses.
+rounded A and q^ that the numerator uses. Gates without such a bound take several reference points (``triton_levels``).
 
 Packed documents (``numbers``): A is masked between documents, S~ and z~ enter the rows of the document they belong to, k and v
 of the last document alone reach S' and z', and S~ and z~ themselves only where no document begins in the chunk.
@@ -32,15 +32,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas.chunking import Split, reference_rows, split_sequence, strong_gates
-from kernels_pallas.common import EPS, LOG2E, interpret_mode, out_struct
+from kernels_pallas.common import EPS, interpret_mode, out_struct
 from kernels_pallas.gated_linear_attention import block_sizes
 from kernels_pallas.gated_linear_attention.block_sizes import BlockSizes
+from kernels_pallas.gated_linear_attention.triton_levels import (
+    MAX_CHUNK,
+    by_levels,
+    exponents,
+    level_scores,
+    onward,
+    state_exponents,
+)
 from kernels_pallas.gated_linear_attention.triton_tiles import (
     LANES,
     Documents,
     Rows,
     causal,
-    centred,
     column,
     compiler_params,
     dot,
@@ -83,9 +90,6 @@ class State(NamedTuple):
     pending: tuple[jax.Array, ...]
 
 
-MAX_CHUNK = 128
-"""Tokens."""
-
 SHORT = 64
 """Tokens. With strong gates, and up to so many tokens, a differentiated call also keeps o in float32. When it was rounded to
 bfloat16, dq was off by 14 % at gates of -5, by 2.4 % at two tokens and -1.25, and by 0.5 % at 17 and more."""
@@ -108,8 +112,6 @@ def supports(q, k, v, log_g, *, normalize: bool, lower_bound: float | None, diff
     # The three TF32 passes of a float32 product leave 1.2e-5 at gates of -5 (measured on an H200), where 1e-5 is promised.
     if differentiated and q.dtype == jnp.float32 and strong_gates(lower_bound):
         return f"float32 gradients take a gate_lower_bound of at least -1.25, got {lower_bound}"
-    if reference_rows(lower_bound, MAX_CHUNK) < 16:
-        return f"it needs a gate_lower_bound of at least -5, got {lower_bound}"
     return None
 
 
@@ -117,7 +119,8 @@ def sizes_for(kernel: str, q: Any, v: Any, lower_bound: float | None) -> BlockSi
     """Block sizes of the table, with the chunk cut to what the gate bound and the length allow."""
     sizes = block_sizes.lookup(kernel, q.dtype, q.shape[-1], v.shape[-1])
     length = max(16, 1 << (q.shape[1] - 1).bit_length())
-    chunk = min(sizes.chunk, reference_rows(lower_bound, MAX_CHUNK), length)
+    allowed = MAX_CHUNK if by_levels(lower_bound) else reference_rows(lower_bound, MAX_CHUNK)
+    chunk = min(sizes.chunk, allowed, length)
     return dataclasses.replace(sizes, chunk=chunk, block_v=min(sizes.block_v, v.shape[-1]))
 
 
@@ -129,16 +132,6 @@ def load_gates(
     if bound is not None:
         g = jnp.maximum(g, jnp.asarray(bound, g.dtype))
     return round_to(g, dtype)
-
-
-def exponents(g: jax.Array, matrix: jax.Array) -> jax.Array:
-    """b - r [C, K] in log2 units."""
-    return dot(matrix, g) * LOG2E
-
-
-def half_total(g: jax.Array) -> jax.Array:
-    """r = b_C / 2 [K, 8] in log2 units: as rows, where the state has its features."""
-    return dot(g, ones(g.shape[0], g.dtype), ta=True) * (0.5 * LOG2E)
 
 
 def chunks_of(split: Split, segment: Any) -> Any:
@@ -240,7 +233,6 @@ def segment_state_kernel(
     k_ref, v_ref, g_ref, *refs = inputs
     segment = pl.program_id(2)
     chunk, limit = split.chunk, split.length if split.ragged else None
-    matrix = centred(chunk, dtype)
     blocks = feature_blocks(g_ref.shape[1])
     if per_chunk:
         *given, S_ref, z_ref = refs
@@ -253,18 +245,19 @@ def segment_state_kernel(
         start = index * chunk
         documents = rows.documents(start, chunk, split.length)
         v = load_rows(v_ref, start, chunk, rows.limit(limit))
-        ks, rs, Ls = [], [], []
+        ks, factors, Ls = [], [], []
         for block, before in zip(blocks, L, strict=True):
             k = load_rows(k_ref, start, chunk, limit, block)
             g = load_gates(g_ref, start, chunk, limit, dtype, block, bound)
-            r = half_total(g)
-            ks.append(round_to(k.astype(f32) * exp2(-exponents(g, matrix)), dtype))
-            rs.append(r)
-            Ls.append(before + 2.0 * r)
-        before = scaled(state, tuple(rs))
+            x = state_exponents(g, by_levels(bound))
+            ks.append(round_to(k.astype(f32) * exp2(exponents(g, by_levels(bound)).k), dtype))
+            factors.append(x)
+            Ls.append(before + x.total())
+        r = tuple(x.r for x in factors)
+        before = scaled(state, r)
         if per_chunk:
             write_state(S_ref, z_ref, before, index)
-        return add_chunk(before, tuple(ks), v, tuple(rs), documents), tuple(Ls)
+        return add_chunk(onward(before, factors), tuple(ks), v, r, documents), tuple(Ls)
 
     features, values = S_ref.shape[-2:]
     state = read_state(*given) if given else zero_state(values, features)
@@ -316,7 +309,7 @@ def _segment_out_kernel(
     segment = pl.program_id(2)
     dtype = q_ref.dtype
     chunk, limit = split.chunk, split.length if split.ragged else None
-    matrix, mask = centred(chunk, dtype), causal(chunk)
+    mask = causal(chunk)
     features, values = S_ref.shape
     blocks = feature_blocks(features)
     state = zero_state(values, features) if given is None else read_state(*given)
@@ -326,23 +319,37 @@ def _segment_out_kernel(
     def step(i, state):
         start = (segment * split.per_segment + i) * chunk
         documents = rows.documents(start, chunk, split.length)
-        gates = [load_gates(g_ref, start, chunk, limit, dtype, block, bound) for block in blocks]
-        r = tuple(half_total(g) for g in gates)
+
+        def gates(block):
+            return load_gates(g_ref, start, chunk, limit, dtype, block, bound)
+
+        factors = [state_exponents(gates(block), by_levels(bound)) for block in blocks]
+        r = tuple(x.r for x in factors)
         before = scaled(state, r)
         rounded = tuple(round_to(x, dtype) for x in before[0])
         # The state comes before q, so that its operands are dead when the tiles of the output are formed.
-        x = [exponents(g, matrix) for g in gates]
+        sides = [exponents(gates(block), by_levels(bound)) for block in blocks]
         k = tuple(
-            round_to(load_rows(k_ref, start, chunk, limit, block).astype(f32) * exp2(-y), dtype)
-            for block, y in zip(blocks, x, strict=True)
+            round_to(load_rows(k_ref, start, chunk, limit, block).astype(f32) * exp2(x.k), dtype)
+            for block, x in zip(blocks, sides, strict=True)
         )
         v = load_rows(v_ref, start, chunk, rows.limit(limit))
-        state = add_chunk(before, k, v, r, documents)
+        state = add_chunk(onward(before, factors), k, v, r, documents)
         q = tuple(
-            round_to(load_rows(q_ref, start, chunk, limit, block).astype(f32) * exp2(y), dtype)
-            for block, y in zip(blocks, x, strict=True)
+            round_to(load_rows(q_ref, start, chunk, limit, block).astype(f32) * exp2(x.q), dtype)
+            for block, x in zip(blocks, sides, strict=True)
         )
-        o, den = chunk_out(q, k, v, rounded, before[1], mask, normalize, documents)
+        within = mask if documents is None else documents.same(mask)
+        if by_levels(bound):
+
+            def tiles(block):
+                load = functools.partial(load_rows, start=start, rows=chunk, limit=limit, block=block)
+                return load(q_ref), load(k_ref), gates(block)
+
+            A = round_to(jnp.where(within, level_scores(blocks, tiles, dtype), 0.0), dtype)
+        else:
+            A = scores(q, k, within)
+        o, den = chunk_out(A, q, v, rounded, before[1], normalize, documents)
         store_rows(o_ref, start, o, limit)
         if exact_ref is not None:
             store_rows(exact_ref, start, o, limit)
@@ -374,11 +381,8 @@ def denominator(
     return column(sum(products, start=inside)) + EPS
 
 
-def chunk_out(
-    q, k, v, S, z, mask, normalize: bool, documents: Documents | None = None
-) -> tuple[jax.Array, jax.Array | None]:
-    """o [C, V] float32 and den [C] (None unless normalize) of a chunk; q^, k^ and S~ rounded, z~ [K, 8] float32, by blocks."""
-    A = scores(q, k, mask if documents is None else documents.same(mask))
+def chunk_out(A, q, v, S, z, normalize: bool, documents: Documents | None = None) -> tuple[jax.Array, jax.Array | None]:
+    """o [C, V] float32 and den [C] (None unless normalize) of a chunk; A, q^ and S~ rounded, z~ [K, 8] float32, by blocks."""
     if documents is None:
         o = dot(A, v)
         for x, y in zip(q, S, strict=True):

@@ -43,8 +43,6 @@ from kernels_pallas.gated_linear_attention.triton import (
     State,
     chunks_of,
     combine,
-    exponents,
-    half_total,
     load_gates,
     plan_forward,
     read_state,
@@ -57,10 +55,19 @@ from kernels_pallas.gated_linear_attention.triton import (
     zero_state,
     zero_totals,
 )
+from kernels_pallas.gated_linear_attention.triton_levels import (
+    Exponents,
+    by_levels,
+    exponents,
+    level_gradients,
+    level_scores,
+    onward,
+    state_exponents,
+)
 from kernels_pallas.gated_linear_attention.triton_tiles import (
     Rows,
     causal,
-    centred,
+    column,
     compiler_params,
     dot,
     dot_exact,
@@ -103,7 +110,6 @@ def _dstates_kernel(
     segment = pl.program_id(2) + (0 if per_chunk else 1)
     dtype = q_ref.dtype
     chunk, limit = split.chunk, split.length if split.ragged else None
-    matrix = centred(chunk, dtype)
     blocks = feature_blocks(q_ref.shape[1])
     count = chunks_of(split, segment)
 
@@ -119,23 +125,25 @@ def _dstates_kernel(
             dn = round_to(dn.astype(f32) * inverse[:, None], dtype)
         if documents is not None:
             dn, delta = documents.entered(dn), None if delta is None else documents.entered(delta)
-        qs, rs, Ls = [], [], []
+        qs, factors, Ls = [], [], []
         for block, before in zip(blocks, L, strict=True):
             q = load_rows(q_ref, start, chunk, limit, block)
             g = load_gates(g_ref, start, chunk, limit, dtype, block, bound)
-            r = half_total(g)
-            qs.append(round_to(q.astype(f32) * exp2(exponents(g, matrix)), dtype))
-            rs.append(r)
-            Ls.append(before + 2.0 * r)
-        S, z = scaled(state, tuple(rs))
+            x = state_exponents(g, by_levels(bound))
+            qs.append(round_to(q.astype(f32) * exp2(exponents(g, by_levels(bound)).q), dtype))
+            factors.append(x)
+            Ls.append(before + x.total())
+        r = tuple(x.r for x in factors)
+        S, z = scaled(state, r)
         if per_chunk:
             write_state(S_ref, z_ref, (S, z), index)
+        S, z = onward((S, z), factors)
         if documents is not None:
             S, z = jax.tree.map(documents.passing, (S, z))
         S = tuple(x + dot(q, dn, ta=True) for x, q in zip(S, qs, strict=True))
         if delta is not None:
             z = tuple(x + dot_exact(q, delta, ta=True) for x, q in zip(z, qs, strict=True))
-        return State(S, z, tuple(rs)), tuple(Ls)
+        return State(S, z, r), tuple(Ls)
 
     features, values = S_ref.shape[-2:]
     state = read_state(*final) if final is not None else zero_state(values, features)
@@ -179,7 +187,7 @@ def _chunk_vjp_kernel(*refs, split: Split, normalize: bool, bound: float | None,
         mask = documents.same(mask)
     features, values = q_ref.shape[1], v_ref.shape[1]
     columns = feature_blocks(values)
-    single = len(feature_blocks(features)) == 1
+    single, levels = len(feature_blocks(features)) == 1, by_levels(bound)
     inverse = delta = None
     if normalize:
         inverse = 1.0 / load_vector(den_ref, start, chunk, limit)
@@ -188,14 +196,17 @@ def _chunk_vjp_kernel(*refs, split: Split, normalize: bool, bound: float | None,
     def load(ref: Any, block: tuple[Any, int]) -> jax.Array:
         return load_rows(ref, start, chunk, limit, block)
 
-    def exponent(block: tuple[Any, int]) -> jax.Array:
-        return exponents(load_gates(g_ref, start, chunk, limit, dtype, block, bound), centred(chunk, dtype))
+    def gates(block: tuple[Any, int]) -> jax.Array:
+        return load_gates(g_ref, start, chunk, limit, dtype, block, bound)
 
-    def q_hat(block: tuple[Any, int], x: jax.Array) -> jax.Array:
-        return round_to(load(q_ref, block).astype(f32) * exp2(x), dtype)
+    def exponent(block: tuple[Any, int]) -> Exponents:
+        return exponents(gates(block), levels)
 
-    def k_hat(block: tuple[Any, int], x: jax.Array) -> jax.Array:
-        return round_to(load(k_ref, block).astype(f32) * exp2(-x), dtype)
+    def q_hat(block: tuple[Any, int], x: Exponents) -> jax.Array:
+        return round_to(load(q_ref, block).astype(f32) * exp2(x.q), dtype)
+
+    def k_hat(block: tuple[Any, int], x: Exponents) -> jax.Array:
+        return round_to(load(k_ref, block).astype(f32) * exp2(x.k), dtype)
 
     def scaled_do(block: tuple[Any, int]) -> jax.Array:
         do = load(do_ref, block)
@@ -204,7 +215,8 @@ def _chunk_vjp_kernel(*refs, split: Split, normalize: bool, bound: float | None,
     P = jnp.zeros((chunk, chunk), f32) if delta is None else jnp.broadcast_to(delta[:, None], (chunk, chunk))
     for c in columns:
         P += dot(scaled_do(c), load(v_ref, c), tb=True)
-    dA = round_to(jnp.where(mask, P, 0.0), dtype)
+    exact_dA = jnp.where(mask, P, 0.0)
+    dA = round_to(exact_dA, dtype)
 
     kept: list[jax.Array] = []
 
@@ -215,11 +227,16 @@ def _chunk_vjp_kernel(*refs, split: Split, normalize: bool, bound: float | None,
             kept.extend((q, k))
         return A + dot(q, k, tb=True)
 
-    A = _over_blocks(features, add_scores, jnp.zeros((chunk, chunk), f32))
+    if levels:
+        A = level_scores(
+            feature_blocks(features), lambda block: (load(q_ref, block), load(k_ref, block), gates(block)), dtype
+        )
+    else:
+        A = _over_blocks(features, add_scores, jnp.zeros((chunk, chunk), f32))
     A = round_to(jnp.where(mask, A, 0.0), dtype)
 
     def add_dv(block: tuple[Any, int], dv: Any) -> Any:
-        k = kept[1] if single else k_hat(block, exponent(block))
+        k = kept[1] if kept else k_hat(block, exponent(block))
         return tuple(y + dot(k, dS_ref[pl.ds(*block), pl.ds(*c)]) for y, c in zip(dv, columns, strict=True))
 
     if documents is None:
@@ -233,30 +250,42 @@ def _chunk_vjp_kernel(*refs, split: Split, normalize: bool, bound: float | None,
     def gradients(block: tuple[Any, int], carry: Any) -> Any:
         rows = pl.ds(*block)
         x = exponent(block)
-        q, k = kept if single else (q_hat(block, x), k_hat(block, x))
+        q, k = kept if kept else (q_hat(block, x), k_hat(block, x))
         z, dz = z_ref[rows], dz_ref[rows]
-        r = dot(dA, k) if documents is None else jnp.zeros(k.shape, f32)
+        apart = documents is not None or levels
+        r = jnp.zeros(k.shape, f32) if apart else dot(dA, k)
         for c in columns:
             r += dot(scaled_do(c), S_ref[rows, pl.ds(*c)], tb=True)
         if delta is not None:
             r += delta[:, None] * z[None, :]
         if documents is not None:
-            r = documents.entered(r) + dot(dA, k)
-        store_rows(dq_ref, start, exp2(x) * r, limit, block)
+            r = documents.entered(r)
+        if apart and not levels:
+            r += dot(dA, k)
+        inside = level_gradients(load(q_ref, block), load(k_ref, block), gates(block), exact_dA) if levels else None
+        dq = exp2(x.q) * r
+        store_rows(dq_ref, start, dq if inside is None else dq + inside.q, limit, block)
         # q dq and k dk as q^ r and k^ (...): with the very operands of dA k^ and dA^T q^, so that the terms of a token
         # with itself, which dominate at strong gates and belong to no gate, cancel to float32.
-        local = dot(dA, q, ta=True)
         upper = (iota((chunk, chunk), 0) <= iota((chunk, chunk), 1)).astype(dtype)
-        dg = dot_exact(upper, q.astype(f32) * r - k.astype(f32) * local)
+        if inside is None:
+            local = dot(dA, q, ta=True)
+            dg = dot_exact(upper, q.astype(f32) * r - k.astype(f32) * local)
+        else:
+            local = jnp.zeros_like(r)
+            dg = dot_exact(upper, q.astype(f32) * r + inside.difference)
         anchor = z * dz
-        later = jnp.broadcast_to(dz[None, :], local.shape)
+        later = jnp.broadcast_to(dz[None, :], r.shape)
         for c in columns:
             S, dS = S_ref[rows, pl.ds(*c)], dS_ref[rows, pl.ds(*c)]
             later += dot(load(v_ref, c), dS, tb=True)
             anchor += jnp.sum(S.astype(f32) * dS.astype(f32), axis=1)
         if documents is not None:
             later, anchor = documents.leaving(later), documents.passing(anchor)
-        store_rows(dk_ref, start, exp2(-x) * (local + later), limit, block)
+        if levels:
+            anchor *= column(exp2(state_exponents(gates(block), levels).total()))
+        dk = exp2(x.k) * (local + later)
+        store_rows(dk_ref, start, dk if inside is None else dk + inside.k, limit, block)
         before = (iota((chunk, chunk), 0) > iota((chunk, chunk), 1)).astype(dtype)
         dg += dot_exact(before, k.astype(f32) * later) + anchor[None, :]
         if bound is not None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import dispatch
+from kernels_pallas.chunking import VANISHED
 from kernels_pallas.common import segment_starts
 from kernels_pallas.gated_linear_attention import decode as decode_xla
 
@@ -45,14 +46,10 @@ def attention_spec(implementation: str, normalize: bool, lower_bound: float | No
     return AttentionSpec(implementation, bool(normalize), None if lower_bound is None else float(lower_bound))
 
 
-VANISHED = -128.0
-"""Nats a token. e^-128 is 0 in float32, so lower gates than this, -inf included, are the same gate."""
-
-
 def bounded(log_g: jax.Array, lower_bound: float | None) -> jax.Array:
     """log_g raised to the bound, with zero gradient below it; belongs outside of the ``custom_vjp``.
 
-    Without a bound, or with one that is lower, it is raised to :data:`VANISHED`: kernels form sums of gates by products
+    Without a bound, or with one that is lower, it is raised to ``VANISHED``: kernels form sums of gates by products
     with matrices that hold zeros, where -inf would become NaN.
     """
     floor = VANISHED if lower_bound is None else max(lower_bound, VANISHED)

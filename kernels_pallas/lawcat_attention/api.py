@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import dispatch
 from kernels_pallas.checks import check_bound, check_flag, check_normalizer, check_segments, check_sharding
+from kernels_pallas.chunking import VANISHED
 from kernels_pallas.common import match_varying_all, segment_numbers, target_platform, valid_tokens
 from kernels_pallas.lawcat_attention.checks import check_layer
 from kernels_pallas.lawcat_attention.vjp import OP, LayerSpec, by_kernel, without_kernel
@@ -134,5 +135,8 @@ def lawcat_attention(
         implementation=implementation,
     )
     if kernel is not None:
-        return by_kernel(spec._replace(implementation=kernel), *match_varying_all(*arrays, lengths, numbers))
+        # Gates of -inf would become NaN in the products that sum gates.
+        floor = VANISHED if bound is None else max(bound, VANISHED)
+        spec = spec._replace(implementation=kernel, lower_bound=floor)
+        return by_kernel(spec, *match_varying_all(*arrays, lengths, numbers))
     return without_kernel(spec, *arrays, lengths, numbers)

@@ -120,11 +120,9 @@ def _attention(spec: LayerSpec) -> AttentionSpec:
     return attention_spec(spec.implementation or "", spec.normalize, spec.lower_bound)
 
 
-def _recomputes(spec: LayerSpec, arrays) -> bool:
-    """Whether the backward pass goes by the layer's features and its backend's gradient of gated linear attention."""
+def _has_gradient(spec: LayerSpec, arrays) -> bool:
+    """Whether the backend has the gradient of gated linear attention for these arrays."""
     q, v, phi = arrays[0], arrays[2], arrays[6]
-    if q.shape[1] == 1 or not hasattr(_layer(spec), "features"):
-        return False
     shaped = jax.ShapeDtypeStruct((*q.shape[:-1], 2 * phi.shape[-1]), q.dtype)
     options = {"normalize": spec.normalize, "lower_bound": spec.lower_bound, "differentiated": True}
     attention = dispatch.forward_module("gated_linear_attention", spec.implementation or "")
@@ -132,7 +130,7 @@ def _recomputes(spec: LayerSpec, arrays) -> bool:
 
 
 def _by_kernel_forward(spec: LayerSpec, *arrays):
-    if not _recomputes(spec, arrays):
+    if arrays[0].shape[1] == 1 or not hasattr(_layer(spec), "features") or not _has_gradient(spec, arrays):
         return by_kernel(spec, *arrays), (arrays, None)
     v, initial_state, lengths, numbers = arrays[2], arrays[7], arrays[9], arrays[10]
     formed = _features(spec, arrays)
@@ -152,6 +150,8 @@ def _by_kernel_backward(spec: LayerSpec, residuals, cotangents):
     do, dstate, dtails = cotangents
     if residuals is None:
         # The inputs are the only residuals: features and gates are recomputed, which costs less than storing them.
+        if not _has_gradient(spec, arrays):
+            spec = spec._replace(implementation=None)
         pullback = _pullback(functools.partial(without_kernel, spec), arrays)
         return *pullback((do, tuple(dstate), tuple(dtails))), None, None
     # Without the barrier XLA would find that the forward pass has formed the same features, and keep them.

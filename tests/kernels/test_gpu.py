@@ -1,4 +1,4 @@
-"""Padding and packed documents on a real NVIDIA GPU, compiled: outputs, states and every gradient against the float64 oracle.
+"""Padding, packed documents and gates without a bound on a real NVIDIA GPU, against the float64 oracle, gradients included.
 
     XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_PLATFORMS=cuda python -m pytest -m gpu tests/kernels/test_gpu.py -q -n 6
 
@@ -74,6 +74,15 @@ def test_documents(implementation, starts, size, options, report):
     got = cases.run_vjp(case.arrays, case.state, case.cotangents, **case.options, implementation=implementation)
     want = cases.expected(case)
     report(cases.errors(got, want), cases.failures(got, want, cases.TOLERANCES[dtype]))
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_gates_without_a_bound(size, report):
+    case = cases.make_case(cases.BY_NAME["jumps"], length=700, heads=4, K=size, V=size, dtype=jnp.bfloat16)
+    case.options["segment_ids"] = segment_ids([[0, 63, 64, 500]], 700)
+    got = cases.run_vjp(case.arrays, case.state, case.cotangents, **case.options, implementation=TRITON)
+    want = cases.expected(case)
+    report(cases.errors(got, want), cases.failures(got, want, cases.BFLOAT16))
 
 
 @pytest.mark.parametrize("implementation", [TRITON, MOSAIC])

@@ -33,7 +33,7 @@ def ids(batch, length):
     return jax.ShapeDtypeStruct((batch, length), jnp.int32)
 
 
-def gla(batch, length, d, dtype=BF16, *, heads=32, groups=1, gradient=False, state=False, segments=False):
+def gla(batch, length, d, dtype=BF16, *, heads=32, groups=1, gradient=False, state=False, segments=False, bound=-1.25):
     def struct(h, kind=dtype):
         return jax.ShapeDtypeStruct((batch, length, h, d), kind)
 
@@ -45,7 +45,7 @@ def gla(batch, length, d, dtype=BF16, *, heads=32, groups=1, gradient=False, sta
     numbers = ids(batch, length) if segments else None
 
     def forward(arrays, given, numbers):
-        options = {"segment_ids": numbers, "implementation": "pallas_triton"}
+        options = {"segment_ids": numbers, "gate_lower_bound": bound, "implementation": "pallas_triton"}
         return kp.gated_linear_attention(*arrays, initial_state=given, **options)
 
     def both(arrays, given, numbers, cotangents):
@@ -83,6 +83,7 @@ BACKWARD = ["gla_states", "gla_dstates", "gla_chunk_vjp"]
             [STATE, COMBINE, OUT, "gla_states", "gla_dstates", COMBINE, "gla_dstates", "gla_chunk_vjp"],
         ),
         ({"batch": 32, "length": 250, "d": 64, "dtype": F32, "gradient": True, "segments": True}, [OUT, *BACKWARD]),
+        ({"batch": 32, "length": 250, "d": 128, "gradient": True, "bound": None}, [OUT, *BACKWARD]),
     ],
 )
 def test_gla_launches(options, expected):
@@ -108,7 +109,7 @@ def by_kernel(arrays, lengths=None, segment_ids=None):
     return kp.lawcat_attention(**arrays, **known, implementation="pallas_triton")
 
 
-@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("segments", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("d", [64, 128])
 def test_a_padded_layer_takes_the_launches_of_a_whole_one(d, segments):
     lengths, numbers = jax.ShapeDtypeStruct((32,), jnp.int32), ids(32, 1000) if segments else None
