@@ -142,8 +142,9 @@ def _move_halo(tails: Any, rows_ref: Any, heads: list[list[int]], plan: Plan) ->
     rows_ref[:, :HALO] = rows_ref[:, plan.chunk :]
 
 
-def _load_rows(block_ref: Any, rows_ref: Any, tile: int, heads: list[int], valid: Any, plan: Plan) -> None:
-    rows_ref[tile, HALO:] = clean(spread_lanes(block_ref[0], heads, plan), valid).astype(f32)
+def _load_rows(block_ref: Any, rows_ref: Any, tile: int, heads: list[int], plan: Plan) -> None:
+    # Rows of padding may hold anything: convolution, scores and softmaxes bring it to no row before them.
+    rows_ref[tile, HALO:] = spread_lanes(block_ref[0], heads, plan).astype(f32)
 
 
 def _convolved(rows_ref: Any, tile: int, w_ref: Any, lanes: slice, plan: Plan, spec: KernelSpec) -> jax.Array:
@@ -174,9 +175,9 @@ def _prefill_kernel(*refs, plan: Plan, spec: KernelSpec) -> None:
     for tile in range(plan.tiles):
         lanes = slice(tile * plan.lanes, (tile + 1) * plan.lanes)
         key = key_of[tile]
-        _load_rows(q_ref, q_rows, tile, queries[tile], valid, plan)
+        _load_rows(q_ref, q_rows, tile, queries[tile], plan)
         if key not in key_of[:tile]:
-            _load_rows(k_ref, k_rows, key, keys[key], valid, plan)
+            _load_rows(k_ref, k_rows, key, keys[key], plan)
         for i, (rows, at, w_ref) in enumerate(((q_rows, tile, wq_ref), (k_rows, key, wk_ref))):
             scores = dot(_convolved(rows, at, w_ref, lanes, plan, spec), phi_ref[tile], "nn")
             scores_ref[i, tile] = scores
@@ -186,7 +187,8 @@ def _prefill_kernel(*refs, plan: Plan, spec: KernelSpec) -> None:
 
     assert peak is not None  # a program has at least one tile
 
-    @pl.when(jnp.max(peak) > LARGEST_SCORE)
+    # Not "above": what padding holds may be NaN.
+    @pl.when(jnp.logical_not(jnp.max(peak) <= LARGEST_SCORE))
     def _():
         def subtract(tile, _):
             for i in range(2):
