@@ -169,6 +169,24 @@ class LayerCases(Backend):
         return found
 
     @pytest.mark.slow
+    def test_layer_under_vmap(self):
+        """The mapped axis joins the batch: lengths and documents of each call stay with it."""
+        dtype = next(iter(self.dtypes))
+        options = [{"lengths": [70, 3], "starts": [[0, 64], [0, 1]]}, {"lengths": [65, 0], "starts": [[0, 5], [0]]}]
+        found = [
+            layer_cases.make_case(length=70, width=self.K, dtype=dtype, seed=seed, **x)
+            for seed, x in enumerate(options)
+        ]
+        arguments = [(case.arrays, case.cotangents, case.lengths, case.segment_ids) for case in found]
+        run = jax.vmap(functools.partial(layer_cases.run_vjp.__wrapped__, implementation=self.implementation))
+        run = jax.jit(run, compiler_options=QUICK if jax.default_backend() == "cpu" else None)
+        got = run(*jax.tree.map(lambda *x: jnp.stack(x), *arguments))
+        for i, case in enumerate(found):
+            one = jax.tree.map(lambda x, i=i: x[i], got)
+            bad, errors = layer_cases.problems(case, one, layer_cases.TOLERANCES[dtype])
+            assert not set(bad) - {"drows_q", "drows_k"}, (bad, errors)  # of six rows, hardly an average
+
+    @pytest.mark.slow
     @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
     def test_layer(self, options):
         self.check_layer(length=130, width=self.K, **options)

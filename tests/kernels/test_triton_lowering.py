@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
 import kernels_pallas as kp
 
@@ -122,6 +123,25 @@ def test_a_padded_layer_takes_the_launches_of_a_whole_one(d, segments):
 
     # The backward pass forms the features again.
     assert sorted(launches(gradient, arrays, lengths, numbers)) == sorted(["lawcat_features"] * 2 + [OUT, *BACKWARD])
+
+
+@pytest.mark.slow
+def test_a_padded_layer_lowers_under_shard_map():
+    """Batch and heads split over a mesh; lengths and documents with the batch."""
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2, abstract_device=device)
+    arrays, rows, heads, state = lawcat_arrays(4, 1000, 64), P("data", None, "model"), P("model"), P("data", "model")
+    specs = dict.fromkeys(("q", "k", "v", "gate_logits"), rows) | dict.fromkeys(("conv_q", "conv_k", "phi"), heads)
+    specs |= {"initial_state": (state, state), "conv_state": (rows, rows)}
+
+    def gradient(arrays, lengths, numbers):
+        out, pullback = jax.vjp(lambda x: by_kernel(x, lengths, numbers), arrays)
+        return pullback(out)[0]
+
+    sharded = jax.shard_map(gradient, mesh=mesh, in_specs=(specs, P("data"), P("data")), out_specs=specs)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(sharded).trace(arrays, jax.ShapeDtypeStruct((4,), jnp.int32), ids(4, 1000))
+        assert "lawcat_features" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def lawcat_arrays(batch, length, d, kv_heads=8):
