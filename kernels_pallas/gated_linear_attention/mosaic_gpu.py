@@ -239,9 +239,6 @@ def _kernel(
             z = decay * z
             k[...] = (plgpu.load(k, layout=tile).astype(f32) * jnp.exp2(-x)).astype(bf16)
             sums = [((WIDTH, 8), (transposed(k), eight_halves))]
-            if last is not None:
-                # Column c of M, with the half sum of all rows, sums those from c on.
-                sums.append(((WIDTH, CHUNK), (transposed(k), M_s)))
             if outputs:
                 q = (plgpu.load(q_s.at[slot, p], layout=tile).astype(f32) * jnp.exp2(x)).astype(bf16)
                 q_s[slot, p] = q
@@ -253,19 +250,22 @@ def _kernel(
                     sums.append(((CHUNK, PARTS), (q, z_s.at[gate_slot, p])))
             plgpu.commit_smem()
             pl.when(i + ring.gates < count)(functools.partial(load_gates, i + ring.gates))
-            if not normalize or not outputs:  # of what follows the recurrent warpgroups need nothing
+            if len(sums) == 1:  # of what follows the recurrent warpgroups need nothing
                 plgpu.barrier_arrive(ready.at[slot])
-            added, *rest = products(*sums)
+            added, *past = products(*sums)
             added = jnp.max(added, axis=1)
-            if normalize and outputs:
-                past = jnp.sum(rest[-1], axis=1) * (2 / PARTS)
+            if past:
+                past = jnp.sum(past[0], axis=1) * (2 / PARTS)
                 past_s[slot, p] = past if begins is None else jnp.where(begins < 0, past, 0.0)
                 plgpu.barrier_arrive(ready.at[slot])
             if last is None:
                 z = decay * (z + 2.0 * added)
             else:
+                # Column c of M, with the half sum of all rows, sums those from c on. A product by itself: beside the others its
+                # result would not fit the registers.
+                (halves,) = products(((WIDTH, CHUNK), (transposed(k), M_s)))
                 from_last = indices(WIDTH, CHUNK)[1] == jnp.maximum(last, 0)
-                z = decay * (z * passing(last) + added + jnp.sum(jnp.where(from_last, rest[0], 0.0), axis=1))
+                z = decay * (z * passing(last) + added + jnp.sum(jnp.where(from_last, halves, 0.0), axis=1))
                 r += 0.5 * triton.FORGOTTEN * (1.0 - passing(last))  # for L; what the others read is stored
             plgpu.barrier_arrive(free.at[slot])
             if p == 0:
