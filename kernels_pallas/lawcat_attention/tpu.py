@@ -190,11 +190,21 @@ def _prefill_kernel(*refs, plan: Plan, spec: KernelSpec) -> None:
     # Not "above": what padding holds may be NaN.
     @pl.when(jnp.logical_not(jnp.max(peak) <= LARGEST_SCORE))
     def _():
-        def subtract(tile, _):
+        def of_valid_rows(tile, top):
             for i in range(2):
-                scores_ref[i, tile] = below_peak(scores_ref[i, tile], half)
+                top = jnp.maximum(top, jnp.max(clean(scores_ref[i, tile], valid), axis=0, keepdims=True))
+            return top
 
-        lax.fori_loop(0, plan.tiles, subtract, None)
+        # What padding holds must not decide how the others are rounded.
+        top = lax.fori_loop(0, plan.tiles, of_valid_rows, jnp.zeros((1, plan.lanes), f32))
+
+        @pl.when(jnp.max(top) > LARGEST_SCORE)
+        def _():
+            def subtract(tile, _):
+                for i in range(2):
+                    scores_ref[i, tile] = below_peak(scores_ref[i, tile], half)
+
+            lax.fori_loop(0, plan.tiles, subtract, None)
 
     ones = softmax_ones(plan.lanes, half, plan.dtype)
     gates = log_gates(a_ref[0].astype(f32), spec.gate_normalizer, spec.bound, plan.dtype)
