@@ -15,6 +15,9 @@ MAX_NATS = 80.0
 STRONG_GATE = -1.25
 """log_g, nats a token. The lowest gate that the layer of the paper can produce: logsigmoid(-20) / 16."""
 
+VANISHED = -128.0
+"""Nats a token. e^-128 is 0 in float32, so lower gates than this, -inf included, are the same gate."""
+
 MIN_SEGMENT = 256
 """Tokens. Shorter segments spend more on their states than they win in parallelism."""
 

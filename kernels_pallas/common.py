@@ -63,6 +63,11 @@ def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
+def valid_tokens(lengths: jax.Array, length: int, start: Any = 0) -> jax.Array:
+    """[B, T] bool: positions start .. start + T - 1 that lie before each sequence's length; lengths [B]."""
+    return (start + jnp.arange(length))[None] < lengths[:, None]
+
+
 def without_padding(valid: jax.Array | None, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The arrays [B, T, ...] with zeros where ``valid`` [B, T] is False, and zero gradient there; ``valid`` None is all.
 
@@ -83,9 +88,12 @@ def segment_starts(segment_ids: jax.Array, valid: jax.Array | None = None) -> ja
 
 
 def segment_numbers(segment_ids: jax.Array, valid: jax.Array | None = None) -> jax.Array:
-    """[B, T] int32: 0, 1, 2, ... for the segments in order, also where an id comes again later; see
+    """[B, T] int32 that grow from segment to segment, also where an id comes again later: 0 in the first one, which goes on
+    from what was before these tokens, and in the others 1 + the position of their first token; see
     :func:`segment_starts`."""
-    return jnp.cumsum(segment_starts(segment_ids, valid).astype(jnp.int32), axis=1)
+    starts = segment_starts(segment_ids, valid)
+    after = jnp.arange(1, starts.shape[1] + 1, dtype=jnp.int32)
+    return lax.cummax(jnp.where(starts, after, 0), axis=1)
 
 
 @contextlib.contextmanager

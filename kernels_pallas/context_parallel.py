@@ -20,7 +20,7 @@ from kernels_pallas import dispatch
 from kernels_pallas.causal_conv1d import xla as conv_xla
 from kernels_pallas.causal_conv1d.checks import check_conv
 from kernels_pallas.checks import check_bound, check_flag, check_normalizer, check_state
-from kernels_pallas.common import match_varying, varying_axes, without_padding
+from kernels_pallas.common import match_varying, valid_tokens, varying_axes, without_padding
 from kernels_pallas.gated_linear_attention import scan
 from kernels_pallas.gated_linear_attention.checks import check_qkvg
 from kernels_pallas.gated_linear_attention.vjp import OP, AttentionSpec, attention_spec, bounded
@@ -240,7 +240,7 @@ def lawcat_attention(
     check_layer(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, lengths, size)
     check_flag("zero_padding", zero_padding)
     check_normalizer(gate_normalizer)
-    valid = None if lengths is None else lawcat_xla.valid_tokens(lengths, q.shape[1], index * q.shape[1])
+    valid = None if lengths is None else valid_tokens(lengths, q.shape[1], index * q.shape[1])
     q, k, v, gate_logits = without_padding(valid, q, k, v, gate_logits)
     rows = conv_q.shape[1] - 1
     initial = conv_state or (None, None)

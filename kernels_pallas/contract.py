@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Float, Int
 
     State = tuple[Float[Array, "B H K V"], Float[Array, "B H K"]]
     """(S, z), float32."""
@@ -23,8 +23,13 @@ if TYPE_CHECKING:
 class Forward(Protocol):
     """``gated_linear_attention/<file>.py``: the forward pass. Required.
 
-    A module may also define ``APPLIES_BOUND = True`` when it raises gates to ``lower_bound`` by itself, with zero
-    gradient below; otherwise it gets ``log_g`` already bounded.
+    A module may also define
+
+    * ``APPLIES_BOUND = True`` when it raises gates to ``lower_bound`` by itself, with zero gradient below; otherwise it
+      gets ``log_g`` already bounded;
+    * ``TAKES_SEGMENTS = True`` when ``forward`` takes ``numbers``, int32 [B, T] or None: the documents of packed rows, see
+      ``kernels_pallas.common.segment_numbers``. The state starts anew where the number changes, and the initial state
+      belongs to document 0. Otherwise packed rows come as gates that forget everything, without a bound.
     """
 
     @staticmethod
@@ -141,16 +146,24 @@ class SegmentCotangent(Protocol):
 
 
 class Layer(Protocol):
-    """``lawcat_attention/<file>.py``: the whole layer without ``lengths``. Optional: the op is composed of its parts.
-
-    It has no backward pass: the gradient comes from the composition, whose inputs are the only residuals.
-    """
+    """``lawcat_attention/<file>.py``: the whole layer. Optional: the op is composed of its parts."""
 
     @staticmethod
     def supports(
-        q, k, v, gate_logits, conv_q, conv_k, phi, *, normalize: bool, gate_lower_bound: float | None
+        q,
+        k,
+        v,
+        gate_logits,
+        conv_q,
+        conv_k,
+        phi,
+        *,
+        normalize: bool,
+        gate_lower_bound: float | None,
+        lengths: bool = False,
+        segments: bool = False,
     ) -> str | None:
-        """As ``Forward.supports``."""
+        """As ``Forward.supports``. ``lengths``, ``segments``: whether ``forward`` will get lengths, numbers."""
         ...
 
     @staticmethod
@@ -168,11 +181,43 @@ class Layer(Protocol):
         normalize: bool,
         gate_normalizer: float,
         gate_lower_bound: float | None,
+        lengths: Int[Array, " B"] | None,
+        numbers: Int[Array, "B T"] | None,
     ) -> Any:
         """(o, (S, z)) or (o, (S, z), conv_state), with K = 2 f features.
 
         ``gate_lower_bound`` applies to logsigmoid(gate_logits) / gate_normalizer and is the kernel's to apply. conv_q
         and conv_k are float32 or of q's dtype. The new conv_state is the last W - 1 rows of [conv_state ; x], in
         q.dtype; the caller computes it where ``forward`` does not return it.
+
+        ``lengths``, within 0 .. T: tokens from there on are padding, whose output is 0 and which reaches nothing else,
+        whatever it holds. ``numbers``: the documents of packed rows as in ``Forward``; convolutions do not cross them,
+        and conv_state belongs to document 0.
         """
+        ...
+
+
+class LayerFeatures(Protocol):
+    """In the layer's module, optional: what comes before gated linear attention, for calls that are differentiated.
+
+    Without it the gradient comes from the composition of the op's parts in XLA, run again in the backward pass.
+    """
+
+    @staticmethod
+    def features(
+        q: Float[Array, "B T H d"],
+        k: Float[Array, "B T Hkv d"],
+        gate_logits: Float[Array, "B T Hkv K"],
+        conv_q: Float[Array, "H W d"],
+        conv_k: Float[Array, "H W d"],
+        phi: Float[Array, "H d f"],
+        conv_state: tuple[Float[Array, "B W-1 H d"], Float[Array, "B W-1 Hkv d"]] | None,
+        *,
+        gate_normalizer: float,
+        gate_lower_bound: float | None,
+        lengths: Int[Array, " B"] | None,
+        numbers: Int[Array, "B T"] | None,
+    ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"], Float[Array, "B T Hkv K"]]:
+        """(phi(q), phi(k), log_g) as the backend's gated linear attention takes them, zeros at padding. That attention must
+        then take ``lengths`` as well: v may hold anything at padding."""
         ...

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -120,6 +120,14 @@ def has_decode(implementation: str) -> bool:
     return hasattr(forward_module("gated_linear_attention", implementation), "decode")
 
 
+def takes_segments(implementation: str) -> bool:
+    """Whether an implementation's gated linear attention takes the documents of packed rows as they are.
+
+    To the others a document begins with a gate that forgets everything, so they must take gates without a bound.
+    """
+    return getattr(forward_module("gated_linear_attention", implementation), "TAKES_SEGMENTS", False)
+
+
 # Choice
 
 
@@ -150,12 +158,13 @@ def refusal(op: str, implementation: str, platform: str, *args: Any, **options: 
     return module.supports(*args, **options)
 
 
-def first_that_serves(op: str, platform: str, *args: Any, **options: Any) -> str | None:
-    """The first implementation in the table that is made for ``platform`` and takes the call, or None."""
-    for name, backend in BACKENDS.items():
-        if backend.platform in (None, platform) and refusal(op, name, platform, *args, **options) is None:
-            return name
-    return None
+def first_that_serves(platform: str, reason: Callable[[str], str | None]) -> str | None:
+    """The first implementation in the table that is made for ``platform`` and takes the call, or None.
+
+    ``reason`` says of a name why it cannot, as :func:`refusal` does.
+    """
+    fitting = (name for name, backend in BACKENDS.items() if backend.platform in (None, platform))
+    return next((name for name in fitting if reason(name) is None), None)
 
 
 def implementation_for(
@@ -166,10 +175,13 @@ def implementation_for(
     *,
     normalize: bool = True,
     gate_lower_bound: float | None = -1.25,
+    segments: bool = False,
     implementation: str | None = None,
     platform: str | None = None,
 ) -> str:
     """The name of the implementation that gated_linear_attention uses for these arrays (or ShapeDtypeStructs).
+
+    ``segments``: whether the call has ``segment_ids``.
 
     None picks, for the platform of ``kernels_pallas.target_platform``: on "cuda" pallas_mosaic_gpu, else pallas_triton,
     and on "tpu" pallas_tpu, where they support the case, else scan. A name is strict: ValueError with the reason when it
@@ -177,14 +189,24 @@ def implementation_for(
     """
     implementation = requested(implementation)
     platform = platform or target_platform(q, k, v, log_g)
-    # A call cannot know whether it will be differentiated, so the backend must be able to.
-    options = {"normalize": normalize, "lower_bound": gate_lower_bound, "differentiated": True}
-    call = (q, k, v, log_g)
+
+    def reason(name: str) -> str | None:
+        def ask(bound: float | None) -> str | None:
+            # A call cannot know whether it will be differentiated, so the backend must be able to.
+            options = {"normalize": normalize, "lower_bound": bound, "differentiated": True}
+            return refusal("gated_linear_attention", name, platform, q, k, v, log_g, **options)
+
+        found = ask(gate_lower_bound)
+        if found is None and segments and not takes_segments(name):
+            found = ask(None)
+            found = found and f"segment_ids become gates without a bound to it, and {found}"
+        return found
+
     if implementation is None:
-        found = first_that_serves("gated_linear_attention", platform, *call, **options)
+        found = first_that_serves(platform, reason)
         assert found is not None, "scan takes every call"
         return found
-    reason = refusal("gated_linear_attention", implementation, platform, *call, **options)
-    if reason is not None:
-        raise ValueError(f"implementation: {implementation!r} cannot be used: {reason}")
+    why = reason(implementation)
+    if why is not None:
+        raise ValueError(f"implementation: {implementation!r} cannot be used: {why}")
     return implementation

@@ -13,6 +13,7 @@ import argparse
 import concurrent.futures
 import importlib.metadata
 import os
+import re
 import shlex
 import sys
 import time
@@ -23,7 +24,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 
-from kernels_pallas.benchmark import report, timing
+from kernels_pallas.benchmark import report, suite, timing
+from kernels_pallas.benchmark.suite import ROWS_OPERATIONS
 
 OPERATIONS = ("forward", "forward+backward", "prefill", "decode")
 BANDWIDTH = {"NVIDIA H200": 4.3e12, "NVIDIA H100 80GB HBM3": 3.0e12}
@@ -97,8 +99,6 @@ class Bench:
 
 def measure_kernels(bench: Bench, jobs: list[Any]) -> None:
     """Compile everything in parallel, then measure with the processor free for dispatch."""
-    from kernels_pallas.benchmark import suite
-
     pool = concurrent.futures.ThreadPoolExecutor(max(2, os.cpu_count() or 4))
     futures = [pool.submit(suite.compile_job, job) for job in jobs]
     done, waiting = concurrent.futures.wait(futures, timeout=min(bench.args.compile_seconds, bench.left()))
@@ -127,7 +127,7 @@ def measure_kernels(bench: Bench, jobs: list[Any]) -> None:
 
 
 def measure_peers(bench: Bench, rows: list[tuple[Any, str, int, int]]) -> None:
-    from kernels_pallas.benchmark import peers, suite
+    from kernels_pallas.benchmark import peers
     from kernels_pallas.benchmark.torch_tuning import parallel_tuning
 
     try:
@@ -179,7 +179,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmark_results"), help="folder for the results")
     parser.add_argument("--quick", action="store_true", help="four shapes instead of eight")
     parser.add_argument("--variants", action="store_true", help="also other block sizes, on the first shape")
-    parser.add_argument("--only", default=",".join(OPERATIONS), help=f"operations, of {','.join(OPERATIONS)}")
+    parser.add_argument(
+        "--only", default=",".join(OPERATIONS), help=f"operations, of {','.join((*OPERATIONS, *ROWS_OPERATIONS))}"
+    )
+    parser.add_argument("--shapes", help="batch x tokens instead of the usual ones, such as 8x4096,1x32768")
     parser.add_argument("--models", default="llama-3.2-1b,mistral-7b")
     parser.add_argument("--peers", default=",".join(peers.PEERS), help="peers to measure, '' for none")
     parser.add_argument("--seconds", type=float, default=3600.0, help="time budget; what is left over is skipped")
@@ -196,16 +199,21 @@ def main() -> int:
     if jax.default_backend() != "gpu":
         parser.error(f"times are measured on a GPU; this process has {jax.default_backend()} (use --check or --static)")
     operations, models = args.only.split(","), args.models.split(",")
-    for name, known in ((operations, OPERATIONS), (models, ("llama-3.2-1b", "mistral-7b"))):
+    for name, known in ((operations, (*OPERATIONS, *ROWS_OPERATIONS)), (models, ("llama-3.2-1b", "mistral-7b"))):
         unknown = sorted(set(name) - set(known))
         if unknown:
             parser.error(f"unknown {unknown[0]!r}, choose of {', '.join(known)}")
     args.peers = [p for p in args.peers.split(",") if p]
 
-    from kernels_pallas.benchmark import suite
+    shapes = None
+    if args.shapes:
+        found = [re.fullmatch(r"(\d+)x(\d+)", shape) for shape in args.shapes.split(",")]
+        if not all(found):
+            parser.error(f"--shapes={args.shapes}: expected batch x tokens, such as 8x4096,1x32768")
+        shapes = [(int(shape[1]), int(shape[2])) for shape in found if shape]
 
     bench = Bench(args)
-    jobs = list(suite.jobs(models, operations, args.quick))
+    jobs = list(suite.jobs(models, operations, args.quick, shapes))
     if args.variants:
         jobs = [j for j in suite.variants(models) if j.operation in operations] + jobs
     measure_kernels(bench, jobs)

@@ -49,7 +49,7 @@ def plots(records: list[dict[str, Any]], folder: Path) -> list[Path]:
         axes.grid(True, which="both", alpha=0.3)
         axes.legend()
         figure.tight_layout()
-        path = folder / f"{operation.replace('+', '_')}_{model}.png"
+        path = folder / f"{operation.replace('+', '_').replace(' ', '_')}_{model}.png"
         figure.savefig(path, dpi=130)
         plt.close(figure)
         files.append(path)

@@ -96,12 +96,14 @@ def compile_case(
     dtype: str,
     carried: bool = False,
     normalize: bool = True,
+    padded: bool = False,
+    packed: bool = False,
 ) -> Any:
     """An operation compiled for one device of ``chip``, as jax's ``Compiled``. Needs libtpu.
 
     ``mode``: "forward" and "gradient" of gated_linear_attention (``normalize`` as there), "prefill" of lawcat_attention
     (``carried``: from a state), "decode" (one token from a state, in place), or XLA's version of parts of the last two:
-    "front", "xla_decode".
+    "front", "xla_decode". ``padded``: the layer with lengths; ``packed``: gated_linear_attention with segment_ids.
     """
     import jax
     import jax.numpy as jnp
@@ -123,15 +125,24 @@ def compile_case(
         return x.reshape(*x.shape[:2], -1, shape.size)
 
     def attention(*arrays):
-        options = {"gate_lower_bound": bound, "normalize": normalize, "implementation": "pallas_tpu"}
+        ids = None
+        if packed:
+            *arrays, ids = arrays
+        options = {
+            "gate_lower_bound": bound,
+            "normalize": normalize,
+            "implementation": "pallas_tpu",
+            "segment_ids": ids,
+        }
         o, state = kp.gated_linear_attention(*(split(x) for x in arrays), **options)
         return o.reshape(batch, length, -1), state
 
-    def gradient(*arrays):
-        *arrays, do = arrays
-        return jax.vjp(lambda *x: attention(*x)[0], *arrays)[1](do)
+    def gradient(do, *arrays):
+        *arrays, ids = arrays if packed else (*arrays, None)
+        last = () if ids is None else (ids,)
+        return jax.vjp(lambda *x: attention(*x, *last)[0], *arrays)[1](do)
 
-    def layer(state, arrays, parameters):
+    def layer(state, arrays, parameters, lengths=None):
         state, tails = state or (None, None)
         o, *state = kp.lawcat_attention(
             *(split(x) for x in arrays),
@@ -139,6 +150,7 @@ def compile_case(
             initial_state=state,
             conv_state=tails,
             gate_lower_bound=bound,
+            lengths=lengths,
             implementation="scan" if mode == "xla_decode" else "pallas_tpu",
         )
         return o.reshape(batch, length, -1), state
@@ -152,8 +164,10 @@ def compile_case(
     with kp.lowering_for("tpu"):
         if mode in ("forward", "gradient"):
             arrays = [struct(heads, dtype), struct(heads, dtype), struct(kv_heads, dtype), struct(kv_heads, "float32")]
+            if packed:
+                arrays.append(array((batch, length), "int32"))
             if mode == "gradient":
-                return jax.jit(gradient).lower(*arrays, struct(heads, dtype)).compile()
+                return jax.jit(gradient).lower(struct(heads, dtype), *arrays).compile()
             return jax.jit(attention).lower(*arrays).compile()
         arrays = [struct(heads, dtype), struct(kv_heads, dtype), struct(kv_heads, dtype), struct(kv_heads, jnp.float32)]
         taps = array((heads, TAPS, size))
@@ -164,7 +178,8 @@ def compile_case(
         if carried or length == 1:
             tails = [array((batch, TAPS - 1, n, size), dtype) for n in (heads, kv_heads)]
             state = [array((batch, heads, size, size)), array((batch, heads, size))], tails
-        return jax.jit(layer, donate_argnums=0).lower(state, arrays, parameters).compile()
+        lengths = (array((batch,), "int32"),) if padded else ()
+        return jax.jit(layer, donate_argnums=0).lower(state, arrays, parameters, *lengths).compile()
 
 
 def read_dump(folder: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,21 @@ SHAPES = ((32, 1024), (16, 2048), (8, 4096), (1, 32768), (1, 1024), (4, 8192), (
 
 DECODE_BATCHES = (64, 1, 16)
 
+DOCUMENT = 487
+"""Tokens of a document in the operations of packed rows."""
+
+ROWS_OPERATIONS = (
+    "forward packed",
+    "forward+backward packed",
+    "prefill padded",
+    "prefill packed",
+    "layer gradient",
+    "layer gradient padded",
+    "layer gradient packed",
+)
+"""Measured when asked for. "padded": the layer with ``lengths``, from T down to T / 2; "packed": ``segment_ids`` that change every
+``DOCUMENT`` tokens. "layer gradient": outputs and all gradients of the layer."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -45,6 +60,11 @@ class Job:
     @property
     def row(self) -> tuple[str, str, int, int]:
         return self.model.name, self.operation, self.batch, self.length
+
+    @property
+    def base(self) -> str:
+        """The operation, whatever its rows hold."""
+        return self.operation.removesuffix(" padded").removesuffix(" packed")
 
     @property
     def implementation(self) -> str | None:
@@ -80,17 +100,31 @@ def layer_inputs(model: Model, batch: int, length: int, state: bool) -> dict[str
     return arrays
 
 
-def forward(implementation: str | None, q, k, v, log_g):
-    return kp.gated_linear_attention(q, k, v, log_g, gate_lower_bound=BOUND, implementation=implementation)[0]
+def forward(implementation: str | None, rows, q, k, v, log_g):
+    return kp.gated_linear_attention(q, k, v, log_g, **rows, gate_lower_bound=BOUND, implementation=implementation)[0]
 
 
-def gradient(implementation: str | None, q, k, v, log_g, do):
-    _, pullback = jax.vjp(functools.partial(forward, implementation), q, k, v, log_g)
+def gradient(implementation: str | None, rows, q, k, v, log_g, do):
+    _, pullback = jax.vjp(functools.partial(forward, implementation, rows), q, k, v, log_g)
     return pullback(do)
 
 
-def layer(implementation: str | None, arrays):
-    return kp.lawcat_attention(**arrays, gate_lower_bound=BOUND, implementation=implementation)
+def layer(implementation: str | None, rows, arrays):
+    return kp.lawcat_attention(**arrays, **rows, gate_lower_bound=BOUND, implementation=implementation)
+
+
+def layer_gradient(implementation: str | None, rows, arrays, do):
+    o, pullback = jax.vjp(lambda x: layer(implementation, rows, x)[0], arrays)
+    return o, pullback(do)
+
+
+def row_inputs(job: Job) -> dict[str, Any]:
+    """What an operation of padded or packed rows has beside its arrays."""
+    if job.operation.endswith(" padded"):
+        return {"lengths": struct(job.batch, dtype=jnp.int32)}
+    if job.operation.endswith(" packed"):
+        return {"segment_ids": struct(job.batch, job.length, dtype=jnp.int32)}
+    return {}
 
 
 DECODE_STEPS = 64
@@ -115,14 +149,18 @@ def decode(implementation: str | None, arrays, state):
 def compile_job(job: Job) -> tuple[Any, tuple[Any, ...], dict[str, float]]:
     """(compiled function, argument shapes, memory in bytes); thread-safe, touches no device memory."""
     shapes: tuple[Any, ...]
-    if job.operation == "forward":
+    rows = row_inputs(job)
+    if job.base == "forward":
         function: Callable[..., Any] = forward
-        shapes = attention_inputs(job.model, job.batch, job.length)
-    elif job.operation == "forward+backward":
+        shapes = (rows, *attention_inputs(job.model, job.batch, job.length))
+    elif job.base == "forward+backward":
         function, shapes = gradient, attention_inputs(job.model, job.batch, job.length)
-        shapes = (*shapes, shapes[0])
-    elif job.operation == "prefill":
-        function, shapes = layer, (layer_inputs(job.model, job.batch, job.length, False),)
+        shapes = (rows, *shapes, shapes[0])
+    elif job.base in ("prefill", "layer gradient"):
+        arrays = layer_inputs(job.model, job.batch, job.length, False)
+        function, shapes = layer, (rows, arrays)
+        if job.base == "layer gradient":
+            function, shapes = layer_gradient, (*shapes, arrays["q"])
     else:
         arrays = layer_inputs(job.model, job.batch, 1, True)
         state = arrays.pop("initial_state")
@@ -156,44 +194,57 @@ def _pool(kind: str, size: int, width: int, dtype: Any, slot: int) -> jax.Array:
 
 def arguments(job: Job, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
     """Random arguments on the device; no two share memory. q, k of the plain operation are features, log_g gates."""
-    leaves, tree = jax.tree.flatten(shapes)
+    rows, rest = (shapes[0], shapes[1:]) if job.base != "decode" else (None, shapes)
+    leaves, tree = jax.tree.flatten(rest)
     kinds = ["normal"] * len(leaves)
-    if job.operation in ("forward", "forward+backward"):
+    if job.base in ("forward", "forward+backward"):
         kinds[:4] = ["features", "features", "normal", "gates"]
     arrays = [
         _pool(kind, x.size, x.shape[-1], x.dtype, slot).reshape(x.shape)
         for slot, (kind, x) in enumerate(zip(kinds, leaves, strict=True))
     ]
-    return jax.tree.unflatten(tree, arrays)
+    rest = jax.tree.unflatten(tree, arrays)
+    if rows is None:
+        return rest
+    values = {
+        "lengths": jnp.linspace(job.length, job.length // 2, job.batch).astype(jnp.int32),
+        "segment_ids": jnp.broadcast_to(jnp.arange(job.length, dtype=jnp.int32) // DOCUMENT, (job.batch, job.length)),
+    }
+    return ({name: values[name] for name in rows}, *rest)
 
 
 def floor_bytes(job: Job) -> float:
     """Bytes that any implementation moves: every input read once, every output written once."""
     H, Hkv, d, tokens = job.model.heads, job.model.kv_heads, job.model.d, job.batch * job.length
     tile = tokens * d * 2
-    if job.operation == "forward":
+    if job.base == "forward":
         return 5.0 * H * tile
-    if job.operation == "forward+backward":
+    if job.base == "forward+backward":
         return (5 + 9) * H * tile
     state = job.batch * H * (d * d + d) * 4
     layer_bytes = 2 * H * tile + 2 * Hkv * tile + 2 * Hkv * tile
+    if job.base == "layer gradient":  # q, k, v, gate logits twice, o, its cotangent, and the gradients of the four
+        return float(2 * layer_bytes + H * tile + 4 * Hkv * tile)
     return float(layer_bytes + (2 * state if job.operation == "decode" else state))
 
 
-def jobs(models: list[str], operations: list[str], quick: bool) -> Iterator[Job]:
-    """The kernels' jobs, the most telling first."""
-    shapes = SHAPES[:4] if quick else SHAPES
+def jobs(
+    models: list[str], operations: list[str], quick: bool, shapes: Sequence[tuple[int, int]] | None = None
+) -> Iterator[Job]:
+    """The kernels' jobs, the most telling first. ``shapes``: batch x tokens, instead of the usual ones."""
+    chosen = shapes
+    shapes = chosen or (SHAPES[:4] if quick else SHAPES)
     for batch, length in shapes:
         for name in models:
             for operation in operations:
-                if operation == "decode" or (operation == "forward+backward" and length > 32768):
+                if operation == "decode" or ("backward" in operation and length > 32768):
                     continue
                 yield Job(MODELS[name], operation, batch, length)
     if "decode" in operations:
         for name in models:
             for batch in DECODE_BATCHES[: 2 if quick else None]:
                 yield Job(MODELS[name], "decode", batch, 1)
-    if not quick and "forward" in operations:
+    if not quick and chosen is None and "forward" in operations:
         for label in ("pallas_triton", "xla scan"):
             for name in models:
                 for batch, length in SHAPES[:4]:

@@ -19,7 +19,7 @@ def causal_conv1d(
 ) -> tuple[Float[Array, "B T ..."], Float[Array, "B W-1 *c"]]:
     """(y, tail): y_t = sum_j w_j x_(t - (W - 1) + j), accumulated in float32, and the last W - 1 rows of [initial_state ; x].
 
-    ``numbers``: segments in order from 0, to which the initial rows belong; rows of other segments than the
+    ``numbers``: segments that grow from 0, to which the initial rows belong; rows of other segments than the
     token's (in ``tail``: the last token's) are zeros to it.
     """
     length, taps = x.shape[1], w.shape[0]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import jax
 
 from kernels_pallas.checks import check_bound, check_flag, check_segments, check_sharding, check_state
-from kernels_pallas.common import match_varying_all, target_platform
-from kernels_pallas.dispatch import implementation_for
+from kernels_pallas.common import match_varying_all, segment_numbers, target_platform
+from kernels_pallas.dispatch import implementation_for, takes_segments
 from kernels_pallas.gated_linear_attention.checks import check_qkvg, check_values
 from kernels_pallas.gated_linear_attention.vjp import attend, attention_spec, bounded, decode, restarted
 
@@ -42,8 +42,9 @@ def gated_linear_attention(
         >= -1.25 allows chunks of 64 tokens with one reference point; None costs more. Gates below -128 are raised to
         -128, which in float32 changes nothing.
       segment_ids: documents of a row; S and z start anew (from zeros) wherever the id changes, and an id may come again.
-        The first segment goes on from ``initial_state``; the state returned is the last one's. None: one document. A
-        start is a gate of 0, so a backend must take gates without a bound, at the price of those.
+        The first segment goes on from ``initial_state``; the state returned is the last one's. None: one document.
+        The kernels of GPUs mask inside their chunks; to the others a start is a gate of 0, so they must take gates
+        without a bound, at the price of those.
       implementation: one of ``kernels_pallas.IMPLEMENTATIONS``, such as "scan" or "pallas_triton", or None for the best
         one on the platform (``kernels_pallas.implementation_for``).
 
@@ -66,20 +67,26 @@ def gated_linear_attention(
     for name, x in (("q", q), ("k", k), ("v", v), ("log_g", log_g)):
         check_sharding(name, x)
     check_values(q, k, log_g)
+    numbers = None
     if segment_ids is not None:
         check_segments(segment_ids, *q.shape[:2])
-        log_g, gate_lower_bound = restarted(bounded(log_g, gate_lower_bound), segment_ids), None
-    try:
-        name = implementation_for(
-            q, k, v, log_g, normalize=normalize, gate_lower_bound=gate_lower_bound, implementation=implementation
-        )
-    except ValueError as problem:
-        more = "" if segment_ids is None else " (segment_ids need a backend that takes gates without a bound)"
-        raise ValueError(f"{problem}{more}") from None
+        numbers = segment_numbers(segment_ids)
+    name = implementation_for(
+        q,
+        k,
+        v,
+        log_g,
+        normalize=normalize,
+        gate_lower_bound=gate_lower_bound,
+        segments=numbers is not None,
+        implementation=implementation,
+    )
+    if numbers is not None and not takes_segments(name):
+        log_g, gate_lower_bound, numbers = restarted(bounded(log_g, gate_lower_bound), numbers), None, None
     spec = attention_spec(name, normalize, gate_lower_bound)
     if not spec.applies_bound or spec.lower_bound is None:
         log_g = bounded(log_g, gate_lower_bound)
-    return attend(spec, *match_varying_all(q, k, v, log_g, initial_state))
+    return attend(spec, *match_varying_all(q, k, v, log_g, initial_state, numbers))
 
 
 def decode_step(

@@ -12,6 +12,9 @@ work on neighbouring chunks at the same time; each reloads what it alone reads. 
     o = (A v + q^ S~) / (sum_j A + q^ z~ + eps)              S' = 2^r (S~ + k^T v)     z' = 2^r (z~ + sum_j k^)
 
 The closing factor 2^r of S' waits for the next chunk's, to be applied once.
+
+Packed documents: as in ``triton``. A chunk then takes two chains of products more, as rows of q^ S~ that belong to another document
+are cleared before A v is added, and rows of v that do not leave the chunk before k^T v.
 """
 
 # Pallas for Mosaic GPU as of jax 0.11 and newer: pyright may see an older one, with other signatures and accumulators (the next line).
@@ -36,17 +39,22 @@ from kernels_pallas.gated_linear_attention import block_sizes, triton
 from kernels_pallas.gated_linear_attention.mosaic_gpu_tiles import (
     CHUNK,
     WIDTH,
+    ChunkDocuments,
     bf16,
     f32,
     indices,
+    keep_rows,
     launch,
     operand,
     over_columns,
     padded,
+    passing,
     products,
     tiles,
+    to_whole_chunks,
     transposed,
 )
+from kernels_pallas.gated_linear_attention.triton_tiles import Rows
 
 HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 """Names of devices with wgmma, the products of warpgroups, of compute capability 9.0 and no other."""
@@ -78,6 +86,9 @@ REGISTERS = (80, 176)
 PROGRAMS = 120
 """With fewer programs than this a sequence is cut into segments: an H100 or H200 runs 132 at a time, one on each
 multiprocessor."""
+
+TAKES_SEGMENTS = True
+"""As ``triton``."""
 
 APPLIES_BOUND = True
 """Gates below the bound are raised on load, as in ``triton``."""
@@ -124,7 +135,8 @@ def _kernel(
     bound: float | None,
 ):
     """Body of a program. ``heads`` a program; ``groups``: query heads that a value head and a gate head serve; ``shape``
-    (K, V); ``flags``: outputs (else the summary of the segment), given (a state before each segment), normalize, save_den;
+    (K, V); ``flags``: outputs (else the summary of the segment), given (a state before each segment), normalize, save_den,
+    lengths (v is read up to each sequence's), documents (of packed rows);
     ``bound``: raise the gates to it (None: they are)."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -134,6 +146,8 @@ def _kernel(
     c_ref = next(refs)
     q_ref = next(refs) if outputs else None
     k_ref, v_ref, g_ref = (next(refs) for _ in range(3))
+    lengths_ref = next(refs) if flags["lengths"] else None
+    numbers_ref = next(refs) if flags["documents"] else None
     S0_ref, z0_ref = (next(refs), next(refs)) if given else (None, None)
     o_ref = next(refs) if outputs else None
     L_ref = None if outputs else next(refs)
@@ -156,6 +170,13 @@ def _kernel(
 
     def chunk_rows(i):
         return pl.ds((first + i) * CHUNK, CHUNK)
+
+    def documents_of(i):
+        """(first row, of every row [C]; first row, of the last row) of chunk i's documents; loads that the wait for copies hides."""
+        if numbers_ref is None:
+            return None, None
+        found = ChunkDocuments(numbers_ref, b, (first + i) * CHUNK)
+        return found.first(), found.last()
 
     def slot_of(j, i, depth):
         return j * depth + lax.rem(i, jnp.int32(depth))
@@ -204,6 +225,7 @@ def _kernel(
         def step(i, carry):
             z, L = carry
             slot, gate_slot = slot_of(j, i, ring.keys), slot_of(j, i, ring.gates)
+            begins, last = documents_of(i)
             plgpu.barrier_wait(gates_loaded.at[gate_slot * preparing + p])
             g, k = g_s.at[gate_slot, p], k_s.at[slot, p]
             if bound is not None:
@@ -231,10 +253,20 @@ def _kernel(
             if len(sums) == 1:  # of what follows the recurrent warpgroups need nothing
                 plgpu.barrier_arrive(ready.at[slot])
             added, *past = products(*sums)
+            added = jnp.max(added, axis=1)
             if past:
-                past_s[slot, p] = jnp.sum(past[0], axis=1) * (2 / PARTS)
+                past = jnp.sum(past[0], axis=1) * (2 / PARTS)
+                past_s[slot, p] = past if begins is None else jnp.where(begins < 0, past, 0.0)
                 plgpu.barrier_arrive(ready.at[slot])
-            z = decay * (z + 2.0 * jnp.max(added, axis=1))
+            if last is None:
+                z = decay * (z + 2.0 * added)
+            else:
+                # Column c of M, with the half sum of all rows, sums those from c on. A product by itself: beside the others its
+                # result would not fit the registers.
+                (halves,) = products(((WIDTH, CHUNK), (transposed(k), M_s)))
+                from_last = indices(WIDTH, CHUNK)[1] == jnp.maximum(last, 0)
+                z = decay * (z * passing(last) + added + jnp.sum(jnp.where(from_last, halves, 0.0), axis=1))
+                r += 0.5 * triton.FORGOTTEN * (1.0 - passing(last))  # for L; what the others read is stored
             plgpu.barrier_arrive(free.at[slot])
             if p == 0:
                 following = i + (ring.keys - 1)
@@ -289,6 +321,7 @@ def _kernel(
         def step(i, carry):
             S, pending = carry
             slot, value_slot = slot_of(j, i, ring.keys), slot_of(j, i, ring.values)
+            begins, last = documents_of(i)
             plgpu.barrier_wait(ready.at[slot])
 
             # References are formed where they are used: the index constants of one from outside have no place in the body
@@ -298,6 +331,8 @@ def _kernel(
 
             def await_values():
                 plgpu.barrier_wait(values_loaded.at[value_slot * recurrent + w])
+                if lengths_ref is not None:
+                    keep_rows(v(), 0, lengths_ref[b] - (first + i) * CHUNK)
 
             def ks():
                 return [transposed(k_s.at[slot, p]) for p in range(preparing)]
@@ -313,6 +348,9 @@ def _kernel(
                 return tuple(x * over_columns(jnp.exp2(p + r)) for x, p, r in zip(S, pending, rs, strict=True)), rs
 
             def add_chunk(S):
+                if last is not None:
+                    keep_rows(v(), last, CHUNK)
+                    S = tuple(x * passing(last) for x in S)
                 if interpret_mode():  # which has no accumulators with a start
                     return tuple(x + products(((WIDTH, WIDTH), (k, v())))[0] for x, k in zip(S, ks(), strict=True))
 
@@ -351,7 +389,8 @@ def _kernel(
                 return acc[...], S, rs
 
             A, S, rs = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((CHUNK, CHUNK), f32))
-            A = jnp.where(mask, A, 0.0).astype(bf16)
+            within = mask if begins is None else mask & (columns >= over_columns(begins))
+            A = jnp.where(within, A, 0.0).astype(bf16)
             inverse = None
             if normalize:
                 past = sum(plgpu.load(past_s.at[slot, p], layout=row) for p in range(preparing))
@@ -359,7 +398,12 @@ def _kernel(
                 inverse = 1.0 / den
             plgpu.commit_smem()
             await_values()
-            if interpret_mode():
+            if begins is not None:
+                (before,) = products(((CHUNK, WIDTH), *zip(qs(), own(), strict=True)))
+                (o,) = products(((CHUNK, WIDTH), (A, v())))
+                o += jnp.where(over_columns(begins) < 0, before, 0.0)
+                S = add_chunk(S)
+            elif interpret_mode():
                 (o,) = products(((CHUNK, WIDTH), (A, v()), *zip(qs(), own(), strict=True)))
                 S = add_chunk(S)
             else:
@@ -412,16 +456,16 @@ def _kernel(
 
 
 def _call(
-    q, k, v, log_g, given, split: Split, heads: int, bound: float | None, *, normalize: bool, save_den: bool
+    q, k, v, log_g, rows: Rows, given, split: Split, heads: int, bound: float | None, *, normalize: bool, save_den: bool
 ) -> tuple[Any, ...]:
     """One launch, with a batch axis more under vmap. q None: (L, S, z) of every segment but the last; else (o, S, z[, den])."""
     options = {"normalize": normalize, "save_den": save_den}
     run = functools.partial(_launch, split=split, heads=heads, bound=bound, **options)
-    return fold_vmap(run)(q, k, v, log_g, given)
+    return fold_vmap(run)(q, k, v, log_g, rows, given)
 
 
 def _launch(
-    q, k, v, log_g, given, *, split: Split, heads: int, bound: float | None, normalize: bool, save_den: bool
+    q, k, v, log_g, rows: Rows, given, *, split: Split, heads: int, bound: float | None, normalize: bool, save_den: bool
 ) -> tuple[Any, ...]:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -443,7 +487,8 @@ def _launch(
     scratch += [plgpu.Barrier(num_barriers=n) for n in (gate_slots * preparing, value_slots * recurrent)]
     scratch += [plgpu.Barrier(num_arrivals=n, num_barriers=slots) for n in (preparing, preparing + recurrent)]
 
-    inputs = [_constants(), *((q,) if outputs else ()), k, v, log_g, *(given or ())]
+    inputs = [_constants(), *((q,) if outputs else ()), k, v, log_g]
+    inputs += [*rows.inputs(), *(given or ())]
     segments = split.segments
     lead = (batch, all_heads) if outputs else (batch, all_heads, segments)
     shapes = [((*lead, features, values), f32), ((*lead, features), f32)]
@@ -454,6 +499,7 @@ def _launch(
     else:
         shapes.insert(0, ((*lead, features), f32))
     flags = {"outputs": outputs, "given": given is not None, "normalize": normalize, "save_den": save_den}
+    flags["lengths"], flags["documents"] = rows.given
     body = functools.partial(
         _kernel,
         split=split,
@@ -467,13 +513,25 @@ def _launch(
     return launch(body, inputs, shapes, scratch, grid=grid, warpgroups=heads * (preparing + recurrent))
 
 
-def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: float | None, save_residuals: bool) -> Any:
-    """See ``kernels_pallas.contract``. Residuals as in ``triton``, whose backward pass takes them."""
+def forward(
+    q,
+    k,
+    v,
+    log_g,
+    initial_state,
+    *,
+    normalize: bool,
+    lower_bound: float | None,
+    save_residuals: bool,
+    lengths=None,
+    numbers=None,
+) -> Any:
+    """See ``kernels_pallas.contract``. ``lengths`` and residuals as in ``triton``, whose backward pass takes them."""
     length = q.shape[1]
     if save_residuals and length <= triton.SHORT:  # it keeps o in float32 for the gradients
-        return triton.forward(
-            q, k, v, log_g, initial_state, normalize=normalize, lower_bound=lower_bound, save_residuals=True
-        )
+        options = {"normalize": normalize, "lower_bound": lower_bound, "save_residuals": True}
+        return triton.forward(q, k, v, log_g, initial_state, **options, lengths=lengths, numbers=numbers)
+    rows = Rows(lengths, None if numbers is None else to_whole_chunks(numbers, 1))
     residuals = (q, k, v, log_g)
     heads, split = plan(q, v)
     q, k, v, log_g = padded(q, k, v, log_g)
@@ -482,13 +540,13 @@ def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: floa
         gates, bound = jnp.maximum(log_g, lower_bound).astype(bf16), None
     given = None if initial_state is None else tuple(x[:, :, None] for x in initial_state)
     if split.segments > 1:
-        summaries = _call(None, k, v, gates, None, split, heads, bound, normalize=False, save_den=False)
+        summaries = _call(None, k, v, gates, rows, None, split, heads, bound, normalize=False, save_den=False)
         given = triton.combine(*summaries, initial_state)
     save_den = save_residuals and normalize
-    o, S, z, *den = _call(q, k, v, gates, given, split, heads, bound, normalize=normalize, save_den=save_den)
+    o, S, z, *den = _call(q, k, v, gates, rows, given, split, heads, bound, normalize=normalize, save_den=save_den)
     o = o[:, :length]
     if not save_residuals:
         return o, (S, z), None
     den = den[0][:, :, :length].swapaxes(1, 2) if normalize else None
     segment = None if split.segments == 1 else given
-    return o, (S, z), (*residuals, initial_state, o if normalize else None, den, segment)
+    return o, (S, z), (*residuals, initial_state, o if normalize else None, den, segment, Rows(lengths, numbers))

@@ -94,6 +94,49 @@ def indices(rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
     return row, column
 
 
+def keep_rows(tile: Any, first: Any, count: Any) -> None:
+    """Zeros the rows of a tile in shared memory before ``first`` and from ``count`` on; nothing where that is none."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    @pl.when((first > 0) | (count < CHUNK))
+    def _():
+        row, _ = indices(*tile.shape)
+        x = plgpu.load(tile, layout=plgpu.Layout.WGMMA).astype(f32)
+        tile[...] = jnp.where((row >= first) & (row < count), x, 0.0).astype(tile.dtype)
+        plgpu.commit_smem()
+
+
+class ChunkDocuments:
+    """Where the documents of a chunk begin, as rows of the chunk, negative if before it: from ``numbers`` [B, n C] in device
+    memory (``kernels_pallas.common.segment_numbers``), loaded where they are asked for."""
+
+    def __init__(self, numbers: Any, batch: Any, start: Any):
+        self.numbers, self.batch, self.start = numbers, batch, start
+
+    def last(self) -> jax.Array:
+        """Of the last row's: what precedes it does not leave the chunk."""
+        return self.numbers[self.batch, self.start + CHUNK - 1] - 1 - self.start
+
+    def first(self) -> jax.Array:
+        """[C] int32 of every row's: the state before the chunk reaches rows where it is negative."""
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        rows = self.numbers.at[self.batch, pl.ds(self.start, CHUNK)]
+        return plgpu.load(rows, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False) - 1 - self.start
+
+
+def passing(last: jax.Array) -> jax.Array:
+    """1 where the state before a chunk reaches the state after it, else 0. A factor: the lowering has no select of whole tiles."""
+    return jnp.where(last < 0, 1.0, 0.0)
+
+
+def to_whole_chunks(x: jax.Array, axis: int) -> jax.Array:
+    """x with its last entry along ``axis``, the tokens, repeated up to whole chunks: copies that are no TMA have no bounds."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % CHUNK)
+    return jnp.pad(x, widths, mode="edge")
+
+
 def padded(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """[B, T, ...] with T a multiple of ROWS, zeros at the end: keys and gates of zero leave the state alone."""
     missing = -arrays[0].shape[1] % ROWS

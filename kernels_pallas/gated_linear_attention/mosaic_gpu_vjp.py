@@ -12,12 +12,14 @@ delta = -dn.o and L the lower triangle of ones:
 
 q^ R is q dq with the very operands of dA k^ and dA^T q^: the terms of a token with itself, which dominate at strong gates and belong to
 no gate, cancel to float32. What is summed over tokens for the gates enters its product as two bfloat16 parts (2^-17).
+
+Packed documents: L for A and dA lies within documents, and rows and terms are left out as in ``triton_vjp``.
 """
 
 # Pallas for Mosaic GPU as of jax 0.11 and newer: pyright may see an older one, with other signatures (the next line).
 # And a variant of a kernel has None for the references that it does without, which a flag beside them tells (the line after it).
 # pyright: reportCallIssue=false
-# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
 
 from __future__ import annotations
 
@@ -36,6 +38,7 @@ from kernels_pallas.gated_linear_attention import mosaic_gpu, triton, triton_vjp
 from kernels_pallas.gated_linear_attention.mosaic_gpu_tiles import (
     CHUNK,
     WIDTH,
+    ChunkDocuments,
     bf16,
     f32,
     indices,
@@ -43,10 +46,13 @@ from kernels_pallas.gated_linear_attention.mosaic_gpu_tiles import (
     over_columns,
     over_rows,
     padded,
+    passing,
     products,
     tiles,
+    to_whole_chunks,
     transposed,
 )
+from kernels_pallas.gated_linear_attention.triton_tiles import Rows
 
 
 def _constants() -> jax.Array:
@@ -55,10 +61,12 @@ def _constants() -> jax.Array:
     return jnp.asarray(np.stack([i[:, None] >= i, np.ones((CHUNK, CHUNK))]), bf16)
 
 
-def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound: float | None):
-    """``blocks`` of 64 features, of 64 value columns and of a warpgroup; ``groups`` as in the forward kernel."""
+def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound: float | None, documents: bool):
+    """``blocks`` of 64 features, of 64 value columns and of a warpgroup; ``groups`` as in the forward kernel; ``documents``: the
+    first input is the numbers of packed rows."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    numbers_ref, *refs = refs if documents else (None, *refs)
     c_ref, q_ref, k_ref, v_ref, g_ref, do_ref, S_ref, z_ref, dS_ref, dz_ref = refs[:10]
     inverse_ref, delta_ref = refs[10:12] if normalize else (None, None)
     rest = refs[12:] if normalize else refs[10:]
@@ -82,9 +90,22 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
     def read(ref: Any) -> jax.Array:
         return plgpu.load(ref, layout=tile).astype(f32)
 
+    packed = None if numbers_ref is None else ChunkDocuments(numbers_ref, b, i * CHUNK)
+
     def masked(x: jax.Array) -> jax.Array:
-        i, j = indices(*x.shape)
-        return jnp.where(i >= j, x, 0.0).astype(bf16)
+        row, column = indices(*x.shape)
+        keep = row >= column
+        if packed is not None:
+            keep &= column >= over_columns(packed.first())
+        return jnp.where(keep, x, 0.0).astype(bf16)
+
+    def entered(x: jax.Array) -> jax.Array:
+        """x in the rows that the state before the chunk reaches."""
+        return x if packed is None else jnp.where(over_columns(packed.first()) < 0, x, 0.0)
+
+    def leaving(x: jax.Array) -> jax.Array:
+        """x in the rows that reach the state after the chunk."""
+        return x if packed is None else jnp.where(indices(*x.shape)[0] >= packed.last(), x, 0.0)
 
     def vector(ref: Any, p: int) -> jax.Array:
         """A vector of the features, in every row."""
@@ -149,12 +170,18 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
         plgpu.barrier_wait(scored)
         plgpu.barrier_wait(states)
 
-        dv = product((transposed(A_s), dn), *((k_s.at[c], dS_s.at[c, p]) for c in range(blocks)))
+        inside = (transposed(A_s), dn)
+        across = [(k_s.at[c], dS_s.at[c, p]) for c in range(blocks)]
+        dv = leaving(product(*across)) + product(inside) if documents else product(inside, *across)
         write(dv_ref, y_own, dv, p)
 
-        R = product((dA_s, k), *((do_s.at[c], transposed(S_s.at[p, c])) for c in range(blocks)))
+        inside = (dA_s, k)
+        across = [(do_s.at[c], transposed(S_s.at[p, c])) for c in range(blocks)]
+        R = product(*across) if documents else product(inside, *across)
         if normalize:
             R += over_columns(delta) * vector(z_ref, p)
+        if documents:
+            R = entered(R) + product(inside)
         # S~ is done with: its tiles take the sum over value columns of S~ dS~, here one of tiles.
         weights = sum(
             (read(S_s.at[p, c]) * read(dS_s.at[p, c]) for c in range(1, blocks)),
@@ -169,6 +196,8 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
         F += dz
         plgpu.commit_smem()
         total = product(*((ones, transposed(ref)) for ref in sums)) + vector(z_ref, p) * dz
+        if packed is not None:
+            F, total = leaving(F), total * passing(packed.last())
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         write(dq_ref, y_own, jnp.exp2(x) * R, p)
@@ -192,14 +221,27 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
         pl.when(wg == p)(functools.partial(block, p))
 
 
-def _launch(q, k, v, log_g, do, inverse, delta, states, dstates, *, split: Split, normalize: bool, bound: float | None):
+def _launch(
+    q, k, v, log_g, do, inverse, delta, states, dstates, numbers, *, split: Split, normalize: bool, bound: float | None
+):
     """(dq, dk, dv, dlog_g) [B, T, H, .] bfloat16, of every query head. inverse = 1 / den and delta [B, H, n C] float32,
-    zero beyond the sequence; None unless normalize."""
+    zero beyond the sequence; None unless normalize. numbers [B, n C] int32 or None."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     heads, width = q.shape[2:]
     blocks = width // WIDTH
-    inputs = [_constants(), q, k, v, log_g, do, *states, *dstates, *((inverse, delta) if normalize else ())]
+    inputs = [
+        *(() if numbers is None else (numbers,)),
+        _constants(),
+        q,
+        k,
+        v,
+        log_g,
+        do,
+        *states,
+        *dstates,
+        *((inverse, delta) if normalize else ()),
+    ]
     scratch = [
         tiles(2),
         *(tiles(blocks),) * 5,
@@ -216,6 +258,7 @@ def _launch(q, k, v, log_g, do, inverse, delta, states, dstates, *, split: Split
         groups=(heads // v.shape[2], heads // log_g.shape[2]),
         normalize=normalize,
         bound=bound,
+        documents=numbers is not None,
     )
     scratch += [plgpu.Barrier(num_arrivals=n) for n in arrivals]
     grid = {"head": heads, "chunk": split.count, "batch": q.shape[0]}
@@ -223,7 +266,7 @@ def _launch(q, k, v, log_g, do, inverse, delta, states, dstates, *, split: Split
 
 
 def chunk_gradients(
-    q, k, v, log_g, do, den, delta, states, dstates, *, split: Split, normalize: bool, bound: float | None
+    q, k, v, log_g, do, den, delta, states, dstates, *, split: Split, normalize: bool, bound: float | None, rows: Rows
 ) -> Any:
     """As ``triton_vjp.chunk_gradients``, in bfloat16. Gates in float32 are bounded here, and their zero gradient below the
     bound is left to the caller: rounded, they would not tell on which side they were."""
@@ -235,7 +278,9 @@ def chunk_gradients(
         rest = split.count * CHUNK - length
         inverse, delta = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, rest))) for x in (1.0 / den, delta))
     run = functools.partial(_launch, split=split, normalize=normalize, bound=bound)
-    grads = fold_vmap(run)(*padded(q, k, v, log_g, do), inverse, delta if normalize else None, states, dstates)
+    numbers = None if rows.numbers is None else to_whole_chunks(rows.numbers, 1)
+    vectors = (inverse, delta if normalize else None)
+    grads = fold_vmap(run)(*padded(q, k, v, log_g, do), *vectors, states, dstates, numbers)
     return tuple(x[:, :length] for x in grads)
 
 

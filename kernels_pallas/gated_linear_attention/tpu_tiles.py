@@ -72,12 +72,17 @@ def tile_heads(plan: Plan, tile: int, group: int) -> list[int]:
     return [h // group if plan.heads_block % group == 0 else 0 for h in heads]
 
 
-def valid_rows(plan: Plan, chunk_index, *, neutral_padding: bool = True) -> jax.Array | None:
-    """[C, 1] bool: the rows of this chunk that lie inside the sequence. None where no mask is needed: every chunk is full, or
-    the only chunk is padded with zeros and such rows are neutral (``neutral_padding``)."""
+def valid_rows(
+    plan: Plan, chunk_index, *, neutral_padding: bool = True, length: jax.Array | None = None
+) -> jax.Array | None:
+    """[C, 1] bool: the rows of this chunk that lie inside the sequence, of which ``length`` [1, 1] tokens count (None: all). None
+    where no mask is needed: every chunk is full, or the only chunk is padded with zeros and such rows are neutral
+    (``neutral_padding``)."""
+    row = lax.broadcasted_iota(jnp.int32, (plan.chunk, 1), 0)
+    if length is not None:
+        return row < length - chunk_index * plan.chunk
     if not plan.ragged or (plan.chunks == 1 and neutral_padding):
         return None
-    row = lax.broadcasted_iota(jnp.int32, (plan.chunk, 1), 0)
     return row < plan.length - chunk_index * plan.chunk
 
 

@@ -14,7 +14,10 @@ Algebra of a chunk of C rows (b inclusive cumulative sum of lg = log2(e) log_g; 
     o = (A v + q^ S~) / (sum_j A + q^ z~ + eps)              S' = e (S~ + k^T v)     z' = e (z~ + sum_j k^)
 
 since b_C - r = r: two exponentials per element and one per feature. Within |log_g| C <= 80 nothing overflows. The denominator sums the same
-rounded A and q^ that the numerator uses.
+rounded A and q^ that the numerator uses. Gates without such a bound take several reference points (``triton_levels``).
+
+Packed documents (``numbers``): A is masked between documents, S~ and z~ enter the rows of the document they belong to, k and v
+of the last document alone reach S' and z', and S~ and z~ themselves only where no document begins in the chunk.
 """
 
 from __future__ import annotations
@@ -29,13 +32,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels_pallas.chunking import Split, reference_rows, split_sequence, strong_gates
-from kernels_pallas.common import EPS, LOG2E, interpret_mode, out_struct
+from kernels_pallas.common import EPS, interpret_mode, out_struct
 from kernels_pallas.gated_linear_attention import block_sizes
 from kernels_pallas.gated_linear_attention.block_sizes import BlockSizes
+from kernels_pallas.gated_linear_attention.triton_levels import (
+    MAX_CHUNK,
+    by_levels,
+    exponents,
+    level_scores,
+    onward,
+    state_exponents,
+)
 from kernels_pallas.gated_linear_attention.triton_tiles import (
     LANES,
+    Documents,
+    Rows,
     causal,
-    centred,
     column,
     compiler_params,
     dot,
@@ -52,11 +64,18 @@ from kernels_pallas.gated_linear_attention.triton_tiles import (
     state_spec,
     store_rows,
     store_vector,
+    take_rows,
     token_spec,
 )
 
 APPLIES_BOUND = True
 """Gates below the bound are raised to it on load, and get no gradient: a pass of its own over them would cost more."""
+
+TAKES_SEGMENTS = True
+"""The documents of packed rows come as ``numbers``, and gates keep their bound."""
+
+FORGOTTEN = -1e4
+"""log2 units: the decay of a state across the start of a document."""
 
 Pair = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
 """(S [K, V], z [K, 8]) in blocks of features, float32. Features are rows: a decay then takes two registers of a thread,
@@ -70,9 +89,6 @@ class State(NamedTuple):
     z: tuple[jax.Array, ...]
     pending: tuple[jax.Array, ...]
 
-
-MAX_CHUNK = 128
-"""Tokens."""
 
 SHORT = 64
 """Tokens. With strong gates, and up to so many tokens, a differentiated call also keeps o in float32. When it was rounded to
@@ -96,8 +112,6 @@ def supports(q, k, v, log_g, *, normalize: bool, lower_bound: float | None, diff
     # The three TF32 passes of a float32 product leave 1.2e-5 at gates of -5 (measured on an H200), where 1e-5 is promised.
     if differentiated and q.dtype == jnp.float32 and strong_gates(lower_bound):
         return f"float32 gradients take a gate_lower_bound of at least -1.25, got {lower_bound}"
-    if reference_rows(lower_bound, MAX_CHUNK) < 16:
-        return f"it needs a gate_lower_bound of at least -5, got {lower_bound}"
     return None
 
 
@@ -105,7 +119,8 @@ def sizes_for(kernel: str, q: Any, v: Any, lower_bound: float | None) -> BlockSi
     """Block sizes of the table, with the chunk cut to what the gate bound and the length allow."""
     sizes = block_sizes.lookup(kernel, q.dtype, q.shape[-1], v.shape[-1])
     length = max(16, 1 << (q.shape[1] - 1).bit_length())
-    chunk = min(sizes.chunk, reference_rows(lower_bound, MAX_CHUNK), length)
+    allowed = MAX_CHUNK if by_levels(lower_bound) else reference_rows(lower_bound, MAX_CHUNK)
+    chunk = min(sizes.chunk, allowed, length)
     return dataclasses.replace(sizes, chunk=chunk, block_v=min(sizes.block_v, v.shape[-1]))
 
 
@@ -117,16 +132,6 @@ def load_gates(
     if bound is not None:
         g = jnp.maximum(g, jnp.asarray(bound, g.dtype))
     return round_to(g, dtype)
-
-
-def exponents(g: jax.Array, matrix: jax.Array) -> jax.Array:
-    """b - r [C, K] in log2 units."""
-    return dot(matrix, g) * LOG2E
-
-
-def half_total(g: jax.Array) -> jax.Array:
-    """r = b_C / 2 [K, 8] in log2 units: as rows, where the state has its features."""
-    return dot(g, ones(g.shape[0], g.dtype), ta=True) * (0.5 * LOG2E)
 
 
 def chunks_of(split: Split, segment: Any) -> Any:
@@ -196,19 +201,38 @@ def settled(state: State) -> Pair:
     return scaled(state, tuple(jnp.zeros_like(x) for x in state.pending))
 
 
-def add_chunk(before: Pair, k: tuple[jax.Array, ...], v: jax.Array, r: tuple[jax.Array, ...]) -> State:
+def add_chunk(
+    before: Pair, k: tuple[jax.Array, ...], v: jax.Array, r: tuple[jax.Array, ...], documents: Documents | None
+) -> State:
     """The state after a chunk from the scaled (S~, z~) before it: 2^r (S~ + k^T v, z~ + sum_j k^)."""
+    counted = ones(v.shape[0], v.dtype)
+    if documents is not None:
+        before = jax.tree.map(documents.passing, before)
+        v, counted = documents.leaving(v), documents.leaving(counted)
     S = tuple(x + dot(y, v, ta=True) for x, y in zip(before[0], k, strict=True))
-    z = tuple(x + dot(y, ones(y.shape[0], y.dtype), ta=True) for x, y in zip(before[1], k, strict=True))
+    z = tuple(x + dot(y, counted, ta=True) for x, y in zip(before[1], k, strict=True))
     return State(S, z, r)
 
 
-def segment_state_kernel(k_ref, v_ref, g_ref, *refs, split: Split, dtype: Any, per_chunk: bool, bound: float | None):
+def segment_decay(L: tuple[jax.Array, ...], rows: Rows, split: Split, segment: Any) -> tuple[jax.Array, ...]:
+    """The sums of a segment's gates, or :data:`FORGOTTEN` where a document begins in it."""
+    if rows.numbers is None:
+        return L
+    tokens = split.per_segment * split.chunk
+    last = rows.last_begins(segment * tokens, tokens, split.length)
+    return tuple(jnp.where(last < 0, x, FORGOTTEN) for x in L)
+
+
+def segment_state_kernel(
+    *refs, split: Split, dtype: Any, per_chunk: bool, bound: float | None, given_rows: tuple[bool, ...]
+):
     """P1: the summary of a segment. With ``per_chunk``, for the backward pass: the scaled state before every chunk, from a given
     state."""
+    inputs = iter(refs)
+    rows = take_rows(inputs, given_rows)
+    k_ref, v_ref, g_ref, *refs = inputs
     segment = pl.program_id(2)
     chunk, limit = split.chunk, split.length if split.ragged else None
-    matrix = centred(chunk, dtype)
     blocks = feature_blocks(g_ref.shape[1])
     if per_chunk:
         *given, S_ref, z_ref = refs
@@ -219,26 +243,28 @@ def segment_state_kernel(k_ref, v_ref, g_ref, *refs, split: Split, dtype: Any, p
         state, L = carry
         index = segment * split.per_segment + i
         start = index * chunk
-        v = load_rows(v_ref, start, chunk, limit)
-        ks, rs, Ls = [], [], []
+        documents = rows.documents(start, chunk, split.length)
+        v = load_rows(v_ref, start, chunk, rows.limit(limit))
+        ks, factors, Ls = [], [], []
         for block, before in zip(blocks, L, strict=True):
             k = load_rows(k_ref, start, chunk, limit, block)
             g = load_gates(g_ref, start, chunk, limit, dtype, block, bound)
-            r = half_total(g)
-            ks.append(round_to(k.astype(f32) * exp2(-exponents(g, matrix)), dtype))
-            rs.append(r)
-            Ls.append(before + 2.0 * r)
-        before = scaled(state, tuple(rs))
+            x = state_exponents(g, by_levels(bound))
+            ks.append(round_to(k.astype(f32) * exp2(exponents(g, by_levels(bound)).k), dtype))
+            factors.append(x)
+            Ls.append(before + x.total())
+        r = tuple(x.r for x in factors)
+        before = scaled(state, r)
         if per_chunk:
             write_state(S_ref, z_ref, before, index)
-        return add_chunk(before, tuple(ks), v, tuple(rs)), tuple(Ls)
+        return add_chunk(onward(before, factors), tuple(ks), v, r, documents), tuple(Ls)
 
     features, values = S_ref.shape[-2:]
     state = read_state(*given) if given else zero_state(values, features)
     state, L = lax.fori_loop(0, chunks_of(split, segment), step, (state, zero_totals(features)))
     if not per_chunk:
         write_state(S_ref, z_ref, settled(state))
-        write_totals(L_ref, L)
+        write_totals(L_ref, segment_decay(L, rows, split, segment))
 
 
 def _combine_kernel(L_ref, Sl_ref, zl_ref, *rest, segments: int, reverse: bool, initial: bool):
@@ -268,9 +294,11 @@ def _segment_out_kernel(
     save_den: bool,
     save_o: bool,
     bound: float | None,
+    given_rows: tuple[bool, ...],
 ):
     """P2: the outputs of a segment; the last one also writes the final state."""
     refs = iter(refs)
+    rows = take_rows(refs, given_rows)
     q_ref, k_ref, v_ref, g_ref = (next(refs) for _ in range(4))
     given = tuple(next(refs) for _ in range(2)) if initial or states == "given" else None
     summaries = tuple(next(refs) for _ in range(3)) if states == "prefix" else None
@@ -281,7 +309,7 @@ def _segment_out_kernel(
     segment = pl.program_id(2)
     dtype = q_ref.dtype
     chunk, limit = split.chunk, split.length if split.ragged else None
-    matrix, mask = centred(chunk, dtype), causal(chunk)
+    mask = causal(chunk)
     features, values = S_ref.shape
     blocks = feature_blocks(features)
     state = zero_state(values, features) if given is None else read_state(*given)
@@ -290,23 +318,38 @@ def _segment_out_kernel(
 
     def step(i, state):
         start = (segment * split.per_segment + i) * chunk
-        gates = [load_gates(g_ref, start, chunk, limit, dtype, block, bound) for block in blocks]
-        r = tuple(half_total(g) for g in gates)
+        documents = rows.documents(start, chunk, split.length)
+
+        def gates(block):
+            return load_gates(g_ref, start, chunk, limit, dtype, block, bound)
+
+        factors = [state_exponents(gates(block), by_levels(bound)) for block in blocks]
+        r = tuple(x.r for x in factors)
         before = scaled(state, r)
         rounded = tuple(round_to(x, dtype) for x in before[0])
         # The state comes before q, so that its operands are dead when the tiles of the output are formed.
-        x = [exponents(g, matrix) for g in gates]
+        sides = [exponents(gates(block), by_levels(bound)) for block in blocks]
         k = tuple(
-            round_to(load_rows(k_ref, start, chunk, limit, block).astype(f32) * exp2(-y), dtype)
-            for block, y in zip(blocks, x, strict=True)
+            round_to(load_rows(k_ref, start, chunk, limit, block).astype(f32) * exp2(x.k), dtype)
+            for block, x in zip(blocks, sides, strict=True)
         )
-        v = load_rows(v_ref, start, chunk, limit)
-        state = add_chunk(before, k, v, r)
+        v = load_rows(v_ref, start, chunk, rows.limit(limit))
+        state = add_chunk(onward(before, factors), k, v, r, documents)
         q = tuple(
-            round_to(load_rows(q_ref, start, chunk, limit, block).astype(f32) * exp2(y), dtype)
-            for block, y in zip(blocks, x, strict=True)
+            round_to(load_rows(q_ref, start, chunk, limit, block).astype(f32) * exp2(x.q), dtype)
+            for block, x in zip(blocks, sides, strict=True)
         )
-        o, den = chunk_out(q, k, v, rounded, before[1], mask, normalize)
+        within = mask if documents is None else documents.same(mask)
+        if by_levels(bound):
+
+            def tiles(block):
+                load = functools.partial(load_rows, start=start, rows=chunk, limit=limit, block=block)
+                return load(q_ref), load(k_ref), gates(block)
+
+            A = round_to(jnp.where(within, level_scores(blocks, tiles, dtype), 0.0), dtype)
+        else:
+            A = scores(q, k, within)
+        o, den = chunk_out(A, q, v, rounded, before[1], normalize, documents)
         store_rows(o_ref, start, o, limit)
         if exact_ref is not None:
             store_rows(exact_ref, start, o, limit)
@@ -327,27 +370,34 @@ def scores(q: tuple[jax.Array, ...], k: tuple[jax.Array, ...], mask: jax.Array) 
     return round_to(jnp.where(mask, total, 0.0), q[0].dtype)
 
 
-def denominator(A: jax.Array, q: tuple[jax.Array, ...], z: tuple[jax.Array, ...]) -> jax.Array:
+def denominator(
+    A: jax.Array, q: tuple[jax.Array, ...], z: tuple[jax.Array, ...], documents: Documents | None = None
+) -> jax.Array:
     """sum_j A + q^ z~ + eps [C] from the rounded A and q^; z~ [K, 8] for each block."""
-    den = dot(A, ones(A.shape[1], A.dtype))
-    for x, y in zip(q, z, strict=True):
-        den += dot_exact(x, y)
-    return column(den) + EPS
+    products = [dot_exact(x, y) for x, y in zip(q, z, strict=True)]
+    inside = dot(A, ones(A.shape[1], A.dtype))
+    if documents is not None:
+        products = [documents.entered(sum(products[1:], start=products[0]))]
+    return column(sum(products, start=inside)) + EPS
 
 
-def chunk_out(q, k, v, S, z, mask, normalize: bool) -> tuple[jax.Array, jax.Array | None]:
-    """o [C, V] float32 and den [C] (None unless normalize) of a chunk; q^, k^ and S~ rounded, z~ [K, 8] float32, by blocks."""
-    A = scores(q, k, mask)
-    o = dot(A, v)
-    for x, y in zip(q, S, strict=True):
-        o += dot(x, y)
+def chunk_out(A, q, v, S, z, normalize: bool, documents: Documents | None = None) -> tuple[jax.Array, jax.Array | None]:
+    """o [C, V] float32 and den [C] (None unless normalize) of a chunk; A, q^ and S~ rounded, z~ [K, 8] float32, by blocks."""
+    if documents is None:
+        o = dot(A, v)
+        for x, y in zip(q, S, strict=True):
+            o += dot(x, y)
+    else:
+        # In this order one accumulator serves: the rows that the state does not reach are cleared on the way.
+        o = documents.entered(sum((dot(x, y) for x, y in zip(q[1:], S[1:], strict=True)), start=dot(q[0], S[0])))
+        o += dot(A, v)
     if not normalize:
         return o, None
-    den = denominator(A, q, z)
+    den = denominator(A, q, z, documents)
     return o * (1.0 / den)[:, None], den
 
 
-def segment_states(k, v, log_g, heads: int, split: Split, sizes: BlockSizes, bound: float | None):
+def segment_states(k, v, log_g, heads: int, split: Split, sizes: BlockSizes, bound: float | None, rows: Rows):
     """L, S, z of every segment: [B, H, n, K], [B, H, n, K, V], [B, H, n, K] float32, L in log2 units.
 
     The last segment's entry is left unwritten: nothing that is used depends on it.
@@ -356,16 +406,17 @@ def segment_states(k, v, log_g, heads: int, split: Split, sizes: BlockSizes, bou
     values, count = v.shape[-1], split.segments
     vectors, matrices = (batch, heads, count, features), (batch, heads, count, features, values)
     width = sizes.block_v
+    options = {"split": split, "dtype": k.dtype, "per_chunk": False, "bound": bound, "given_rows": rows.given}
     return pl.pallas_call(
-        functools.partial(segment_state_kernel, split=split, dtype=k.dtype, per_chunk=False, bound=bound),
+        functools.partial(segment_state_kernel, **options),
         grid=(heads, values // width, count - 1, batch),
-        in_specs=[token_spec(k, heads), token_spec(v, heads, width), token_spec(log_g, heads)],
+        in_specs=[*rows.specs(), token_spec(k, heads), token_spec(v, heads, width), token_spec(log_g, heads)],
         out_specs=[segment_spec(vectors), segment_spec(matrices, width), segment_spec(vectors)],
         out_shape=[out_struct(shape, f32, k, v, log_g) for shape in (vectors, matrices, vectors)],
         compiler_params=compiler_params(sizes),
         interpret=interpret_mode(),
         name="gla_segment_state",
-    )(k, v, log_g)
+    )(*rows.inputs(), k, v, log_g)
 
 
 def combine(L, S, z, initial, *, reverse: bool = False):
@@ -394,14 +445,31 @@ def plan_forward(q, v, lower_bound: float | None, kernel: str = "forward") -> tu
     return sizes, split_sequence(q.shape[1], sizes.chunk, programs, sizes.programs)
 
 
-def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: float | None, save_residuals: bool) -> Any:
-    """See ``kernels_pallas.contract``. Residuals: (q, k, v, log_g, initial_state, o, den, segment states)."""
+def forward(
+    q,
+    k,
+    v,
+    log_g,
+    initial_state,
+    *,
+    normalize: bool,
+    lower_bound: float | None,
+    save_residuals: bool,
+    numbers=None,
+    lengths=None,
+) -> Any:
+    """See ``kernels_pallas.contract``. Residuals: (q, k, v, log_g, initial_state, o, den, segment states, rows).
+
+    ``lengths`` [B] int32: from there on v may hold anything, and q, k and log_g are zeros.
+    """
     sizes, split = plan_forward(q, v, lower_bound)
+    rows = Rows(lengths, numbers)
     states, summaries, given = "zero", (), None
     if initial_state is not None:
         given = initial_state
     if split.segments > 1:
-        summaries = segment_states(k, v, log_g, q.shape[2], split, sizes_for_segments(q, v, sizes), lower_bound)
+        own = sizes_for_segments(q, v, sizes)
+        summaries = segment_states(k, v, log_g, q.shape[2], split, own, lower_bound, rows)
         states = "prefix"
         if save_residuals or split.segments > PREFIX_SEGMENTS:
             given = combine(*summaries, initial=initial_state)
@@ -412,12 +480,13 @@ def forward(q, k, v, log_g, initial_state, *, normalize: bool, lower_bound: floa
     save_o = save_residuals and normalize and wide
     save_den = save_residuals and normalize
     o, S, z, den, exact = _segment_out(
-        q, k, v, log_g, given, summaries, sizes, split, states, normalize, save_den, save_o, lower_bound
+        q, k, v, log_g, given, summaries, sizes, split, states, normalize, save_den, save_o, lower_bound, rows
     )
     residuals = None
     if save_residuals:
         segment = None if split.segments == 1 else given
-        residuals = (q, k, v, log_g, initial_state, (exact if wide else o) if normalize else None, den, segment)
+        kept = (exact if wide else o) if normalize else None
+        residuals = (q, k, v, log_g, initial_state, kept, den, segment, rows)
     return o, (S, z), residuals
 
 
@@ -427,11 +496,12 @@ def sizes_for_segments(q, v, sizes: BlockSizes) -> BlockSizes:
     return dataclasses.replace(own, chunk=sizes.chunk, block_v=min(own.block_v, v.shape[-1]))
 
 
-def _segment_out(q, k, v, log_g, given, summaries, sizes, split, states, normalize, save_den, save_o, bound):
+def _segment_out(q, k, v, log_g, given, summaries, sizes, split, states, normalize, save_den, save_o, bound, rows):
     batch, length, heads, features = q.shape
     values, width = v.shape[-1], sizes.block_v
-    inputs = [q, k, v, log_g]
-    specs = [token_spec(q, heads), token_spec(k, heads), token_spec(v, heads, width), token_spec(log_g, heads)]
+    inputs = [*rows.inputs(), q, k, v, log_g]
+    specs = [*rows.specs(), token_spec(q, heads), token_spec(k, heads), token_spec(v, heads, width)]
+    specs.append(token_spec(log_g, heads))
     if given is not None:
         inputs += list(given)
         spec = segment_spec if states == "given" else state_spec
@@ -461,6 +531,7 @@ def _segment_out(q, k, v, log_g, given, summaries, sizes, split, states, normali
         save_den=save_den,
         save_o=save_o,
         bound=bound,
+        given_rows=rows.given,
     )
     o, S, z, *saved = pl.pallas_call(
         kernel,

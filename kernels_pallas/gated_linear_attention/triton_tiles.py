@@ -7,7 +7,8 @@ Pallas' Triton lowering is deprecated in JAX; this file and the ``*triton*.py`` 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,10 +86,10 @@ def feature_blocks(features: int) -> tuple[tuple[int, int], ...]:
     return tuple((offset, width) for offset in range(0, features, width))
 
 
-def load_rows(ref: Any, start: Any, rows: int, limit: int | None, block: tuple[int, int] | None = None) -> jax.Array:
+def load_rows(ref: Any, start: Any, rows: int, limit: Any, block: tuple[int, int] | None = None) -> jax.Array:
     """Rows [start, start + rows), columns ``block`` = (offset, width) (None: all) of a [T, W] ref.
 
-    ``limit`` = T masks the rows beyond it to zero, None loads without a mask.
+    ``limit``, a number or a scalar of the kernel up to T, masks the rows from it on to zero; None loads without a mask.
     """
     offset, width = block or (0, ref.shape[1])
     columns = slice(None) if width == ref.shape[1] else pl.ds(offset, width)
@@ -115,15 +116,15 @@ def store_rows(ref: Any, start: Any, value: jax.Array, limit: int | None, block:
     plgpu.store(ref.at[pl.ds(start, rows), columns], value, mask=mask)
 
 
-def load_vector(ref: Any, start: Any, rows: int, limit: int | None) -> jax.Array:
-    """Entries [start, start + rows) of a [T] ref, with ``limit`` as in load_rows, except that masked entries read as 1: they
-    are denominators."""
+def load_vector(ref: Any, start: Any, rows: int, limit: int | None, other: float = 1) -> jax.Array:
+    """Entries [start, start + rows) of a [T] ref, with ``limit`` as in load_rows, except that masked entries read as ``other``: 1
+    for denominators."""
     if limit is None:
         return ref[pl.ds(start, rows)]
     from jax.experimental.pallas import triton as plgpu
 
     mask = start + lax.iota(jnp.int32, rows) < limit
-    return plgpu.load(ref.at[pl.ds(start, rows)], mask=mask, other=1.0)
+    return plgpu.load(ref.at[pl.ds(start, rows)], mask=mask, other=other)
 
 
 def store_vector(ref: Any, start: Any, value: jax.Array, limit: int | None) -> None:
@@ -184,6 +185,81 @@ def round_to(x: jax.Array, dtype: Any) -> jax.Array:
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, dtype)],
     )
     return y
+
+
+class Documents(NamedTuple):
+    """Where the document of every row of a chunk begins, as a row of the chunk [C] int32, negative if before it; and that
+    of the last row.
+
+    A state enters the rows of its own document only, and only what the last document holds leaves the chunk.
+    """
+
+    first: jax.Array
+    last: jax.Array
+
+    def same(self, mask: jax.Array) -> jax.Array:
+        """``mask`` [C, C], which is causal, where both tokens are of one document."""
+        return mask & (iota(mask.shape, 1) >= self.first[:, None])
+
+    def entered(self, x: jax.Array) -> jax.Array:
+        """x [C, .] in the rows that the state before the chunk reaches, else 0."""
+        return jnp.where((self.first < 0)[:, None], x, jnp.zeros_like(x))
+
+    def leaving(self, x: jax.Array) -> jax.Array:
+        """x [C, .] in the rows that reach the state after the chunk, else 0."""
+        return jnp.where(iota(x.shape, 0) >= self.last, x, jnp.zeros_like(x))
+
+    def passing(self, x: jax.Array) -> jax.Array:
+        """x, of any shape, if the state before the chunk reaches the state after it, else 0."""
+        return jnp.where(self.last < 0, x, jnp.zeros_like(x))
+
+
+class Rows(NamedTuple):
+    """What a call knows about its rows of tokens, None where it does not: arrays outside a kernel, their refs inside.
+
+    ``lengths`` [B] int32, within 0 .. T: v is read up to there only, where q, k and log_g are zeros from there on.
+    ``numbers`` [B, T] int32: the documents, see :func:`kernels_pallas.common.segment_numbers`.
+    """
+
+    lengths: Any = None
+    numbers: Any = None
+
+    @property
+    def given(self) -> tuple[bool, ...]:
+        """Which of them there are: what a kernel is told."""
+        return tuple(x is not None for x in self)
+
+    def inputs(self) -> list[jax.Array]:
+        """The first inputs of a kernel."""
+        return [x for x in self if x is not None]
+
+    def specs(self) -> list[pl.BlockSpec]:
+        """Block specs of :meth:`inputs`."""
+        of_batch = pl.BlockSpec((1,), lambda h, c, s, b: (b,))
+        found = [] if self.lengths is None else [of_batch]
+        if self.numbers is not None:
+            found.append(pl.BlockSpec((None, self.numbers.shape[1]), lambda h, c, s, b: (b, 0)))
+        return found
+
+    def limit(self, otherwise: int | None) -> Any:
+        """Inside a kernel: up to where v is read."""
+        return otherwise if self.lengths is None else self.lengths[0]
+
+    def last_begins(self, start: Any, count: Any, length: int) -> jax.Array:
+        """Inside a kernel: where the document of the last of rows [start, start + count) begins, counted from ``start``."""
+        return self.numbers[jnp.minimum(start + count, length) - 1] - 1 - start
+
+    def documents(self, start: Any, chunk: int, length: int) -> Documents | None:
+        """Inside a kernel: the documents of a chunk; None where all tokens are of one."""
+        if self.numbers is None:
+            return None
+        numbers = load_vector(self.numbers, start, chunk, length if length % chunk else None, 0)
+        return Documents(numbers - 1 - start, self.last_begins(start, chunk, length))
+
+
+def take_rows(refs: Iterator[Any], given: tuple[bool, ...]) -> Rows:
+    """The refs of :meth:`Rows.inputs`, taken from the front of ``refs``."""
+    return Rows(*(next(refs) if there else None for there in given))
 
 
 def token_spec(x: Any, heads: int, width: int | None = None) -> pl.BlockSpec:

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from kernels_pallas import dispatch
 from kernels_pallas.checks import check_bound, check_flag, check_normalizer, check_segments, check_sharding
-from kernels_pallas.common import match_varying_all, segment_numbers, target_platform, without_padding
-from kernels_pallas.lawcat_attention import xla
+from kernels_pallas.chunking import VANISHED
+from kernels_pallas.common import match_varying_all, segment_numbers, target_platform, valid_tokens
 from kernels_pallas.lawcat_attention.checks import check_layer
-from kernels_pallas.lawcat_attention.vjp import OP, LayerSpec, by_kernel, composed, next_conv_state
+from kernels_pallas.lawcat_attention.vjp import OP, LayerSpec, by_kernel, without_kernel
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -28,20 +28,28 @@ def kernel_for(
     *,
     normalize: bool = True,
     gate_lower_bound: float | None = -1.25,
+    lengths: bool = False,
+    segments: bool = False,
     implementation: str | None = None,
 ) -> str | None:
-    """The name of the implementation whose layer kernels ``lawcat_attention`` uses for these arrays without ``lengths``.
+    """The name of the implementation whose layer kernels ``lawcat_attention`` uses for these arrays.
+
+    ``lengths``, ``segments``: whether the call has ``lengths``, ``segment_ids``.
 
     None: the op is composed of its parts, with the implementation that ``kernels_pallas.implementation_for`` chooses for
     gated_linear_attention. Arrays may be ShapeDtypeStructs. Raises ValueError for an unknown name.
     """
     implementation = dispatch.requested(implementation)
     call = (q, k, v, gate_logits, conv_q, conv_k, phi)
-    options = {"normalize": normalize, "gate_lower_bound": gate_lower_bound}
+    options = {"normalize": normalize, "gate_lower_bound": gate_lower_bound, "lengths": lengths, "segments": segments}
     platform = target_platform(q, k, v, gate_logits)
+
+    def reason(name: str) -> str | None:
+        return dispatch.refusal(OP, name, platform, *call, **options)
+
     if implementation is None:
-        return dispatch.first_that_serves(OP, platform, *call, **options)
-    return implementation if dispatch.refusal(OP, implementation, platform, *call, **options) is None else None
+        return dispatch.first_that_serves(platform, reason)
+    return implementation if reason(implementation) is None else None
 
 
 def lawcat_attention(
@@ -86,9 +94,9 @@ def lawcat_attention(
         gated_linear_attention.
       zero_padding: False leaves the output at padding finite but meaningless, for callers that mask later. That saves a
         pass over the output and one over its gradient.
-      implementation: as in gated_linear_attention. Without ``lengths`` and ``segment_ids``, a Pallas name and None take the backend's
-        kernels for the whole layer where it has them for the case (:func:`kernel_for`); otherwise the parts run one
-        after another, with gated_linear_attention's choice.
+      implementation: as in gated_linear_attention. A Pallas name and None take the backend's kernels for the whole layer
+        where it has them for the case (:func:`kernel_for`); otherwise the parts run one after another, with
+        gated_linear_attention's choice.
 
     Returns:
       o in v.dtype, the state after the last valid token, and conv_state: the last W - 1 valid rows of q and of k. Works
@@ -109,19 +117,26 @@ def lawcat_attention(
     conv_state = None if conv_state is None else (conv_state[0], conv_state[1])
     arrays = (q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state)
     bound = None if gate_lower_bound is None else float(gate_lower_bound)
-    spec = LayerSpec(implementation, bool(normalize), float(gate_normalizer), bound)
+    spec = LayerSpec(implementation, bool(normalize), float(gate_normalizer), bound, bool(zero_padding))
 
+    valid = numbers = None
+    if lengths is not None:
+        lengths = jnp.clip(lengths.astype(jnp.int32), 0, q.shape[1])
+        valid = valid_tokens(lengths, q.shape[1])
     if segment_ids is not None:
         check_segments(segment_ids, *q.shape[:2])
-    if lengths is None and segment_ids is None:
-        options = {"normalize": normalize, "gate_lower_bound": bound, "implementation": implementation}
-        kernel = kernel_for(*arrays[:7], **options)
-        if kernel is not None:
-            return by_kernel(spec._replace(implementation=kernel), *match_varying_all(*arrays))
-    valid = None if lengths is None else xla.valid_tokens(lengths, q.shape[1])
-    q, k, v, gate_logits = without_padding(valid, *arrays[:4])
-    numbers = None if segment_ids is None else segment_numbers(segment_ids, valid)
-    o, state = composed(spec, q, k, v, gate_logits, *arrays[4:], valid, numbers)
-    if valid is not None and zero_padding:
-        o = jnp.where(valid[:, :, None, None], o, 0)
-    return o, state, next_conv_state(q, k, conv_q, conv_state, lengths, numbers)
+        numbers = segment_numbers(segment_ids, valid)
+    kernel = kernel_for(
+        *arrays[:7],
+        normalize=normalize,
+        gate_lower_bound=bound,
+        lengths=lengths is not None,
+        segments=numbers is not None,
+        implementation=implementation,
+    )
+    if kernel is not None:
+        # Gates of -inf would become NaN in the products that sum gates.
+        floor = VANISHED if bound is None else max(bound, VANISHED)
+        spec = spec._replace(implementation=kernel, lower_bound=floor)
+        return by_kernel(spec, *match_varying_all(*arrays, lengths, numbers))
+    return without_kernel(spec, *arrays, lengths, numbers)

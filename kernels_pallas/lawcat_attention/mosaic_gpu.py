@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from kernels_pallas.common import LOG2E, fold_vmap
+from kernels_pallas.common import LOG2E, fold_vmap, valid_tokens, without_padding
 from kernels_pallas.gated_linear_attention import mosaic_gpu as gla
 from kernels_pallas.gated_linear_attention.mosaic_gpu_tiles import (
     CHUNK,
@@ -30,12 +30,14 @@ from kernels_pallas.gated_linear_attention.mosaic_gpu_tiles import (
     bf16,
     f32,
     indices,
+    keep_rows,
     launch,
     operand,
     over_columns,
     over_rows,
     padded,
     products,
+    to_whole_chunks,
 )
 from kernels_pallas.lawcat_attention import triton, xla
 
@@ -50,10 +52,21 @@ SLOTS = 2
 
 
 def supports(
-    q, k, v, gate_logits, conv_q, conv_k, phi, *, normalize: bool, gate_lower_bound: float | None
+    q,
+    k,
+    v,
+    gate_logits,
+    conv_q,
+    conv_k,
+    phi,
+    *,
+    normalize: bool,
+    gate_lower_bound: float | None,
+    lengths: bool = False,
+    segments: bool = False,
 ) -> str | None:
     """Why these kernels cannot run these arguments (the end of a sentence), or None."""
-    options = {"normalize": normalize, "gate_lower_bound": gate_lower_bound}
+    options = {"normalize": normalize, "gate_lower_bound": gate_lower_bound, "lengths": lengths, "segments": segments}
     reason = triton.supports(q, k, v, gate_logits, conv_q, conv_k, phi, **options)
     if reason is not None:
         return reason
@@ -68,11 +81,24 @@ def supports(
     )
 
 
-def _features_kernel(*refs, tiles: int, count: int, taps: int, blocks: int, half: int, groups: int):
+def _features_kernel(
+    *refs,
+    tiles: int,
+    count: int,
+    taps: int,
+    blocks: int,
+    half: int,
+    groups: int,
+    has_lengths: bool,
+    has_numbers: bool,
+):
     """One warpgroup for q and one for k of a head. ``blocks`` of 64 channels; a program takes ``tiles`` of the ``count`` tiles;
-    query head h reads head h // groups of k."""
+    query head h reads head h // groups of k. Rows from each sequence's length on, if there are lengths, become zeros, and
+    convolutions stay within documents, if there are numbers."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    lengths_ref, *refs = refs if has_lengths else (None, *refs)
+    numbers_ref, *refs = refs if has_numbers else (None, *refs)
     phi_ref = refs[0]
     inputs = (refs[1:4], refs[4:7])
     outputs = refs[7:9]
@@ -124,8 +150,17 @@ def _features_kernel(*refs, tiles: int, count: int, taps: int, blocks: int, half
 
         @pl.loop(0, steps)
         def _(i):
-            slot = slot_of(i)
+            slot, start = slot_of(i), (first + i) * CHUNK
+            begins = None
+            if numbers_ref is not None:  # where each row's document begins, as a row of the tile
+                numbers = plgpu.load(numbers_ref.at[b, pl.ds(start, CHUNK)], layout=tile.reduce(1), optimized=False)
+                # conv_state comes before the document of number 0.
+                begins = over_columns(jnp.where(numbers == 0, -HALO, numbers - 1 - start))
             plgpu.barrier_wait(loaded.at[side * SLOTS + slot])
+            valid = None if lengths_ref is None else lengths_ref[b] - start
+            if valid is not None:  # the products that shift rows would spread what padding holds
+                for p in range(blocks):
+                    keep_rows(x_s.at[side, slot, p], 0, valid)
 
             def tap(t, p):
                 return over_rows(plgpu.load(w_s.at[side, t, pl.ds(WIDTH * p, WIDTH)], layout=tile.reduce(0)))
@@ -143,6 +178,8 @@ def _features_kernel(*refs, tiles: int, count: int, taps: int, blocks: int, half
                 for start in range(0, taps - 1, together):
                     which = range(start, min(start + together, taps - 1))
                     for t, x in zip(which, products(*(shifted(t, p) for t in which)), strict=True):
+                        if begins is not None:
+                            x = jnp.where(indices(CHUNK, WIDTH)[0] - (taps - 1 - t) >= begins, x, 0.0)
                         u += x * tap(t, p)
                 us.append(u.astype(bf16))
 
@@ -153,7 +190,10 @@ def _features_kernel(*refs, tiles: int, count: int, taps: int, blocks: int, half
             for ref, x in zip(staged, (s, -s), strict=True):
                 e = jnp.exp2(x - over_columns(jnp.max(x, axis=1), half))
                 inverse = over_columns(1.0 / jnp.sum(e, axis=1), half)
-                ref[...] = jnp.maximum(e * inverse, xla.FEATURE_FLOOR).astype(bf16)
+                e = jnp.maximum(e * inverse, xla.FEATURE_FLOOR)
+                if valid is not None:
+                    e = jnp.where(indices(CHUNK, half)[0] < valid, e, 0.0)
+                ref[...] = e.astype(bf16)
             plgpu.commit_smem()
             rows = pl.ds((first + i) * CHUNK, CHUNK)
             for n, ref in enumerate(staged):
@@ -174,12 +214,30 @@ def _carry(x: jax.Array, tail: jax.Array | None) -> jax.Array:
     return jnp.pad(tail.astype(x.dtype), ((0, 0), (HALO - tail.shape[1], 0), (0, 0), (0, 0)))
 
 
-def features(q, k, conv_q, conv_k, phi, conv_state) -> tuple[jax.Array, jax.Array]:
-    """phi(q), phi(k) [B, T, H, K] bfloat16."""
-    return fold_vmap(_launch, shared=(2, 3, 4))(q, k, conv_q, conv_k, phi, conv_state)
+def features(
+    q,
+    k,
+    gate_logits,
+    conv_q,
+    conv_k,
+    phi,
+    conv_state,
+    *,
+    gate_normalizer: float,
+    gate_lower_bound: float | None,
+    lengths,
+    numbers,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See ``kernels_pallas.contract.LayerFeatures``: bfloat16, and float32 gates that are not bounded."""
+    del gate_lower_bound
+    numbers = None if numbers is None else to_whole_chunks(numbers, 1)
+    q, k = fold_vmap(_launch, shared=(2, 3, 4))(q, k, conv_q, conv_k, phi, conv_state, lengths, numbers)
+    valid = None if lengths is None else valid_tokens(lengths, q.shape[1])
+    (log_g,) = without_padding(valid, xla.log_gate(gate_logits, gate_normalizer))
+    return q, k, log_g
 
 
-def _launch(q, k, conv_q, conv_k, phi, conv_state):
+def _launch(q, k, conv_q, conv_k, phi, conv_state, lengths, numbers):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     batch, length, heads, width = q.shape
@@ -190,7 +248,7 @@ def _launch(q, k, conv_q, conv_k, phi, conv_state):
     count, blocks = -(-length // CHUNK), width // WIDTH
     tiles = min(TILES, count)
 
-    inputs = [phi.astype(bf16)]
+    inputs = [*(x for x in (lengths, numbers) if x is not None), phi.astype(bf16)]
     for x, carry, w in zip((q, k), carries, (conv_q, conv_k), strict=True):
         inputs += [x, carry, w.astype(f32)]
     body = functools.partial(
@@ -201,6 +259,8 @@ def _launch(q, k, conv_q, conv_k, phi, conv_state):
         blocks=blocks,
         half=half,
         groups=heads // k.shape[2],
+        has_lengths=lengths is not None,
+        has_numbers=numbers is not None,
     )
     scratch = [
         operand(blocks, WIDTH, half),
@@ -231,14 +291,16 @@ def forward(
     normalize: bool,
     gate_normalizer: float,
     gate_lower_bound: float | None,
+    lengths,
+    numbers,
 ) -> Any:
     """See ``kernels_pallas.contract.Layer``. T = 1 takes ``triton``'s decoding kernel."""
+    front = {"gate_normalizer": gate_normalizer, "gate_lower_bound": gate_lower_bound}
+    known = {"lengths": lengths, "numbers": numbers}
     if q.shape[1] == 1:
-        options = {"normalize": normalize, "gate_normalizer": gate_normalizer, "gate_lower_bound": gate_lower_bound}
-        return triton.forward(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, **options)
-    log_g = xla.log_gate(gate_logits, gate_normalizer)
-    q, k = features(q, k, conv_q, conv_k, phi, conv_state)
-    o, state, _ = gla.forward(
-        q, k, v, log_g, initial_state, normalize=normalize, lower_bound=gate_lower_bound, save_residuals=False
-    )
+        state = (initial_state, conv_state)
+        return triton.forward(q, k, v, gate_logits, conv_q, conv_k, phi, *state, normalize=normalize, **front, **known)
+    q, k, log_g = features(q, k, gate_logits, conv_q, conv_k, phi, conv_state, **front, **known)
+    options = {"normalize": normalize, "lower_bound": gate_lower_bound, "save_residuals": False}
+    o, state, _ = gla.forward(q, k, v, log_g, initial_state, **options, **known)
     return o, state

@@ -68,13 +68,29 @@ class KernelSpec(NamedTuple):
     normalize: bool
     has_state: bool
     has_tails: bool
+    has_lengths: bool
 
 
 def supports(
-    q, k, v, gate_logits, conv_q, conv_k, phi, *, normalize: bool, gate_lower_bound: float | None
+    q,
+    k,
+    v,
+    gate_logits,
+    conv_q,
+    conv_k,
+    phi,
+    *,
+    normalize: bool,
+    gate_lower_bound: float | None,
+    lengths: bool = False,
+    segments: bool = False,
 ) -> str | None:
     """Why these kernels cannot run these arguments (the end of a sentence), or None."""
     del conv_k, normalize
+    if segments:
+        return "the convolution of the kernel crosses documents (segment_ids)"
+    if q.shape[1] == 1 and lengths:
+        return "the kernel of one token takes no lengths"
     features, width = 2 * phi.shape[-1], q.shape[-1]
     if conv_q.shape[1] - 1 > HALO:
         return f"the convolutions may have {HALO + 1} taps, got {conv_q.shape[1]}"
@@ -126,8 +142,9 @@ def _move_halo(tails: Any, rows_ref: Any, heads: list[list[int]], plan: Plan) ->
     rows_ref[:, :HALO] = rows_ref[:, plan.chunk :]
 
 
-def _load_rows(block_ref: Any, rows_ref: Any, tile: int, heads: list[int], valid: Any, plan: Plan) -> None:
-    rows_ref[tile, HALO:] = clean(spread_lanes(block_ref[0], heads, plan), valid).astype(f32)
+def _load_rows(block_ref: Any, rows_ref: Any, tile: int, heads: list[int], plan: Plan) -> None:
+    # Rows of padding may hold anything: convolution, scores and softmaxes bring it to no row before them.
+    rows_ref[tile, HALO:] = spread_lanes(block_ref[0], heads, plan).astype(f32)
 
 
 def _convolved(rows_ref: Any, tile: int, w_ref: Any, lanes: slice, plan: Plan, spec: KernelSpec) -> jax.Array:
@@ -141,12 +158,14 @@ def _prefill_kernel(*refs, plan: Plan, spec: KernelSpec) -> None:
     q_ref, k_ref, v_ref, a_ref, m_ref, wq_ref, wk_ref, phi_ref = refs[:8]
     o_ref, S_ref, z_ref, q_rows, k_rows, scores_ref = refs[-6:]
     given = refs[8:-6]
+    lengths_ref = given.pop(0) if spec.has_lengths else None
     tails = [given.pop(0) for _ in range(2)] if spec.has_tails else [None, None]
     gla.start_state(given, (S_ref, z_ref), spec.has_state)
 
     chunk, half = pl.program_id(2), spec.half
     # Features and gates of zero rows are not zero.
-    valid = valid_rows(plan, chunk, neutral_padding=False)
+    length = None if lengths_ref is None else lengths_ref[0, :, :1]
+    valid = valid_rows(plan, chunk, neutral_padding=False, length=length)
     keys = _key_heads(plan)
     key_of = [keys.index(tile_heads(plan, tile, plan.v_group)) for tile in range(plan.tiles)]
     queries = [tile_heads(plan, tile, 1) for tile in range(plan.tiles)]
@@ -156,9 +175,9 @@ def _prefill_kernel(*refs, plan: Plan, spec: KernelSpec) -> None:
     for tile in range(plan.tiles):
         lanes = slice(tile * plan.lanes, (tile + 1) * plan.lanes)
         key = key_of[tile]
-        _load_rows(q_ref, q_rows, tile, queries[tile], valid, plan)
+        _load_rows(q_ref, q_rows, tile, queries[tile], plan)
         if key not in key_of[:tile]:
-            _load_rows(k_ref, k_rows, key, keys[key], valid, plan)
+            _load_rows(k_ref, k_rows, key, keys[key], plan)
         for i, (rows, at, w_ref) in enumerate(((q_rows, tile, wq_ref), (k_rows, key, wk_ref))):
             scores = dot(_convolved(rows, at, w_ref, lanes, plan, spec), phi_ref[tile], "nn")
             scores_ref[i, tile] = scores
@@ -168,19 +187,32 @@ def _prefill_kernel(*refs, plan: Plan, spec: KernelSpec) -> None:
 
     assert peak is not None  # a program has at least one tile
 
-    @pl.when(jnp.max(peak) > LARGEST_SCORE)
+    # Not "above": what padding holds may be NaN.
+    @pl.when(jnp.logical_not(jnp.max(peak) <= LARGEST_SCORE))
     def _():
-        def subtract(tile, _):
+        def of_valid_rows(tile, top):
             for i in range(2):
-                scores_ref[i, tile] = below_peak(scores_ref[i, tile], half)
+                top = jnp.maximum(top, jnp.max(clean(scores_ref[i, tile], valid), axis=0, keepdims=True))
+            return top
 
-        lax.fori_loop(0, plan.tiles, subtract, None)
+        # What padding holds must not decide how the others are rounded.
+        top = lax.fori_loop(0, plan.tiles, of_valid_rows, jnp.zeros((1, plan.lanes), f32))
+
+        @pl.when(jnp.max(top) > LARGEST_SCORE)
+        def _():
+            def subtract(tile, _):
+                for i in range(2):
+                    scores_ref[i, tile] = below_peak(scores_ref[i, tile], half)
+
+            lax.fori_loop(0, plan.tiles, subtract, None)
 
     ones = softmax_ones(plan.lanes, half, plan.dtype)
     gates = log_gates(a_ref[0].astype(f32), spec.gate_normalizer, spec.bound, plan.dtype)
     shared = TileInputs(valid, clean(v_ref[0], valid), clean(gates, valid), m_ref, {})
     for tile in range(plan.tiles):
         q, k = (softmaxes(scores_ref[i, tile], half, ones, plan.dtype) for i in range(2))
+        if length is not None:  # then the outputs of padding are zero
+            q = clean(q, valid)
         gla.attend_tile(tile, q, clean(k, valid), shared, o_ref, S_ref, z_ref, plan, spec.normalize)
 
 
@@ -225,8 +257,11 @@ def forward(
     normalize: bool,
     gate_normalizer: float,
     gate_lower_bound: float | None,
+    lengths,
+    numbers,
 ) -> Any:
     """See ``kernels_pallas.contract.Layer``: (o, (S, z)). T = 1 takes the decoding kernel."""
+    assert numbers is None  # supports() has refused them
     spec = KernelSpec(
         half=phi.shape[-1],
         taps=conv_q.shape[1],
@@ -235,6 +270,7 @@ def forward(
         normalize=normalize,
         has_state=initial_state is not None,
         has_tails=conv_state is not None,
+        has_lengths=lengths is not None,
     )
     if q.shape[1] == 1:
         return _decode(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, spec)
@@ -246,6 +282,10 @@ def forward(
     taps = pl.BlockSpec((inputs[5].shape[0], plan.heads_block * plan.width), lambda b, h, t: (0, h))
     matrices = pl.BlockSpec((plan.tiles, plan.lanes, plan.lanes), lambda b, h, t: (h, 0, 0))
     in_specs = [sp.row, sp.v, sp.v, sp.gate, sp.matrices, taps, taps, matrices]
+    if lengths is not None:
+        # As a vector: scalars in SMEM would cost vmap over the batch.
+        inputs.append(jnp.broadcast_to(lengths[:, None, None], (plan.batch, 1, LANES)))
+        in_specs.append(pl.BlockSpec((1, 1, LANES), lambda b, h, t: (b, 0, 0)))
     if conv_state is not None:
         inputs += _tails(conv_state, plan)
         for row in (sp.row, sp.v):

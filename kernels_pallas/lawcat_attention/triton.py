@@ -22,14 +22,17 @@ from kernels_pallas.common import interpret_mode, out_struct
 from kernels_pallas.gated_linear_attention import block_sizes
 from kernels_pallas.gated_linear_attention import triton as gla
 from kernels_pallas.gated_linear_attention.triton_tiles import (
+    Rows,
     compiler_params,
     dot,
     f32,
     feature_blocks,
     iota,
     load_rows,
+    load_vector,
     round_to,
     store_rows,
+    take_rows,
     token_spec,
 )
 from kernels_pallas.lawcat_attention.triton_decode import decode
@@ -37,10 +40,23 @@ from kernels_pallas.lawcat_attention.triton_tiles import FrontSpec, log_gates, s
 
 
 def supports(
-    q, k, v, gate_logits, conv_q, conv_k, phi, *, normalize: bool, gate_lower_bound: float | None
+    q,
+    k,
+    v,
+    gate_logits,
+    conv_q,
+    conv_k,
+    phi,
+    *,
+    normalize: bool,
+    gate_lower_bound: float | None,
+    lengths: bool = False,
+    segments: bool = False,
 ) -> str | None:
     """Why these kernels cannot run these arguments (the end of a sentence), or None."""
     del k, gate_logits, conv_k
+    if q.shape[1] == 1 and (lengths or segments):
+        return "the kernel of one token takes neither lengths nor segment_ids"
     width, half = q.shape[-1], phi.shape[-1]
     if width & (width - 1) or not 16 <= width <= 256:
         return f"d must be a power of two from 16 to 256, got {width}"
@@ -74,59 +90,71 @@ def _multiply_add(x: jax.Array, w: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def convolved(
-    x_ref: Any, w_ref: Any, extra_ref: Any, start: Any, block: tuple[int, int], front: FrontSpec
+    x_ref: Any, w_ref: Any, extra_ref: Any, start: Any, block: tuple[int, int], front: FrontSpec, rows: Rows
 ) -> jax.Array:
     """Rows [start, start + C), channels ``block``, of the causal convolution of x [T, d] with taps w [W, d] (x's dtype).
 
-    Oldest token first, so that the rounding of the partial sums is that of the smaller terms. Rows before the sequence are
-    masked; ``extra`` [W - 1, d] float32 is what the rows before it (conv_state) add to the first W - 1 outputs.
+    Oldest token first, so that the rounding of the partial sums is that of the smaller terms. Rows before the sequence, before
+    the token's document and from its length on are masked; ``extra`` [W - 1, d] float32 is what the rows before the sequence
+    (conv_state) add to the first W - 1 outputs.
     """
     from jax.experimental.pallas import triton as plgpu
 
     at, n = block
-    taps, length, limit = w_ref.shape[0], front.length, front.limit
+    taps, length, limit = w_ref.shape[0], front.length, rows.limit(front.limit)
     shape = (front.chunk, n)
-    rows, columns = start + iota(shape, 0), at + iota(shape, 1)
+    index, columns = start + iota(shape, 0), at + iota(shape, 1)
+    numbers = None if rows.numbers is None else load_vector(rows.numbers, start, front.chunk, front.limit, 0)
     y = jnp.zeros(shape, x_ref.dtype)
     for j in range(taps):
         w = jnp.broadcast_to(w_ref[j, pl.ds(at, n)][None, :], shape)
         if j == taps - 1:
             x = load_rows(x_ref, start, shape[0], limit, block)
         else:
-            shifted = rows - (taps - 1 - j)
-            inside = shifted >= 0 if limit is None else (shifted >= 0) & (shifted < length)
+            back = taps - 1 - j
+            shifted = index - back
+            inside = shifted >= 0 if limit is None else (shifted >= 0) & (shifted < limit)
             # Index arrays, not a slice: the interpreter has no slices that begin before row 0.
             clipped = jnp.clip(shifted, 0, length - 1) if interpret_mode() else shifted
             x = plgpu.load(x_ref.at[clipped, columns], mask=inside, other=0.0)
+            if numbers is not None:  # selected after the load, which then waits for nothing
+                x = jnp.where(shifted >= numbers[:, None] - 1, x, jnp.zeros_like(x))
         y = _multiply_add(x, w, y)
     if front.carried:
-        kept = jnp.minimum(rows, taps - 2)
-        extra = plgpu.load(extra_ref.at[kept, columns], mask=rows < taps - 1, other=0.0)
+        kept = jnp.minimum(index, taps - 2)
+        extra = plgpu.load(extra_ref.at[kept, columns], mask=index < taps - 1, other=0.0)
+        if numbers is not None:
+            extra = jnp.where((numbers == 0)[:, None], extra, 0.0)
         y = round_to(y.astype(f32) + extra, y.dtype)
     return y
 
 
-def _features_kernel(*refs, front: FrontSpec, group: int):
+def _features_kernel(*refs, front: FrontSpec, group: int, given_rows: tuple[bool, ...]):
     """max([softmax(u phi) ; softmax(-u phi)], 1e-12) of a tile of q and of k, and once a group the gates."""
     refs = iter(refs)
+    rows = take_rows(refs, given_rows)
     q_ref, k_ref, a_ref, wq_ref, wk_ref, phi_ref = (next(refs) for _ in range(6))
     extra = (next(refs), next(refs)) if front.carried else (None, None)
     q_out, k_out, g_out = refs
     start, limit, half = pl.program_id(2) * front.chunk, front.limit, phi_ref.shape[1]
 
+    def store(out: Any, x: jax.Array, block: tuple[int, int]) -> None:
+        if rows.lengths is not None:
+            x = jnp.where(start + iota(x.shape, 0) < rows.lengths[0], x, 0.0)
+        store_rows(out, start, x, limit, block)
+
     for x_ref, w_ref, extra_ref, out in ((k_ref, wk_ref, extra[1], k_out), (q_ref, wq_ref, extra[0], q_out)):
         s = jnp.zeros((front.chunk, half), f32)
         for at, n in feature_blocks(x_ref.shape[1]):
-            u = convolved(x_ref, w_ref, extra_ref, start, (at, n), front)
+            u = convolved(x_ref, w_ref, extra_ref, start, (at, n), front, rows)
             s += dot(u, phi_ref[pl.ds(at, n), :])
-        store_rows(out, start, softmax(s, 1), limit, (0, half))
-        store_rows(out, start, softmax(-s, 1), limit, (half, half))
+        store(out, softmax(s, 1), (0, half))
+        store(out, softmax(-s, 1), (half, half))
 
     @pl.when(lax.rem(pl.program_id(0), jnp.int32(group)) == 0)
     def _():
         for block in feature_blocks(a_ref.shape[1]):
-            g = log_gates(load_rows(a_ref, start, front.chunk, limit, block), front)
-            store_rows(g_out, start, g, limit, block)
+            store(g_out, log_gates(load_rows(a_ref, start, front.chunk, limit, block), front), block)
 
 
 def conv_carry(tail: jax.Array, w: jax.Array) -> jax.Array:
@@ -148,19 +176,31 @@ def _head_spec(x: Any) -> pl.BlockSpec:
 
 
 def features(
-    q, k, gate_logits, conv_q, conv_k, phi, conv_state, gate_normalizer: float, bound: float | None
+    q,
+    k,
+    gate_logits,
+    conv_q,
+    conv_k,
+    phi,
+    conv_state,
+    *,
+    gate_normalizer: float,
+    gate_lower_bound: float | None,
+    lengths,
+    numbers,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """phi(q), phi(k) [B, T, H, K] and log_g [B, T, Hkv, K] in q's dtype, the gates bounded: what the gated linear
-    attention takes."""
+    """See ``kernels_pallas.contract.LayerFeatures``; all in q's dtype, the gates bounded."""
     batch, length, heads, _ = q.shape
     kv_heads, half = k.shape[2], phi.shape[-1]
     sizes = block_sizes.lookup("features", q.dtype, 2 * half, q.shape[-1])
     chunk = min(sizes.chunk, max(16, 1 << (length - 1).bit_length()))
-    front = FrontSpec(chunk, length, gate_normalizer, bound, conv_state is not None)
+    front = FrontSpec(chunk, length, gate_normalizer, gate_lower_bound, conv_state is not None)
+    rows = Rows(lengths, numbers)
     carry = () if conv_state is None else (conv_carry(conv_state[0], conv_q), conv_carry(conv_state[1], conv_k))
-    inputs = [q, k, gate_logits, *(x.astype(q.dtype) for x in (conv_q, conv_k, phi)), *carry]
+    inputs = [*rows.inputs(), q, k, gate_logits, *(x.astype(q.dtype) for x in (conv_q, conv_k, phi)), *carry]
 
     specs = [
+        *rows.specs(),
         *(token_spec(x, heads) for x in (q, k, gate_logits)),
         _head_spec(conv_q),
         _head_spec(conv_k),
@@ -170,7 +210,7 @@ def features(
     shapes = ((batch, length, heads, 2 * half), (batch, length, heads, 2 * half), (batch, length, kv_heads, 2 * half))
     out_shape = [out_struct(shape, q.dtype, *inputs) for shape in shapes]
     return pl.pallas_call(
-        functools.partial(_features_kernel, front=front, group=heads // kv_heads),
+        functools.partial(_features_kernel, front=front, group=heads // kv_heads, given_rows=rows.given),
         grid=(heads, 1, -(-length // chunk), batch),
         in_specs=specs,
         out_specs=[token_spec(x, heads) for x in out_shape],
@@ -195,6 +235,8 @@ def forward(
     normalize: bool,
     gate_normalizer: float,
     gate_lower_bound: float | None,
+    lengths,
+    numbers,
 ) -> Any:
     """See ``kernels_pallas.contract.Layer``: (o, (S, z)). T = 1 takes the decoding kernel, which returns the new
     conv_state as well."""
@@ -213,8 +255,9 @@ def forward(
             gate_normalizer=gate_normalizer,
             gate_lower_bound=gate_lower_bound,
         )
-    q, k, log_g = features(q, k, gate_logits, conv_q, conv_k, phi, conv_state, gate_normalizer, gate_lower_bound)
-    o, state, _ = gla.forward(
-        q, k, v, log_g, initial_state, normalize=normalize, lower_bound=gate_lower_bound, save_residuals=False
-    )
+    front = {"gate_normalizer": gate_normalizer, "gate_lower_bound": gate_lower_bound}
+    known = {"lengths": lengths, "numbers": numbers}
+    q, k, log_g = features(q, k, gate_logits, conv_q, conv_k, phi, conv_state, **front, **known)
+    options = {"normalize": normalize, "lower_bound": gate_lower_bound, "save_residuals": False}
+    o, state, _ = gla.forward(q, k, v, log_g, initial_state, **options, **known)
     return o, state

@@ -104,26 +104,80 @@ def gla(
 
 
 def lawcat_attention(
-    q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, bound=-1.25, gate_normalizer=16.0
+    q,
+    k,
+    v,
+    gate_logits,
+    conv_q,
+    conv_k,
+    phi,
+    initial_state,
+    conv_state,
+    bound=-1.25,
+    gate_normalizer=16.0,
+    cotangents: Sequence[np.ndarray] | None = None,
 ):
-    """(o, S, z) of LAWCAT attention; arguments as ``kernels_pallas.lawcat_attention`` takes them, all of them given."""
+    """(o, S, z) of LAWCAT attention; arguments as ``kernels_pallas.lawcat_attention`` takes them, all of them given.
+
+    With ``cotangents`` (do, dS, dz, those of the last rows of q and of k) a dict instead: o, S, z, and the gradient of every
+    array as d + its name ("dS0", "dz0" for the state, "drows_q", "drows_k" for conv_state).
+    """
     q, k, v, gate_logits, conv_q, conv_k, phi = (
         np.asarray(x, np.float64) for x in (q, k, v, gate_logits, conv_q, conv_k, phi)
     )
-    group = q.shape[2] // k.shape[2]
+    kv_heads, group, taps, length = k.shape[2], q.shape[2] // k.shape[2], conv_q.shape[1], q.shape[1]
     tails = [np.asarray(x, np.float64) for x in conv_state]
     k, tails[1], v, gate_logits = (np.repeat(x, group, axis=2) for x in (k, tails[1], v, gate_logits))
+    rows = [np.concatenate([tail, x], axis=1) for tail, x in zip(tails, (q, k), strict=True)]
 
-    def features(x, tail, taps):
-        rows = np.concatenate([tail, x], axis=1)
-        u = sum(taps[None, None, :, j] * rows[:, j : j + x.shape[1]] for j in range(taps.shape[1]))
+    def features(x, w):
+        u = sum(w[None, None, :, j] * x[:, j : j + length] for j in range(taps))
         s = np.einsum("bthd,hdf->bthf", u, phi)
         e, f = np.exp(s - s.max(-1, keepdims=True)), np.exp(s.min(-1, keepdims=True) - s)
-        return np.maximum(np.concatenate([e / e.sum(-1, keepdims=True), f / f.sum(-1, keepdims=True)], -1), 1e-12)
+        return u, (e / e.sum(-1, keepdims=True), f / f.sum(-1, keepdims=True))
 
+    (u_q, p_q), (u_k, p_k) = features(rows[0], conv_q), features(rows[1], conv_k)
+    floor = 1e-12
+    found = [np.maximum(np.concatenate(p, -1), floor) for p in (p_q, p_k)]
     log_g = -np.logaddexp(0, -gate_logits) / gate_normalizer
-    out = gla(features(q, tails[0], conv_q), features(k, tails[1], conv_k), v, log_g, initial_state, bound=bound)
-    return out["o"], out["S"], out["z"]
+    gates = None if cotangents is None else cotangents[:3]
+    out = gla(*found, v, log_g, initial_state, bound=bound, cotangents=gates)
+    if cotangents is None:
+        return out["o"], out["S"], out["z"]
+
+    def back(d, x, u, p, w):
+        """Cotangents of (rows before and of x, w, phi) from that of the features."""
+        d = np.where(np.concatenate(p, -1) > floor, d, 0.0)
+        plus, minus = (
+            y * (part - np.sum(y * part, -1, keepdims=True)) for y, part in zip(p, np.split(d, 2, -1), strict=True)
+        )
+        du = np.einsum("bthf,hdf->bthd", plus - minus, phi)
+        dx = np.zeros_like(x)
+        for j in range(taps):
+            dx[:, j : j + length] += w[None, None, :, j] * du
+        dw = np.stack([np.einsum("bthd,bthd->hd", du, x[:, j : j + length]) for j in range(taps)], 1)
+        return dx, dw, np.einsum("bthd,bthf->hdf", u, plus - minus)
+
+    def group_sum(x):
+        return x.reshape(*x.shape[:2], kv_heads, group, x.shape[3]).sum(3)
+
+    dx_q, dconv_q, dphi_q = back(out["dq"], rows[0], u_q, p_q, conv_q)
+    dx_k, dconv_k, dphi_k = back(out["dk"], rows[1], u_k, p_k, conv_k)
+    dx_k = group_sum(dx_k)
+    for dx, last in zip((dx_q, dx_k), cotangents[3:], strict=True):
+        dx[:, length:] += last
+    return {
+        **{name: out[name] for name in ("o", "S", "z", "dS0", "dz0")},
+        "dq": dx_q[:, taps - 1 :],
+        "dk": dx_k[:, taps - 1 :],
+        "dv": group_sum(out["dv"]),
+        "dgate_logits": group_sum(out["dlog_g"] / (1 + np.exp(gate_logits)) / gate_normalizer),
+        "dconv_q": dconv_q,
+        "dconv_k": dconv_k,
+        "dphi": dphi_q + dphi_k,
+        "drows_q": dx_q[:, : taps - 1],
+        "drows_k": dx_k[:, : taps - 1],
+    }
 
 
 def error(got, want) -> float:

@@ -12,6 +12,9 @@ CASES = (
     ("d=32 float32", 4, 2, 32, "float32"),
 )
 
+LAYER_CALLS = {"prefill": {}, "padded": {"lengths": True}, "packed and padded": {"lengths": True, "segments": True}}
+"""What calls of the layer may have beside their arrays."""
+
 
 def probe() -> dict[str, Any]:
     """Platform, local devices with their memory, kernels and warnings; {"error": one line} when jax finds no device."""
@@ -79,16 +82,18 @@ def kernels() -> list[dict[str, Any]]:
         rows.append({"operation": "decode_step", "case": case, "uses": used if has_decode else "xla", "not": reasons})
 
         taps, phi = of(jnp.float32, heads, 4, d), of(jnp.float32, heads, d, d // 2)
-        options = {"normalize": True, "gate_lower_bound": -1.25}
-        answers = {
-            name: dispatch.refusal(
-                "lawcat_attention", name, target_platform(), q, v, v, gates, taps, taps, phi, **options
-            )
-            for name in pallas
-        }
-        uses = next((name for name, why in answers.items() if why is None), f"xla around {used}")
-        reasons = {name: why for name, why in answers.items() if why is not None}
-        rows.append({"operation": "lawcat_attention (prefill)", "case": case, "uses": uses, "not": reasons})
+        for call, more in LAYER_CALLS.items():
+            options = {"normalize": True, "gate_lower_bound": -1.25, **more}
+            answers = {
+                name: dispatch.refusal(
+                    "lawcat_attention", name, target_platform(), q, v, v, gates, taps, taps, phi, **options
+                )
+                for name in pallas
+            }
+            around = implementation_for(q, q, v, gates, segments=more.get("segments", False))
+            uses = next((name for name, why in answers.items() if why is None), f"xla around {around}")
+            reasons = {name: why for name, why in answers.items() if why is not None}
+            rows.append({"operation": f"lawcat_attention ({call})", "case": case, "uses": uses, "not": reasons})
     rows.append({"operation": "causal_conv1d", "case": "all", "uses": "xla", "not": {}})
     return rows
 

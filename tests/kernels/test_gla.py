@@ -12,15 +12,18 @@ from kernels_pallas.gated_linear_attention import scan
 from kernels_pallas.testing import oracle
 from kernels_pallas.testing.cases import FLOAT32, expected, make_case, run_vjp
 
-from .base import GlaBackend, RequiredCases, SegmentCases, assert_close
+from .base import GlaBackend, LayerCases, RequiredCases, SegmentCases, assert_close
 
 
-class TestScan(GlaBackend, SegmentCases):
+class TestScan(GlaBackend, SegmentCases, LayerCases):
     implementation = "scan"
     K = V = 32
 
+    def test_padded_and_packed_layer(self):
+        self.check_layer(length=70, width=16, starts=[[0, 1, 2, 64], [0, 33]], lengths=[69, 0])
 
-class TestReference(GlaBackend, SegmentCases):
+
+class TestReference(GlaBackend, SegmentCases, LayerCases):
     # It computes in float32 whatever the inputs are, so one dtype says it all.
     implementation = "reference"
     dtypes = {"float32": FLOAT32}  # noqa: RUF012

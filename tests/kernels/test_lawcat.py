@@ -373,7 +373,10 @@ def test_a_traced_gate_normalizer_is_refused():
         jax.eval_shape(lambda x: kp.lawcat_attention(**make_inputs(), gate_normalizer=x), 16.0)
 
 
-def test_a_named_backend_without_unbounded_gates_refuses_segments():
+def test_a_named_backend_that_takes_documents_in_no_way_refuses_them(monkeypatch):
+    from kernels_pallas.gated_linear_attention import triton
+
+    monkeypatch.setattr(triton, "TAKES_SEGMENTS", False)
     case = make_case(heads=1)
-    with kp.interpret(), pytest.raises(ValueError, match=r"pallas_triton.*segment_ids need a backend"):
+    with kp.interpret(), pytest.raises(ValueError, match=r"pallas_triton.*segment_ids become gates without a bound"):
         kp.gated_linear_attention(*case.arrays, segment_ids=jnp.zeros((1, 65), int), implementation="pallas_triton")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from typing import ClassVar
 
 import jax
@@ -18,10 +19,12 @@ from kernels_pallas import chunking
 from kernels_pallas.gated_linear_attention import mosaic_gpu
 from kernels_pallas.lawcat_attention import mosaic_gpu as lawcat
 from kernels_pallas.lawcat_attention.xla import prepare
-from kernels_pallas.testing import cases, oracle
+from kernels_pallas.testing import cases, layer_cases, oracle
+from kernels_pallas.testing.layer_cases import segment_ids
 
 from . import base
 from .test_triton import lawcat_inputs
+from .test_triton_lowering import cuda_module, lawcat_arrays
 
 ON_GPU = jax.default_backend() == "gpu"
 supported = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic GPU's interpreter came with jax 0.11")
@@ -31,7 +34,7 @@ def interpreted():
     return contextlib.nullcontext() if ON_GPU else kp.interpret()
 
 
-def forward(case: cases.Case, save_residuals: bool = False):
+def forward(case: cases.Case, save_residuals: bool = False, lengths=None):
     run = functools.partial(
         mosaic_gpu.forward,
         normalize=case.options["normalize"],
@@ -39,7 +42,7 @@ def forward(case: cases.Case, save_residuals: bool = False):
         save_residuals=save_residuals,
     )
     with interpreted():
-        return jax.jit(run)(*case.arrays, case.state)
+        return jax.jit(lambda *x: run(*x, lengths=lengths))(*case.arrays, case.state)
 
 
 def make(name: str, **options) -> cases.Case:
@@ -78,15 +81,78 @@ def test_segments_equal_one_pass(monkeypatch, length, shortest, segments):
 
 
 @supported
-@pytest.mark.skipif(ON_GPU, reason="races are detected in the interpreter")
-@pytest.mark.parametrize("options", [{"heads": 2}, {"heads": 1, "K": 128}])
-def test_no_slot_is_loaded_again_while_it_is_read(monkeypatch, options):
+@pytest.mark.parametrize(
+    ("starts", "options"),
+    [
+        # Two heads a program and three segments of a head, with boundaries at and around their edges.
+        ([[0, 63, 64, 128, 129, 259], [0, 1, 2, 191, 192]], {"heads": 2, "value_heads": 1}),
+        ([[0, 100, 250]], {"heads": 1, "K": 128, "V": 128, "normalize": False, "state": False}),
+    ],
+)
+def test_documents(monkeypatch, starts, options):
+    monkeypatch.setattr(chunking, "MIN_SEGMENT", 64)
+    monkeypatch.setattr(mosaic_gpu, "PROGRAMS", 6)
+    case = make("bound", batch=len(starts), length=260, **options)
+    case.options["segment_ids"] = segment_ids(starts, 260)
+    assert mosaic_gpu.plan(case.arrays[0], case.arrays[2])[1].segments > 1
+    with interpreted():
+        got = cases.run_vjp.__wrapped__(
+            case.arrays, case.state, case.cotangents, **case.options, implementation="pallas_mosaic_gpu"
+        )
+    base.assert_close(got, cases.expected(case), cases.BFLOAT16)
+
+
+@pytest.fixture
+def races(monkeypatch):
+    """Lets the interpreter look for races; gives the function that says whether there were any."""
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter  # no public name yet
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     monkeypatch.setattr(plgpu, "InterpretGPUParams", functools.partial(plgpu.InterpretGPUParams, detect_races=True))
-    forward(make("gla", length=330, **options))
-    assert not interpreter.get_races().races_found
+    return lambda: interpreter.get_races().races_found
+
+
+@supported
+@pytest.mark.skipif(ON_GPU, reason="races are detected in the interpreter")
+@pytest.mark.parametrize("options", [{"heads": 2}, {"heads": 1, "K": 128, "V": 128}])
+@pytest.mark.parametrize("length", [None, 100])
+def test_no_slot_is_loaded_again_while_it_is_read(races, options, length):
+    forward(make("gla", length=330, **options), lengths=None if length is None else jnp.asarray([length]))
+    assert not races()
+
+
+@supported
+@pytest.mark.skipif(ON_GPU, reason="races are detected in the interpreter")
+@pytest.mark.parametrize("width", [64, 128])
+def test_no_tile_is_formed_while_it_is_masked(races, width):
+    case = layer_cases.make_case(length=330, width=width, lengths=[150], starts=[[0, 70, 140]], dtype=jnp.bfloat16)
+    with interpreted():
+        jax.jit(
+            lambda x: kp.lawcat_attention(
+                **x, lengths=case.lengths, segment_ids=case.segment_ids, implementation="pallas_mosaic_gpu"
+            )
+        )(case.arrays)
+    assert not races()
+
+
+@supported
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("d", [64, 128])
+def test_a_padded_layer_lowers(d, segments):
+    """For Hopper, on a machine without one: masks of rows, whole tiles and scalars included."""
+    known = (jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((1, 1000), jnp.int32) if segments else None)
+
+    def gradient(arrays, lengths, ids):
+        options = {"lengths": lengths, "segment_ids": ids, "implementation": "pallas_mosaic_gpu"}
+        out, pullback = jax.vjp(lambda x: kp.lawcat_attention(**x, **options), arrays)
+        return pullback(out)
+
+    text = cuda_module(gradient, lawcat_arrays(1, 1000, d), *known)
+    # Features twice, the states of segments, outputs, and the gradients of the chunks.
+    assert text.count("custom_call @mosaic_gpu") == 5
+    assert (
+        len(re.findall(r"custom_call @__gpu\$xla.gpu.triton", text)) == 5
+    )  # two sweeps, one of them twice, and what joins them
 
 
 @supported
@@ -102,11 +168,13 @@ def test_features(options):
     """Convolution and feature map of q and k, whatever comes before the sequence."""
     x = lawcat_inputs(**options)
     with interpreted():
-        got = jax.jit(lawcat.features)(*(x[n] for n in ("q", "k", "conv_q", "conv_k", "phi")), x.get("conv_state"))
+        front = {"gate_normalizer": 16.0, "gate_lower_bound": -1.25, "lengths": None, "numbers": None}
+        names = ("q", "k", "gate_logits", "conv_q", "conv_k", "phi")
+        got = jax.jit(functools.partial(lawcat.features, **front))(*(x[n] for n in names), x.get("conv_state"))
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), x)
     inputs = (wide[n] for n in ("q", "k", "gate_logits", "conv_q", "conv_k", "phi"))
     want = prepare(*inputs, wide.get("conv_state"), None, 16.0)
-    for a, b in zip(got, want[:2], strict=True):
+    for a, b in zip(got, want, strict=True):
         assert oracle.error(a.astype(jnp.float32), b) < 5e-3
 
 
@@ -125,7 +193,7 @@ def test_gradients_of_a_chunk():
 def test_residuals_are_what_the_backward_pass_takes():
     case = make("gla", length=70, heads=2)
     o, _, residuals = forward(case, save_residuals=True)
-    _, _, _, _, _, saved, den, segment = residuals
+    saved, den, segment, _ = residuals[5:]
     assert segment is None
     assert bool(jnp.array_equal(saved, o))
     assert den.shape == (1, 70, 2)
@@ -167,7 +235,7 @@ class TestMosaicGpuRequired(_MosaicGpu, base.RequiredCases):
 
 @supported
 @pytest.mark.slow
-class TestMosaicGpu(_MosaicGpu, base.GlaBackend):
+class TestMosaicGpu(_MosaicGpu, base.GlaBackend, base.SegmentCases, base.LayerCases):
     def test_shard_map_over_batch_and_heads(self):
         """Types only: the interpreter has one device's memory."""
         case = make("gla", batch=2, length=65, heads=4, value_heads=2, gate_heads=2)

@@ -11,7 +11,7 @@ import kernels_pallas as kp
 from kernels_pallas.gated_linear_attention import tpu, tpu_plan
 from kernels_pallas.testing.cases import BFLOAT16, REGIMES, expected, make_case, run_vjp
 
-from .base import GlaBackend, RequiredCases, SegmentCases, assert_close
+from .base import GlaBackend, LayerCases, RequiredCases, SegmentCases, assert_close
 
 REGIME = {r.name: r for r in REGIMES}
 
@@ -41,7 +41,7 @@ class TestTpu128(_Interpreted, GlaBackend):
 
 
 @pytest.mark.slow
-class TestTpuSegments(_Interpreted, SegmentCases):
+class TestTpuSegments(_Interpreted, SegmentCases, LayerCases):
     K = V = 64
 
 

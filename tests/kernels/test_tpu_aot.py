@@ -49,11 +49,18 @@ OTHERS = [
     (LLAMA, "gradient", 1000, -5.0, "bfloat16"),
     (LLAMA, "gradient", 1000, -1.25, "float32"),
     ((8, 2, 32), "gradient", 1000, -1.25, "bfloat16"),
+    # Documents of packed rows.
+    *((shape, "gradient", 4096, -1.25, "bfloat16", {"packed": True}) for shape in (LLAMA, MISTRAL)),
+    ((8, 2, 64), "gradient", 1000, -1.25, "float32", {"packed": True, "batch": 3}),
 ]
 CARRIED = {"carried": True}
+PADDED = {"padded": True, "batch": 3}
 LAWCAT = [
     *((shape, "prefill", 32768, -1.25, "bfloat16", options) for shape in (LLAMA, MISTRAL) for options in ({}, CARRIED)),
     *((shape, "decode", 1, -1.25, "bfloat16", {"batch": batch}) for shape in (LLAMA, MISTRAL) for batch in (11, 64)),
+    *((shape, "prefill", 4096, -1.25, "bfloat16", PADDED | CARRIED) for shape in (LLAMA, MISTRAL)),
+    ((32, 8, 64), "prefill", 1000, None, "bfloat16", PADDED),
+    ((4, 2, 32), "prefill", 17, -1.25, "float32", PADDED),
     ((32, 32, 64), "prefill", 1000, -1.25, "bfloat16", CARRIED),
     ((32, 1, 128), "prefill", 300, -1.25, "bfloat16", CARRIED),
     ((32, 1, 64), "prefill", 300, -5.0, "bfloat16", {}),
@@ -124,7 +131,8 @@ def layer(*arrays):
     shapes = [(4, 64), (4, 64), (64, 32)]
     heads = arrays[0].shape[2]
     parameters = [jax.numpy.ones((heads, *shape)) for shape in shapes]
-    o, state, tails = kp.lawcat_attention(*arrays, *parameters, implementation="pallas_tpu")
+    lengths = jax.numpy.full(arrays[0].shape[:1], 299)
+    o, state, tails = kp.lawcat_attention(*arrays, *parameters, lengths=lengths, implementation="pallas_tpu")
     last = [x[:, -1:] for x in arrays]
     o2, state, tails = kp.lawcat_attention(
         *last, *parameters, initial_state=state, conv_state=tails, implementation="pallas_tpu"

@@ -16,9 +16,11 @@ import kernels_pallas as kp
 from kernels_pallas.gated_linear_attention import tpu as gla_tpu
 from kernels_pallas.gated_linear_attention import tpu_decode
 from kernels_pallas.lawcat_attention import tpu
-from kernels_pallas.testing import oracle
+from kernels_pallas.lawcat_attention.api import kernel_for
+from kernels_pallas.testing import layer_cases, oracle
 from kernels_pallas.testing.cases import BFLOAT16, FLOAT32, make_case
 
+from .base import QUICK
 from .test_lawcat import TAPS
 
 PER_TOKEN = ("q", "k", "v", "gate_logits")
@@ -103,6 +105,20 @@ def check(inputs, tolerances, run=run, **options):
 )
 def test_prefill(sizes, dtype):
     check(make_inputs(dtype=dtype, **sizes), BFLOAT16 if dtype == jnp.bfloat16 else FLOAT32)
+
+
+def test_padding_is_masked():
+    """Outputs, state and rows by the kernel, with NaN and infinity at padding; the gradient is that of its parts."""
+    case = layer_cases.make_case(length=20, heads=2, kv_heads=1, lengths=[17, 0])
+    assert kernel_for(*(case.arrays[n] for n in (*PER_TOKEN, "conv_q", "conv_k", "phi")), lengths=True) is None
+    named = {"lengths": True, "implementation": "pallas_tpu"}
+    assert kernel_for(*(case.arrays[n] for n in (*PER_TOKEN, "conv_q", "conv_k", "phi")), **named) == "pallas_tpu"
+    o, state, rows = jax.jit(call, compiler_options=QUICK)(case.arrays, lengths=case.lengths)
+    got = dict(zip(("o", "S", "z", "rows_q", "rows_k"), (o, *state, *rows), strict=True))
+    want = layer_cases.expected(case)
+    assert not np.any(np.asarray(o)[0, 17:])
+    assert not np.any(np.asarray(o)[1])
+    assert all(oracle.error(x, want[name]) < 1e-5 for name, x in got.items())
 
 
 def test_uninitialised_memory_and_rows_beyond_the_end_do_not_matter(monkeypatch):

@@ -21,7 +21,8 @@ import kernels_pallas as kp
 from kernels_pallas import chunking
 from kernels_pallas.gated_linear_attention import block_sizes, triton
 from kernels_pallas.gated_linear_attention.block_sizes import BlockSizes
-from kernels_pallas.testing import cases, oracle
+from kernels_pallas.testing import cases, layer_cases, oracle
+from kernels_pallas.testing.layer_cases import segment_ids
 
 from . import base
 
@@ -30,8 +31,7 @@ SMALL = BlockSizes(16, 32, 4, 1, 64)
 """Small chunks and many segments: every branch of the driver at a length the interpreter can afford."""
 
 
-QUICK = None if ON_GPU else {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Interpreted kernels compile for longer than they run."""
+QUICK = None if ON_GPU else base.QUICK
 
 
 def interpreted():
@@ -43,8 +43,11 @@ def run(case: cases.Case, sizes: BlockSizes | None = None) -> dict:
     with interpreted(), block_sizes.override(**overrides):
         # Not cases.run_vjp: its cache does not know the block sizes.
         options = case.options | {"implementation": "pallas_triton"}
-        return jax.jit(functools.partial(cases.run_vjp.__wrapped__, **options), compiler_options=QUICK)(
-            case.arrays, case.state, case.cotangents
+        # Known to the compiler, numbers of documents would be folded into the kernels.
+        ids = options.pop("segment_ids", None)
+        call = functools.partial(cases.run_vjp.__wrapped__, **options)
+        return jax.jit(lambda *x: call(*x[:3], segment_ids=x[3]), compiler_options=QUICK)(
+            case.arrays, case.state, case.cotangents, ids
         )
 
 
@@ -60,6 +63,9 @@ def regime(name: str) -> cases.Regime:
         ("saturated", {"length": 33, "heads": 1, "normalize": False}),
         ("below", {"length": 1, "heads": 2, "batch": 2}),
         ("bound", {"length": 2, "heads": 4, "value_heads": 2, "state": False}),
+        # No bound: a reference point for every level of a chunk.
+        ("unbounded", {"length": 70, "heads": 2, "K": 32, "V": 32, "gate_heads": 1}),
+        pytest.param("jumps", {"length": 130, "heads": 1, "K": 128, "normalize": False}, marks=pytest.mark.slow),
     ],
 )
 def test_bfloat16(name, options):
@@ -68,6 +74,37 @@ def test_bfloat16(name, options):
 
 def make(name: str, **options) -> cases.Case:
     return cases.make_case(regime(name), **{"dtype": jnp.bfloat16, **options})
+
+
+@pytest.mark.slow
+def test_a_layer_without_a_bound_forgets_everything():
+    """Gates of -inf, in a sequence and for one token."""
+    arrays = lawcat_inputs(length=20, width=32)
+    arrays["gate_logits"] = arrays["gate_logits"].at[:, 9].set(-jnp.inf)
+    options = {"gate_lower_bound": None}
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
+    want = kp.lawcat_attention(**wide, **options, implementation="scan")
+    with interpreted():
+        call = functools.partial(kp.lawcat_attention, **options, implementation="pallas_triton")
+        got = jax.jit(lambda x: call(**x), compiler_options=QUICK)(arrays)
+        one = arrays | {n: arrays[n][:, 9:10] for n in layer_cases.PER_TOKEN}
+        o, (S, z), _ = jax.jit(lambda x: call(**x), compiler_options=QUICK)(one)
+    assert_lawcat(got, want, (5e-3, 1e-2, 5e-3))
+    assert all(np.all(np.isfinite(np.asarray(x, np.float32))) for x in (o, S, z))
+    assert float(jnp.max(jnp.abs(jnp.sum(z, axis=-1) - 2))) < 2e-2  # phi(k) alone: two softmaxes
+
+
+def test_gradients_that_the_backend_refuses_come_from_another():
+    arrays = lawcat_inputs(length=20, width=32, dtype=jnp.float32)
+
+    def loss(arrays):
+        o, _, _ = kp.lawcat_attention(**arrays, gate_lower_bound=None, implementation="pallas_triton")
+        return jnp.sum(o)
+
+    with interpreted():
+        text = str(jax.make_jaxpr(jax.grad(loss))(arrays))
+    assert "lawcat_features" in text
+    assert "gla_chunk_vjp" not in text
 
 
 def test_float32():
@@ -91,6 +128,26 @@ def test_segments(monkeypatch, segments):
             compiler_options=QUICK,
         )(case.arrays, case.state)
     base.assert_close({"o": o, "S": state[0], "z": state[1]}, cases.expected(case), cases.BFLOAT16)
+
+
+@pytest.mark.parametrize(
+    ("starts", "options", "programs"),
+    [
+        # Boundaries at and around chunk edges, and documents of one token; two segments for each head.
+        ([[0, 16, 17, 31, 64], [0, 1, 2, 48, 74]], {"heads": 2, "value_heads": 1, "dtype": jnp.float32}, 8),
+        # No boundary in one row, one at the last token of the other; features in two blocks.
+        pytest.param(
+            [[0], [0, 32, 74]], {"heads": 1, "K": 128, "normalize": False, "state": False}, 1, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_documents(monkeypatch, starts, options, programs):
+    monkeypatch.setattr(chunking, "MIN_SEGMENT", 16)
+    case = make("bound", **{"batch": 2, "length": 75, "K": 32, "V": 32, **options})
+    case.options["segment_ids"] = segment_ids(starts, 75)
+    exact = case.arrays[0].dtype == jnp.float32
+    got = run(case, BlockSizes(16, 32, 4, 1, programs))
+    base.assert_close(got, cases.expected(case), cases.FLOAT32 if exact else cases.BFLOAT16)
 
 
 def triton_split(case: cases.Case, sizes: BlockSizes):
@@ -194,6 +251,27 @@ def test_lawcat(monkeypatch, options, segments):
         assert oracle.error(np.asarray(a.astype(jnp.float32)), np.asarray(b)) < limit
 
 
+@pytest.mark.parametrize(
+    ("options", "programs"),
+    [
+        ({"starts": [[0, 15, 16, 40], [0, 1, 33]], "lengths": [45, 17], "dtype": jnp.float32}, 1),
+        pytest.param({"lengths": [45, 0, 32], "dtype": jnp.float32}, 1, marks=pytest.mark.slow),
+        pytest.param({"starts": [[0, 15, 16, 40], [0]], "heads": 4, "kv_heads": 2}, 8, marks=pytest.mark.slow),
+        pytest.param({"starts": [[0, 30], [0, 44]], "lengths": [31, 44], "heads": 1}, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_padded_and_packed_layer(monkeypatch, options, programs):
+    """Outputs and every gradient; NaN and infinity at padding reach nothing."""
+    monkeypatch.setattr(chunking, "MIN_SEGMENT", 16)
+    case = layer_cases.make_case(**{"length": 45, "width": 32, "dtype": jnp.bfloat16, **options})
+    sizes = BlockSizes(16, 32, 4, 1, programs)
+    call = functools.partial(layer_cases.run_vjp.__wrapped__, implementation="pallas_triton")
+    with interpreted(), block_sizes.override(**dict.fromkeys(block_sizes.KERNELS, sizes)):
+        got = jax.jit(call, compiler_options=QUICK)(case.arrays, case.cotangents, case.lengths, case.segment_ids)
+    bad, found = layer_cases.problems(case, got, layer_cases.TOLERANCES[case.arrays["q"].dtype.name])
+    assert not bad, (bad, found)
+
+
 def by_kernel(arrays: dict) -> tuple:
     """lawcat_attention by the layer kernels, (o, (S, z), tails)."""
     with interpreted():
@@ -267,18 +345,17 @@ def test_decode_gradient():
 class _Triton:
     implementation = "pallas_triton"
     interpreted = not ON_GPU
-    supports_unbounded = False
     checks_varying = ON_GPU  # the interpreter types the loops of a kernel without mesh axes
     dtypes: ClassVar = {"bfloat16": cases.BFLOAT16, "float32": cases.FLOAT32}
 
     def _skip(self, regime, dtype):
         super()._skip(regime, dtype)
-        if dtype == "float32" and regime.bound < -1.25:
+        if dtype == "float32" and chunking.strong_gates(regime.bound):
             pytest.skip("float32 gradients need a bound of at least -1.25")
 
 
 @pytest.mark.slow
-class TestTriton(_Triton, base.GlaBackend):
+class TestTriton(_Triton, base.GlaBackend, base.SegmentCases, base.LayerCases):
     pass
 
 

@@ -1,10 +1,14 @@
 """Packed rows train as each of their documents does alone: losses and gradients of both stages."""
 
+import dataclasses
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import kernels_pallas
 from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig, LoraConfig, ModelConfig, StageConfig
 from lawcat_jax.errors import UserError
@@ -95,6 +99,26 @@ def test_finetuning_packed_rows_equals_the_documents_alone(attention):
 )
 def test_attention_transfer_of_packed_rows_equals_the_documents_alone(attention):
     check(attention, attention_transfer, StageConfig(mse_weight=10.0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "stage"),
+    [(attention_transfer, StageConfig(mse_weight=10.0)), (finetune, StageConfig(kl_weight=0.5))],
+    ids=["attention_transfer", "finetune"],
+)
+def test_packed_rows_take_the_kernels_of_a_gpu(monkeypatch, module, stage):
+    """Both stages call the layer with lengths and documents; its Triton kernels, interpreted, serve that as it is."""
+    monkeypatch.setattr(sys.modules[__name__], "MODEL", dataclasses.replace(MODEL, head_dim=32))
+    attention = AttentionConfig(gate_rank=4, implementation="pallas_triton")
+    with kernels_pallas.interpret():
+        check(attention, module, stage)
+        graphdef, params = random_params(attention)
+        loss = module.make_loss(graphdef, stage)
+        packed, _ = batches()
+        inputs = StepInputs(key=jax.random.key(0))
+        traced = str(jax.make_jaxpr(jax.grad(lambda p: loss(p, packed, inputs)[0].loss))(params))
+    assert all(name in traced for name in ("lawcat_features", "gla_segment_out", "gla_chunk_vjp"))
 
 
 def test_what_does_not_go_with_packed_rows_is_refused():
