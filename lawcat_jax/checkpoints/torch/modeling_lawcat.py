@@ -325,6 +325,15 @@ def first_rows(old, x, count, context):
     return torch.where(fresh, taken, torch.zeros_like(taken) if old is None else old.to(x))
 
 
+def convolve(x, taps):
+    """Causal depthwise convolution: x [B, W - 1 + T, H, d], which begins W - 1 tokens early, taps [W, H, d]."""
+    length = x.shape[1] - len(taps) + 1
+    y = taps[0] * x[:, :length]
+    for j in range(1, len(taps)):
+        y = y + taps[j] * x[:, j : j + length]
+    return y
+
+
 def parameter(*shape):
     return nn.Parameter(torch.zeros(*shape), requires_grad=True)
 
@@ -451,15 +460,13 @@ class LinearMixer(nn.Module):
     def _convolved(self, q, k, context, state):
         if not self.taps:
             return q, repeat_heads(k, self.heads), {}
-        rows, outputs, reach = {}, [], self.a["conv_size"] - 1
-        count = reach * len(self.taps[0])
+        rows, outputs, count = {}, [], (self.a["conv_size"] - 1) * len(self.taps[0])
         for name, x, taps in (("rows_q", q, self.taps[0]), ("rows_k", k, self.taps[1])):
             y = extend(state.get(name), x, count)
             rows[name] = last_rows(y, count, context.lengths)
             y = repeat_heads(y, self.heads).float()
             for each in taps:
-                weights, length = getattr(self, each).float().transpose(0, 1), y.shape[1] - reach  # [W, H, d]
-                y = sum(w * y[:, j : j + length] for j, w in enumerate(weights))
+                y = convolve(y, getattr(self, each).float().transpose(0, 1))
             outputs.append(y)
         return (*outputs, rows)
 
