@@ -11,6 +11,7 @@ import pytest
 
 import lawcat_jax
 from lawcat_jax import models
+from lawcat_jax.checkpoints import conversion
 from lawcat_jax.checkpoints.conversion import convert
 from lawcat_jax.checkpoints.logits import student_logits
 from lawcat_jax.checkpoints.model_dir import load_model, open_checkpoint
@@ -193,6 +194,24 @@ def test_the_way_back_is_verified(exported, tmp_path):
     students.write_student(tmp_path / "student")
     convert(str(tmp_path / "student"), str(tmp_path / "out"), to="transformers")
     convert(str(tmp_path / "out"), str(tmp_path / "back"), verify=True)
+
+
+def test_verify_says_what_a_report_of_a_mismatch_needs(tmp_path, monkeypatch):
+    attention = AttentionConfig(gate_rank=4, window_size=3, window_kind="terraced")
+    source = students.save(tmp_path / "student", attention)
+    right = conversion.student_logits
+    noise = np.random.default_rng(0).normal(size=students.MODEL.vocab_size)
+    monkeypatch.setattr(conversion, "student_logits", lambda *args: right(*args) + noise)
+    with pytest.raises(UserError) as caught:
+        convert(str(source), str(tmp_path / "out"), to="transformers", verify=True)
+    for word in (
+        "report this with transformers ",
+        ", torch ",
+        "attention.window_size=3",
+        "attention.window_kind='terraced'",
+    ):
+        assert word in str(caught.value)
+    assert "attention.conv" not in str(caught.value)
 
 
 def test_card_shards_and_refusals(exported, tmp_path):
