@@ -20,7 +20,14 @@ from lawcat_jax.checkpoints.hf.mapping import flatten
 from lawcat_jax.checkpoints.hf.peft import write_adapter
 from lawcat_jax.checkpoints.hf.read import progress_bar
 from lawcat_jax.checkpoints.hf.write import MAX_SHARD_BYTES, write_hf
-from lawcat_jax.checkpoints.logits import compare_logits, random_tokens, require_torch, student_logits, teacher_logits
+from lawcat_jax.checkpoints.logits import (
+    compare_logits,
+    random_tokens,
+    require_torch,
+    student_logits,
+    suspects,
+    teacher_logits,
+)
 from lawcat_jax.checkpoints.model_dir import (
     MODEL_JSON,
     ModelBundle,
@@ -387,7 +394,9 @@ def _verify(job: _Job, *, to: str, exact: bool) -> None:
         raise UserError(f"{target}: {_not_finite(target)}")
     # Rounding to another dtype moves logits by itself; the same weights must agree to float32 rounding.
     if exact and result["kl"] > 1e-4:
-        raise UserError(f"{target}: logits differ from transformers beyond rounding; do not use it, and report this")
+        raise UserError(
+            f"{target}: logits differ from transformers beyond rounding; do not use it{suspects(reference, job.bundle.attention)}"
+        )
 
 
 def _not_finite(target: str | Path) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
 import importlib.util
+import os
 from pathlib import Path
 
 import numpy as np
 
+from lawcat_jax.checkpoints.hf.merge import CONFIG as ADAPTER
 from lawcat_jax.checkpoints.model_dir import ModelBundle
-from lawcat_jax.config import ModelConfig
+from lawcat_jax.config import AttentionConfig, ModelConfig
 from lawcat_jax.errors import UserError
 
 VERIFY_TOKENS = (2, 64)  # sequences, tokens: enough to see a wrong rotary scaling, cheap for 7B on a CPU
@@ -70,6 +74,22 @@ def compare_logits(
         "kl": float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1))),
         "tokens": tokens.size,
     }
+
+
+def suspects(reference: str | os.PathLike, attention: AttentionConfig | None) -> str:
+    """The end of a sentence about logits that differ from those of ``reference``: the cause where it is known, else what a
+    report needs, the versions and the switches of a student that are turned.
+    """
+    adapter = Path(reference) / ADAPTER
+    if adapter.is_file():
+        return f": {adapter} is an adapter, which transformers applies to the weights beside it; move it elsewhere"
+    turned = [
+        f"attention.{field.name}={getattr(attention, field.name)!r}"
+        for field in dataclasses.fields(AttentionConfig)
+        if attention is not None and getattr(attention, field.name) != getattr(AttentionConfig(), field.name)
+    ]
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "torch")]
+    return f", and report this with {', '.join([*versions, *turned])}"
 
 
 def teacher_logits(bundle: ModelBundle, tokens: np.ndarray) -> np.ndarray:

@@ -22,6 +22,8 @@ from lawcat_jax.checkpoints.exported import ExportedCheckpoint, is_exported
 from lawcat_jax.checkpoints.fingerprints import array_digest, file_digests
 from lawcat_jax.checkpoints.gguf.read import PACKAGE, GgufCheckpoint, find_gguf, is_gguf
 from lawcat_jax.checkpoints.hf.mapping import base_shapes, flatten, unflatten
+from lawcat_jax.checkpoints.hf.merge import CONFIG as ADAPTER
+from lawcat_jax.checkpoints.hf.merge import WEIGHTS as ADAPTER_WEIGHTS
 from lawcat_jax.checkpoints.hf.merge import base_of, is_adapter, merge_adapter
 from lawcat_jax.checkpoints.hf.read import GENERATION, TOKENIZER_FILES, Checkpoint, Progress, Shardings, resolve_source
 from lawcat_jax.checkpoints.hf.write import check_leaves, copy_tokenizer
@@ -238,9 +240,24 @@ def _placed(path: str, leaf: np.ndarray, shardings: Shardings | None) -> Any:
 
 
 def takes_base(source: str | os.PathLike) -> bool:
-    """Whether ``source`` belongs to another model, as a student's small file and a PEFT adapter do."""
+    """Whether ``source`` belongs to another model, as a student's small file and a PEFT adapter do.
+
+    Raises:
+      UserError: an adapter that lies in the folder of a model or of a run.
+    """
     with read_in_one_line(os.fspath(source)):
+        _check_one_model(Path(source).expanduser())
         return is_delta(source) or is_adapter(Path(source).expanduser())
+
+
+def _check_one_model(directory: Path) -> None:
+    """Refuse an adapter beside the model that it may be meant for: transformers applies it where PEFT is installed."""
+    places = (directory, *(directory / name for name in _IN_RUN))
+    if (directory / ADAPTER).is_file() and any((place / name).is_file() for place in places for name in _MODEL_FILES):
+        raise UserError(
+            f"{directory}: holds a model and, in {ADAPTER}, an adapter: to apply it, move {ADAPTER} and {ADAPTER_WEIGHTS} to a "
+            "folder of their own and merge them with convert --adapter=<folder>; to read the model alone, remove them"
+        )
 
 
 def is_remote(source: str | os.PathLike) -> bool:
@@ -368,12 +385,13 @@ def in_run(source: str | os.PathLike) -> tuple[str, Path | None]:
     ``teacher/`` in it. Anything else is returned as it is.
 
     Raises:
-      UserError: ``source`` cannot be looked into.
+      UserError: ``source`` cannot be looked into, or an adapter lies in it beside a model.
     """
     with read_in_one_line(os.fspath(source)):
         path = Path(source).expanduser()
         if not path.is_dir():
             return os.fspath(source), None
+        _check_one_model(path)
         if not any((path / name).exists() for name in _MODEL_FILES):
             for name in _IN_RUN:
                 if any((path / name / file).exists() for file in _MODEL_FILES):
@@ -409,6 +427,9 @@ def _locate(text: str, revision: str | None) -> Path:
             raise UserError(f"no embedded model {text!r}; this installation has: {', '.join(known) or 'none'}")
     else:
         directory = resolve_source(in_run(text)[0], revision)
+    _check_one_model(directory)
+    if is_adapter(directory):
+        raise UserError(f"{text} is an adapter; download its files to a directory, and name that with its --base=")
     if not any((directory / name).is_file() for name in _MODEL_FILES):
         raise UserError(f"{directory} is not a model directory: neither {MODEL_JSON} nor config.json is in it")
     return directory

@@ -40,13 +40,8 @@ def export_problems(model: ModelConfig, attention: AttentionConfig) -> list[str]
     problems = []
     if attention.kind == "window":
         problems.append("attention.kind 'window'")
-    if attention.kind == "lawcat":
-        if attention.conv == "stacked":
-            problems.append("attention.conv 'stacked'")
-        if attention.gate_kind != "none" and attention.gate_lower_bound is None:
-            problems.append("attention.gate_lower_bound None")
     if attention.rotates and model.rope_scaling.kind in ("dynamic", "longrope"):
-        problems.append(f"rope scaling {model.rope_scaling.kind!r}, whose angles depend on the length")
+        problems.append(f"model.rope_scaling.kind {model.rope_scaling.kind!r}, whose angles depend on the length")
     return problems
 
 

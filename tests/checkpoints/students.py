@@ -94,14 +94,16 @@ def write_student(
     added = student_params(KINDS[kind], lora, model)
     if tamed:
         base, added = tame(base, model), tame(added, model)
-    save_model(
-        directory,
-        model=model,
-        attention=KINDS[kind],
-        lora=lora,
-        params=unflatten(base | added),
-        extra={"source": None if teacher is None else str(teacher), "training_length": 128, **extra},
-    )
+    extra = {"source": None if teacher is None else str(teacher), "training_length": 128, **extra}
+    return save(directory, KINDS[kind], lora, model, params=base | added, extra=extra)
+
+
+def save(
+    directory: Path, attention: AttentionConfig, lora: LoraConfig | None = LORA, model: ModelConfig = MODEL, **options
+) -> Path:
+    """The model directory of any student, random as above unless ``params`` by path are given."""
+    params = options.pop("params", None) or base_params(model) | student_params(attention, lora, model)
+    save_model(directory, model=model, attention=attention, lora=lora, params=unflatten(params), **options)
     return directory
 
 

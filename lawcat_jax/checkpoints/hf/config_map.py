@@ -175,6 +175,10 @@ def _unsupported(values: dict[str, Any], family: families.Family) -> list[str]:
         problems.append("is_causal false is not supported (every token here sees the earlier ones only)")
     if values.get("quantization_config"):
         problems.append("quantized weights (quantization_config) are not supported; convert the original checkpoint")
+    if values.get("transformers_weights") not in (None, "model.safetensors", "model.safetensors.index.json"):
+        problems.append(
+            f"transformers_weights {values['transformers_weights']!r} is not supported; name that file model.safetensors"
+        )
     for share in [values, *(values.get(name) for name in ("rope_scaling", "rope_parameters"))]:
         part = share.get("partial_rotary_factor") if isinstance(share, dict) else None
         if part not in (None, 1, 1.0) and "partial_rotary_factor" not in family.options:

@@ -60,7 +60,8 @@ def resolve_source(source: str, revision: str | None = None) -> Path:
         raise UserError(f"no such directory: {source} (and huggingface_hub is not installed)") from None
     network.hub_or_offline()
     # Only what is read here: repositories also carry .bin, .pth and "consolidated" copies of the weights.
-    patterns = ["config.json", GENERATION, "model*.safetensors", INDEX, *TOKENIZER_FILES]
+    # The configuration of an adapter, so that one beside the weights is noticed.
+    patterns = ["config.json", GENERATION, "model*.safetensors", INDEX, "adapter_config.json", *TOKENIZER_FILES]
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     except GatedRepoError:

@@ -37,7 +37,7 @@ try:  # its fused kernels, where a GPU is there
 except ImportError:
     fla_gla = None
 
-CHUNK = 64  # tokens of a chunk: with a decay of at most 80 nats within one, e^(+-40) is safe in float32
+CHUNK, NATS = 64, 80  # most tokens of a chunk, and most decay within one: e^(+-40) is safe in float32
 SEGMENT = 2048  # tokens whose chunk states are in memory together
 # What transformers calls the cache: "past_key_values", and "cache" in late releases of version 5.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -182,15 +182,17 @@ def gated_linear_attention(q, k, v, log_g, state, chunk):
     """(phi(q)^T S after every token, S after the last): q, k, log_g [B, T, H, K], v [B, T, H, V], S [B, H, K, V].
 
     Within a chunk, b being the running sum of log_g and r half of its total, token i reads token j <= i with the weight
-    (q_i e^(b_i - r)) . (k_j e^(r - b_j)); between chunks the state decays by e^(total).
+    (q_i e^(b_i - r)) . (k_j e^(r - b_j)); between chunks the state decays by e^(total). ``chunk`` 1: token by token,
+    where a single gate may be more than float32 can hold in that form.
     """
     if state is None:
         state = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-    if q.shape[1] == 1:
-        q, k, v, log_g = (x[:, 0] for x in (q, k, v, log_g))
-        state = log_g.exp()[..., None] * state + k[..., None] * v[..., None, :]
-        return torch.einsum("bhk,bhkv->bhv", q, state)[:, None], state
     outputs = []
+    if q.shape[1] == 1 or chunk == 1:
+        for q_t, k_t, v_t, g_t in zip(*(x.unbind(1) for x in (q, k, v, log_g)), strict=True):
+            state = g_t.exp()[..., None] * state + k_t[..., None] * v_t[..., None, :]
+            outputs.append(torch.einsum("bhk,bhkv->bhv", q_t, state))
+        return torch.stack(outputs, dim=1), state
     for first in range(0, q.shape[1], SEGMENT):
         part = (x[:, first : first + SEGMENT] for x in (q, k, v, log_g))
         o, state = _chunks(*part, state, chunk)
@@ -226,15 +228,18 @@ def _chunks(q, k, v, log_g, state, chunk):
 def linear_attention(q, k, v, log_g, state, lower_bound, dtype):
     """(numerator [B, T, H, d], denominator [B, T, H], state [B, H, K, d + 1]) in float32; v [B, T, H, d].
 
-    ``log_g`` None: nothing decays. On a GPU with fla installed, its kernel in ``dtype``.
+    ``log_g`` None: nothing decays; ``lower_bound`` None: gates have no bound. On a GPU with fla installed, its kernel in
+    ``dtype``.
     """
     v = torch.cat([v.float(), torch.ones_like(v[..., :1], dtype=torch.float32)], dim=-1)
     if log_g is None:
         log_g, chunk = q.new_zeros(()).expand(q.shape), CHUNK
+    elif lower_bound is None:
+        log_g, chunk = log_g.expand(q.shape), 1
     else:
         log_g = log_g.clamp(min=lower_bound).expand(q.shape)
-        chunk = max(1, min(CHUNK, int(80 / -lower_bound)))
-    if fla_gla is not None and q.is_cuda and q.shape[1] > 1:
+        chunk = max(1, min(CHUNK, int(NATS / -lower_bound)))
+    if fla_gla is not None and q.is_cuda and q.shape[1] > 1 and chunk > 1:
         operands = (x.to(dtype) for x in (q, k, v))
         o, state = fla_gla(*operands, log_g.contiguous(), scale=1.0, initial_state=state, output_final_state=True)
         o = o.float()
@@ -243,29 +248,69 @@ def linear_attention(q, k, v, log_g, state, lower_bound, dtype):
     return o[..., :-1], o[..., -1], state
 
 
-def window_attention(q, keys, values, sink_k, sink_v, size, context):
-    """sum_s e^(q.k_s / sqrt(d) - m) v_s and the same with v_s = 1, m the largest score of the query, over the last
-    ``size`` tokens and the first ones (sinks); q [B, T, H, d]; keys, values [B, size + T, N, d], which begin ``size``
-    tokens before q."""
-    heads, length, sinks = q.shape[2], q.shape[1], sink_k.shape[1]
-    block, device = max(size, 64), q.device
+class Window(NamedTuple):
+    """Which tokens softmax sees: ``sinks`` first ones, and the last ``size`` or, ``terraced``, the own block of ``size``
+    tokens up to the current one and the whole block before."""
+
+    size: int
+    sinks: int
+    terraced: bool
+
+    @property
+    def kept(self):
+        """R, the tokens before the current one that the state keeps."""
+        return self.size * (2 if self.terraced else 1)
+
+    def blocks(self, length):
+        """(first, how many) of the queries that are taken together."""
+        block = max(self.kept, 64)
+        return [(first, min(block, length - first)) for first in range(0, length, block)]
+
+    def visible(self, first, count, context):
+        """(tokens in the window, those of the last R before a terraced window): bool [B, count, R + count] for the
+        queries from ``first`` and the rows that begin R before them; sinks are in neither."""
+        own = torch.arange(count, device=context.start.device)
+        distance = own[:, None] + self.kept - torch.arange(count + self.kept, device=own.device)
+        places = (context.start[:, None] + first + own)[..., None]
+        band = (distance >= 0) & (distance < self.kept) & (places - distance >= self.sinks)
+        if not self.terraced:
+            return band, torch.zeros_like(band)
+        inside = places - distance >= (places // self.size - 1) * self.size
+        return band & inside, band & ~inside
+
+
+def window_attention(q, keys, values, sink_k, sink_v, window, context):
+    """sum_s e^(q.k_s / sqrt(d) - m) v_s and the same with v_s = 1, m the largest score of the query, over the tokens of a
+    ``window`` and the sinks; q [B, T, H, d]; keys, values [B, R + T, N, d], which begin R tokens before q."""
+    heads, sinks = q.shape[2], torch.arange(window.sinks, device=q.device)
     sink_k, sink_v = (repeat_heads(x, heads).float() for x in (sink_k, sink_v))
     numerators, denominators = [], []
-    for first in range(0, length, block):
-        queries = q[:, first : first + block].float()
-        count = queries.shape[1]
-        rows = slice(first, first + count + size)
+    for first, count in window.blocks(q.shape[1]):
+        queries, rows = q[:, first : first + count].float(), slice(first, first + count + window.kept)
         near_k, near_v = (repeat_heads(x[:, rows], heads).float() for x in (keys, values))
-        own = torch.arange(count, device=device)
-        distance = own[:, None] + size - torch.arange(count + size, device=device)
-        places = context.start[:, None] + first - size + torch.arange(count + size, device=device)
-        near = ((distance >= 0) & (distance < size))[None] & (places >= sinks)[:, None]
-        reached = torch.arange(sinks, device=device) <= (context.start[:, None] + first + own)[..., None]
+        near, _ = window.visible(first, count, context)
+        places = context.start[:, None] + first + torch.arange(count, device=q.device)
         scores = torch.einsum("bihd,bjhd->bhij", queries, torch.cat([near_k, sink_k], dim=1)) * q.shape[-1] ** -0.5
-        scores = scores.masked_fill(~torch.cat([near, reached], dim=-1)[:, None], float("-inf"))
+        allowed = torch.cat([near, sinks <= places[..., None]], dim=-1)
+        scores = scores.masked_fill(~allowed[:, None], float("-inf"))
         weights = (scores - scores.amax(-1, keepdim=True)).exp()
         numerators.append(torch.einsum("bhij,bjhd->bihd", weights, torch.cat([near_v, sink_v], dim=1)))
         denominators.append(weights.sum(-1).transpose(1, 2))
+    return torch.cat(numerators, dim=1), torch.cat(denominators, dim=1)
+
+
+def linear_before_window(phi_q, phi_k, values, window, context):
+    """Numerator [B, T, H, d] and denominator [B, T, H] of linear attention over those of the last R tokens that lie before
+    a terraced window, which the state takes in only R tokens after them; phi_q [B, T, H, K], phi_k [B, R + T, H, K]."""
+    numerators, denominators = [], []
+    for first, count in window.blocks(phi_q.shape[1]):
+        rows = slice(first, first + count + window.kept)
+        _, before = window.visible(first, count, context)
+        scores = torch.einsum("bihk,bjhk->bhij", phi_q[:, first : first + count], phi_k[:, rows])
+        scores = scores.masked_fill(~before[:, None], 0)
+        near_v = repeat_heads(values[:, rows], phi_q.shape[2]).float()
+        numerators.append(torch.einsum("bhij,bjhd->bihd", scores, near_v))
+        denominators.append(scores.sum(-1).transpose(1, 2))
     return torch.cat(numerators, dim=1), torch.cat(denominators, dim=1)
 
 
@@ -278,6 +323,15 @@ def first_rows(old, x, count, context):
     limit = x.shape[1] if context.lengths is None else context.lengths[:, None]
     fresh = ((source >= 0) & (source < limit))[:, :, None, None]
     return torch.where(fresh, taken, torch.zeros_like(taken) if old is None else old.to(x))
+
+
+def convolve(x, taps):
+    """Causal depthwise convolution: x [B, W - 1 + T, H, d], which begins W - 1 tokens early, taps [W, H, d]."""
+    length = x.shape[1] - len(taps) + 1
+    y = taps[0] * x[:, :length]
+    for j in range(1, len(taps)):
+        y = y + taps[j] * x[:, j : j + length]
+    return y
 
 
 def parameter(*shape):
@@ -313,15 +367,20 @@ class LinearMixer(nn.Module):
         for name in dict.fromkeys(self.maps):
             self.register_parameter(name, parameter(self.heads, self.width, scores))
             if a["feature_map"] == "relu":
-                self.register_parameter(f"{name}_bias", parameter(self.heads, scores))
+                self.register_parameter(f"{name}_bias", parameter(self.heads))
         if a["window_size"]:
             self.window_factor = parameter(self.heads)
+            self.window = Window(a["window_size"], a["sinks"], {"sliding": False, "terraced": True}[a["window_kind"]])
         if not self.lawcat:
             return
-        taps = {"on": ("conv_q", "conv_k"), "shared": ("conv_q", "conv_q"), "off": ()}[a["conv"]]
-        for name in dict.fromkeys(taps):
+        self.taps = {  # names of the taps that q and k go through, in order
+            "on": (("conv_q",), ("conv_k",)),
+            "shared": (("conv_q",), ("conv_q",)),
+            "stacked": (("conv_q", "conv_q2"), ("conv_k", "conv_k2")),
+            "off": (),
+        }[a["conv"]]
+        for name in dict.fromkeys(sum(self.taps, ())):
             self.register_parameter(name, parameter(self.heads, a["conv_size"], self.width))
-        self.taps = taps
         gates, hidden, rank = (
             self.kv_heads * (1 if a["gate_kind"] == "per_head" else self.features),
             m["hidden_size"],
@@ -358,12 +417,13 @@ class LinearMixer(nn.Module):
         far_n, far_d, new["S"] = linear_attention(
             phi_q, phi_k, repeat_heads(v, self.heads), log_g, state.get("S"), a["gate_lower_bound"], x.dtype
         )
+        scale = self.features**-0.5  # of the authors' kernel; only without a window does the denominator cancel it
         if near is not None:
-            o = self._joint(near, far_n, far_d)
+            o = self._joint(near, scale * far_n, scale * far_d)
         elif a["normalize"]:
             o = far_n / (far_d + 1e-10)[..., None]
         else:
-            o = far_n * self.features**-0.5
+            o = scale * far_n
         if a["output_gate"]:
             o = o * (2 * self.output_gate(x).sigmoid()).unflatten(-1, (self.heads, self.width))
         return o, new
@@ -371,45 +431,55 @@ class LinearMixer(nn.Module):
     def _lolcats(self, x, q, k, v, context, state):
         q, k = rotate(q, context), rotate(k, context)
         near, new, (keys, values) = self._window(q, k, v, context, state)
-        # What token t adds to the sums is the token that leaves the window then, unless it is a sink.
-        length, size = q.shape[1], self.a["window_size"]
-        places = context.start[:, None] + torch.arange(length, device=q.device) - size
-        leaving = context.valid() & (places >= self.a["sinks"])
-        phi_k = self._phi(self.maps[1], repeat_heads(keys[:, :length], self.heads))
-        phi_k = phi_k.masked_fill(~leaving[:, :, None, None], 0)
-        evicted = repeat_heads(values[:, :length], self.heads)
+        # What token t adds to the sums is the token R before it, unless that is a sink: it leaves the window then, or has
+        # left a terraced one some tokens ago.
+        length = q.shape[1]
+        places = context.start[:, None] + torch.arange(length, device=q.device) - self.window.kept
+        leaving = context.valid() & (places >= self.window.sinks)
+        phi_q, phi_k = self._phi(self.maps[0], q), self._phi(self.maps[1], repeat_heads(keys, self.heads))
         far_n, far_d, new["S"] = linear_attention(
-            self._phi(self.maps[0], q), phi_k, evicted, None, state.get("S"), None, x.dtype
+            phi_q,
+            phi_k[:, :length].masked_fill(~leaving[:, :, None, None], 0),
+            repeat_heads(values[:, :length], self.heads),
+            None,
+            state.get("S"),
+            None,
+            x.dtype,
         )
+        if self.window.terraced:
+            more_n, more_d = linear_before_window(phi_q, phi_k, values, self.window, context)
+            far_n, far_d = far_n + more_n, far_d + more_d
         return self._joint(near, far_n, far_d), new
 
     def _phi(self, name, u):
         scores = torch.einsum("bthd,hdf->bthf", u.float(), getattr(self, name).float())
         bias = getattr(self, f"{name}_bias", None)
-        return self.feature_map_function(scores if bias is None else scores + bias.float()).clamp(min=1e-12)
+        scores = scores if bias is None else scores + bias.float()[:, None]  # one number a head
+        return self.feature_map_function(scores).clamp(min=1e-12)
 
     def _convolved(self, q, k, context, state):
         if not self.taps:
             return q, repeat_heads(k, self.heads), {}
-        rows, outputs, count = {}, [], self.a["conv_size"] - 1
+        rows, outputs, count = {}, [], (self.a["conv_size"] - 1) * len(self.taps[0])
         for name, x, taps in (("rows_q", q, self.taps[0]), ("rows_k", k, self.taps[1])):
-            extended = extend(state.get(name), x, count)
-            rows[name] = last_rows(extended, count, context.lengths)
-            extended = repeat_heads(extended, self.heads).float()
-            weights = getattr(self, taps).float().transpose(0, 1)  # [W, H, d]
-            outputs.append(sum(w * extended[:, j : j + x.shape[1]] for j, w in enumerate(weights)))
+            y = extend(state.get(name), x, count)
+            rows[name] = last_rows(y, count, context.lengths)
+            y = repeat_heads(y, self.heads).float()
+            for each in taps:
+                y = convolve(y, getattr(self, each).float().transpose(0, 1))
+            outputs.append(y)
         return (*outputs, rows)
 
     def _window(self, q, k, v, context, state):
-        size, sinks = self.a["window_size"], self.a["sinks"]
-        keys, values = extend(state.get("k"), k, size), extend(state.get("v"), v, size)
+        kept, sinks = self.window.kept, self.window.sinks
+        keys, values = extend(state.get("k"), k, kept), extend(state.get("v"), v, kept)
         new = {
-            "k": last_rows(keys, size, context.lengths),
-            "v": last_rows(values, size, context.lengths),
+            "k": last_rows(keys, kept, context.lengths),
+            "v": last_rows(values, kept, context.lengths),
             "sink_k": first_rows(state.get("sink_k"), k, sinks, context),
             "sink_v": first_rows(state.get("sink_v"), v, sinks, context),
         }
-        terms = window_attention(q, keys, values, new["sink_k"], new["sink_v"], size, context)
+        terms = window_attention(q, keys, values, new["sink_k"], new["sink_v"], self.window, context)
         return terms, new, (keys, values)
 
     def _joint(self, near, far_numerator, far_denominator):
