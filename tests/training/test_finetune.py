@@ -128,7 +128,9 @@ def test_frozen_head_on_a_mesh():
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("tied", "kl_weight"), [(True, 0.0), (False, 0.0), (True, 0.5)])
+@pytest.mark.parametrize(
+    ("tied", "kl_weight"), [pytest.param(True, 0.0, marks=pytest.mark.slow), (False, 0.0), (True, 0.5)]
+)
 def test_the_loss_does_not_depend_on_the_path(tied, kl_weight, monkeypatch):
     model = dataclasses.replace(MODEL, tie_embeddings=tied)
     graphdef, _ = models.abstract(model, AttentionConfig(gate_rank=2), LoraConfig(rank=2))

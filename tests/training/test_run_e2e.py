@@ -305,6 +305,7 @@ def test_a_student_that_is_trained_on_keeps_its_adapters_or_is_refused(straight,
         inputs.open_teacher(config)
 
 
+@pytest.mark.slow
 def test_a_student_that_is_its_teacher_with_another_attention(teacher, tmp_path):
     """The kind "window" needs no stage, keeps its weights, and is trained on; other kinds need a stage."""
     attention = AttentionConfig(kind="window", window_size=20, sinks=4)

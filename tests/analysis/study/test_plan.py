@@ -202,8 +202,12 @@ CHANGES = {
     "gate_per_head": {"attention.gate_kind"},
     **{f"hybrid{count}": {"attention.softmax_layers"} for count in (1, 2, 4)},
     "shuffled": {"stage2.state_passing"},
-    "ends": {"stage2.data.mixture"},
-    "one_wording": {"stage1.data.mixture", "stage2.data.mixture"},
+    "ends": {f"stage2.data.mixture[{part}].end_weight" for part in (1, 2, 3)},
+    "one_wording": {
+        f"{stage}.data.mixture[{part}].{name}"
+        for stage in ("stage1", "stage2")
+        for part, name in ((1, "wording"), (1, "hay"), (1, "hay_source"), (2, "wording"), (3, "wording"))
+    },
     "passkey_only": {"stage1.data.mixture", "stage2.data.mixture", "stage2.kl_weight"},
 }
 
