@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,8 +91,9 @@ def answer_file(
     system: str = "",
     batch_size: int = 8,
 ) -> int:
-    """Write each row with its ``answer``, the number of its ``tokens``, and why it ended, ``finish``: "end" (the model's
-    end token), "stop" (a stop string) or "length". The file appears when all are there.
+    """Write each row with its ``answer``, the number of its ``tokens`` (those of the end token or stop string included), and
+    why it ended, ``finish``: "end" (the model's end token), "stop" (a stop string) or "length". The file appears when all are
+    there.
 
     Args:
       rows: see :func:`read_rows`. ``messages`` are written by the model's chat template.
@@ -107,6 +109,7 @@ def answer_file(
       UserError: as :func:`lawcat_jax.inference.text.continue_text`, or the file cannot be written.
     """
     prompts = [prompt_tokens(model, _prompt(model, row, chat, system)) for row in rows]
+    ends = stopped(model.tokenizer, request.stop)
     answers = generate(
         model.graphdef,
         model.params,
@@ -114,18 +117,23 @@ def answer_file(
         max_new_tokens=min(request.new_tokens(model, len(prompt)) for prompt in prompts),
         eos_ids=model.eos_ids,
         sampling=request.sampling,
-        stop=stopped(model.tokenizer, request.stop),
+        stop=ends,
         as_teacher=request.softmax(model),
         batch_size=min(batch_size, len(prompts)),
     )
+    total = 0
     with atomic_file(output) as out:
         for row, tokens in zip(rows, answers, strict=True):
             text = decode(model.tokenizer, tokens)
             shown = cut(text, request.stop)
             finish = "stop" if shown != text else "end" if tokens[-1] in model.eos_ids else "length"
-            result = {**row, "answer": shown, "tokens": len(tokens), "finish": finish}
+            count = len(tokens)
+            if ends is not None and finish == "stop":  # generation goes on for some tokens before it looks
+                count = 1 + bisect.bisect_left(range(count), True, key=lambda last: ends(tokens[: last + 1]))
+            total += count
+            result = {**row, "answer": shown, "tokens": count, "finish": finish}
             out.write(json.dumps(result, ensure_ascii=False) + "\n")
-    return sum(map(len, answers))
+    return total
 
 
 def _prompt(model: LoadedModel, row: dict[str, Any], chat: bool, system: str) -> str:

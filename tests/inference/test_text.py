@@ -177,6 +177,11 @@ def test_rows_of_a_file_are_answered_as_they_are_alone(model, tmp_path, monkeypa
         assert row["answer"] == "".join(text.continue_text(model, prompt, request))
         whole = "".join(text.continue_text(model, prompt, dataclasses.replace(request, stop=())))
         assert row["finish"] == ("stop" if request.stop[0] in whole else "length")
+        shorter = (dataclasses.replace(request, max_new_tokens=count, stop=()) for count in range(1, 41))
+        texts = ["".join(text.continue_text(model, prompt, one)) for one in shorter]
+        assert row["tokens"] == next((count for count, x in enumerate(texts, 1) if request.stop[0] in x), 40)
+    assert {"stop", "length"} >= {row["finish"] for row in written} >= {"stop"}
+    assert min(row["tokens"] for row in written) < 10  # fewer than are made before the text is looked at
 
     def fails(*_, **__):
         raise RuntimeError("full")
