@@ -105,7 +105,7 @@ class DataConfig(Node):
     babi_tasks: tuple[BabiTask, ...] = ("qa1", "qa2", "qa3")
     """``babilong``: tasks to draw stories from; qa3 stories are simulated where there is no train file."""
     mixture: tuple[MixtureSource, ...] = ()
-    """``mixture``: the sources. A pass has ``num_samples`` samples of all of them."""
+    """``mixture``: the sources. A pass has ``num_samples`` samples of all of them, each share rounded for itself."""
     pack: bool = False
     """Put several short samples into one row. No sample sees another one of its row."""
     pieces: int = 0

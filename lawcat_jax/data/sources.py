@@ -63,8 +63,7 @@ class Source(Protocol):
         ...
 
     def bound(self, index: int) -> int:
-        """The most tokens of a row that document ``index`` takes; cheap, for packing. (A generated one whose drawn length is
-        below its frame is longer; the end of its row is cut.)"""
+        """The most tokens of a row that document ``index`` takes; mostly cheap, for packing."""
         ...
 
     def long_document(self, index: int, max_tokens: int) -> Document:
@@ -159,7 +158,10 @@ class GeneratedSource:
     def bound(self, index: int) -> int:
         if self._words:
             return len(self.document(index).tokens)
-        return math.ceil(self._seq_length * self._draw(index)[1])
+        drawn = math.ceil(self._seq_length * self._draw(index)[1])
+        # Below its frame a sample is longer than drawn; of stories it is not known beforehand how long that is.
+        frame = getattr(self._generator, "minimum_tokens", self._seq_length)
+        return drawn if drawn >= frame else len(self.document(index).tokens)
 
     def _draw(self, index: int) -> tuple[np.random.Generator, float]:
         """The generator of a sample, and its length as a share of the full one."""

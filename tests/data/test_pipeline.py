@@ -9,7 +9,7 @@ import pytest
 
 from lawcat_jax.config import DataConfig
 from lawcat_jax.data.pipeline import Samples, make_dataset
-from lawcat_jax.data.tokenize import decode
+from lawcat_jax.data.tokenize import decode, load_tokenizer
 from lawcat_jax.errors import UserError
 from tests.data import tokenizers as small
 
@@ -260,3 +260,16 @@ def test_files_that_are_trained_and_validated_on_are_told(tmp_path, monkeypatch,
         assert len(lines) == said
     assert "1 of 3 file(s) are trained on as well" in lines[0]
     assert "again.txt" in lines[0]
+
+
+@pytest.mark.parametrize(("kind", "length"), [("passkey", 256), ("niah", 512)])
+def test_packing_cuts_no_sample_that_is_longer_than_drawn(kind, length):
+    """A sample whose drawn length is below its frame takes what the frame needs."""
+    options = {"passkey_words": 0, "wording": "paper"} if kind == "passkey" else {"wording": "varied"}
+    data = DataConfig(
+        kind=kind, pack=True, min_length_fraction=0.1, num_samples=60, validation_samples=5, answer_weight=2.0,
+        end_weight=0.5, **options,
+    )  # fmt: skip
+    samples = Samples(data, load_tokenizer("asset:tiny_llama"), seq_length=length, seed=0, split="train")
+    weights = np.concatenate([samples[row]["loss_weights"] for row in range(len(samples))])
+    assert (weights == 0.5).sum() == 60  # the end of each sample
