@@ -14,21 +14,17 @@ Hardware: one accelerator with 24 GB or more. ``gpu`` is ``base``, and ``paper_g
 the same training, with layers unrolled, no activations recomputed and the model whole on every GPU.
 """
 
-from typing import Any
-
 from lawcat_jax.config import (
     AttentionConfig,
     Config,
-    DataConfig,
     EvalConfig,
     LoraConfig,
     MeshConfig,
     ModelConfig,
     RopeScaling,
-    StageConfig,
     TeacherConfig,
 )
-from lawcat_jax.config.recipe import retrieval_mixture, retrieval_stages
+from lawcat_jax.config.recipe import paper_stages, retrieval_mixture, retrieval_stages
 
 LENGTH = 1280  # samples have about 1.16 K tokens; a multiple of 128 suits the kernels
 LOSS_CHUNK = 256  # 128 K logits a token: at once they would take 5 GB
@@ -40,7 +36,8 @@ def get_config(variant: str = "base") -> Config:
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}, known: {', '.join(VARIANTS)}")
     gpu, paper = variant.endswith("gpu"), variant.startswith("paper")
-    stages = _paper() if paper else retrieval_stages(LENGTH, retrieval_mixture(), remat="layer", loss_chunk=LOSS_CHUNK)
+    memory = {"remat": "layer", "loss_chunk": LOSS_CHUNK}
+    stages = paper_stages(LENGTH, **memory) if paper else retrieval_stages(LENGTH, retrieval_mixture(), **memory)
     if gpu:
         stages["stage1"].unroll_layers = stages["stage2"].unroll_layers = True
         stages["stage2"].remat = "none"
@@ -70,23 +67,3 @@ def get_config(variant: str = "base") -> Config:
         mesh=MeshConfig(data=-1, fsdp=1) if gpu else MeshConfig(),
         eval=EvalConfig(lengths=(1024, 2048, 4096, 8192, 16384), samples=50, batch_size=10),
     )
-
-
-def _paper() -> dict[str, StageConfig]:
-    """Stages of the paper's recipe."""
-    data = DataConfig(kind="passkey", passkey_words=870, num_samples=10_000, validation_samples=100)
-    common: dict[str, Any] = {
-        "epochs": 4,
-        "batch_size": 8,
-        "seq_length": LENGTH,
-        "schedule": "cosine",
-        "warmup_fraction": 0.01,
-        "eval_every": 500,
-        "data": data,
-    }
-    return {
-        "stage1": StageConfig(learning_rate=1e-2, trainable=(r"^mixers/",), **common),
-        "stage2": StageConfig(
-            learning_rate=1e-4, trainable=(r"^lora/",), remat="layer", loss_chunk=LOSS_CHUNK, **common
-        ),
-    }

@@ -11,19 +11,15 @@ Expected of that one, from the paper: passkey above 90 % up to 22K tokens.
 Hardware: one accelerator with 80 GB, or several (weights and batch are split over the ``fsdp`` axis).
 """
 
-from typing import Any
-
 from lawcat_jax.config import (
     AttentionConfig,
     Config,
-    DataConfig,
     EvalConfig,
     LoraConfig,
     ModelConfig,
-    StageConfig,
     TeacherConfig,
 )
-from lawcat_jax.config.recipe import retrieval_mixture, retrieval_stages
+from lawcat_jax.config.recipe import paper_stages, retrieval_mixture, retrieval_stages
 
 LENGTH = 1408  # the samples are longer here than with Llama's tokenizer; a multiple of 128 suits the kernels
 LOSS_CHUNK = 512
@@ -35,7 +31,8 @@ def get_config(variant: str = "base") -> Config:
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}, known: {', '.join(VARIANTS)}")
     paper = variant == "paper"
-    stages = _paper() if paper else retrieval_stages(LENGTH, retrieval_mixture(), remat="layer", loss_chunk=LOSS_CHUNK)
+    memory = {"remat": "layer", "loss_chunk": LOSS_CHUNK}
+    stages = paper_stages(LENGTH, **memory) if paper else retrieval_stages(LENGTH, retrieval_mixture(), **memory)
     return Config(
         teacher=TeacherConfig(
             source="mistralai/Mistral-7B-v0.1",
@@ -59,23 +56,3 @@ def get_config(variant: str = "base") -> Config:
         **stages,
         eval=EvalConfig(lengths=(1024, 2048, 4096, 8192, 16384, 22528), samples=50, batch_size=10),
     )
-
-
-def _paper() -> dict[str, StageConfig]:
-    """Stages of the paper's recipe."""
-    data = DataConfig(kind="passkey", passkey_words=870, num_samples=10_000, validation_samples=100)
-    common: dict[str, Any] = {
-        "epochs": 4,
-        "batch_size": 8,
-        "seq_length": LENGTH,
-        "schedule": "cosine",
-        "warmup_fraction": 0.01,
-        "eval_every": 500,
-        "data": data,
-    }
-    return {
-        "stage1": StageConfig(learning_rate=1e-2, trainable=(r"^mixers/",), **common),
-        "stage2": StageConfig(
-            learning_rate=1e-4, trainable=(r"^lora/",), remat="layer", loss_chunk=LOSS_CHUNK, **common
-        ),
-    }
