@@ -6,8 +6,7 @@ copy: ``--config.teacher.source=HuggingFaceTB/SmolLM2-135M-Instruct``. Text for 
 environment variable LAWCAT_DATA names (default: ``data``): ``books/train/*.txt``, ``books/validation/*.txt`` and
 ``babi/en-10k``.
 
-One GPU: 12 minutes on an H100. What came out, and of the variants too: ``docs/results.md``. ``ends`` also teaches the student to end
-after an answer, which BABILong's metric asks for; ``shuffled`` passes states between
+One GPU: 12 minutes on an H100. What came out, and of the variants too: ``docs/results.md``. ``shuffled`` passes states between
 batches; ``pieces`` cuts samples of up to 10,000 tokens into pieces of 1,280 whose states are passed on, with the gradient across
 one boundary; ``spread`` starts the gates with half-lives from 16 to 16,384 tokens, and passes states as ``shuffled`` does;
 ``lolcats`` is the LoLCATs baseline with the same data, ``paper`` the paper's recipe on the same teacher. No training sequence is
@@ -31,7 +30,7 @@ from lawcat_jax.config import (
 from lawcat_jax.config.recipe import retrieval_mixture, retrieval_stages
 
 LENGTH = 1280
-VARIANTS = ("base", "ends", "shuffled", "pieces", "spread", "lolcats", "paper")
+VARIANTS = ("base", "shuffled", "pieces", "spread", "lolcats", "paper")
 
 
 def mixture(**changes: Any) -> DataConfig:
@@ -54,8 +53,6 @@ def get_config(variant: str = "base") -> Config:
     )
     if variant == "pieces":
         stages["stage2"].data = mixture(pieces=8)
-    if variant == "ends":
-        stages["stage2"].data = mixture(end_weight=10.0)
     if variant == "paper":
         data = DataConfig(kind="passkey", passkey_words=870, num_samples=10_000, num_workers=16, add_bos="never")
         common: dict[str, Any] = {

@@ -61,12 +61,13 @@ DataKind = Literal["passkey", "text", "niah", "babilong", "instruction", "mixtur
 SourceKind = Literal["passkey", "text", "niah", "babilong", "instruction"]
 """What one source of a mixture holds."""
 
-Wording = Literal["paper", "varied"]
-"""Wording of generated training samples: the paper's single one, or many templates and kinds of keys."""
+Wording = Literal["paper", "varied", "composed"]
+"""Wording of generated training samples: the paper's single one, many templates and kinds of keys, or these put together from
+more parts (needles stated twice, any question with any lead, filler drawn by sentences), so that hardly two frames are alike."""
 
-ValidationWording = Literal["", "paper", "varied", "selection"]
-"""Wording of generated validation samples; ``selection`` is never trained on. ``""`` is ``selection`` where the training
-wording is ``varied``, else the training wording."""
+ValidationWording = Literal["", "paper", "varied", "composed", "selection"]
+"""Wording of generated validation samples; ``selection`` is never trained on. ``""`` is ``paper`` where the training
+wording is ``paper``, else ``selection``."""
 
 Hay = Literal["noise", "books", "mixed"]
 """What surrounds a needle: repeated filler sentences, book text, or either, half the samples each."""

@@ -7,11 +7,12 @@ keeps a moving average. Found and measured with SmolLM2-135M-Instruct, and with 
 import os
 from typing import Any
 
+from lawcat_jax.config.choices import Wording
 from lawcat_jax.config.data import DataConfig, MixtureSource
 from lawcat_jax.config.stage import StageConfig
 
 
-def retrieval_mixture(*, end_weight: float = 0.0, **changes: Any) -> DataConfig:
+def retrieval_mixture(*, wording: Wording = "composed", end_weight: float = 10.0, **changes: Any) -> DataConfig:
     """40 % books, 20 % passkeys, 25 % needles that belong to a name, 15 % bAbI stories in book text; the teacher is followed
     on the books only.
 
@@ -19,13 +20,14 @@ def retrieval_mixture(*, end_weight: float = 0.0, **changes: Any) -> DataConfig:
     ``books/train/*.txt``, ``books/validation/*.txt`` and ``babi/en-10k``.
 
     Args:
+      wording: of all that is generated.
       end_weight: weight in the loss of the token that ends an answer; 0 leaves it out.
       changes: other fields of the result.
     """
     folder = os.environ.get("LAWCAT_DATA", "data")
     books, facts = f"{folder}/books/train", f"{folder}/babi/en-10k"
     retrieval = {
-        "wording": "varied",
+        "wording": wording,
         "answer_weight": 10.0,
         "kl_weight": 0.0,
         "hay_source": books,
@@ -39,7 +41,7 @@ def retrieval_mixture(*, end_weight: float = 0.0, **changes: Any) -> DataConfig:
             MixtureSource(kind="niah", hay="mixed", weight=0.25, **retrieval),
             MixtureSource(kind="babilong", babi_source=facts, weight=0.15, **retrieval),
         ),
-        "num_samples": 40_000,
+        "num_samples": 48_000,
         "validation_samples": 64,
         "num_workers": 16,
         "num_processes": min(12, (os.cpu_count() or 1) // 2),  # a sample costs 10 ms, a step of stage 1 on a GPU 30
@@ -48,7 +50,7 @@ def retrieval_mixture(*, end_weight: float = 0.0, **changes: Any) -> DataConfig:
 
 
 def retrieval_stages(seq_length: int, data: DataConfig, **changes: Any) -> dict[str, StageConfig]:
-    """``stage1`` and ``stage2`` of a ``Config``: 4,000 steps of 8 sequences each.
+    """``stage1`` and ``stage2`` of a ``Config``: 4,000 and 6,000 steps of 8 sequences each.
 
     Args:
       seq_length: of the sequences, in tokens.
@@ -64,6 +66,7 @@ def retrieval_stages(seq_length: int, data: DataConfig, **changes: Any) -> dict[
         "data": data,
     }
     second: dict[str, Any] = {
+        "steps": 6000,
         "learning_rate": 1e-3,
         "trainable": (r"^lora/", r"^mixers/"),
         "kl_weight": 1.0,

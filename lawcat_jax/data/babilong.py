@@ -291,6 +291,18 @@ ASKS = {
     ),
     "selection": ("So, {question} Well: ", "{question}\nVerdict: "),
 }
+INTROS["composed"] = INTROS["varied"]
+ASKS["composed"] = tuple(
+    opening + "{question}" + lead
+    for opening in (
+        "", "Q: ", "Now tell me: ", "One more thing. ", "Please reply. ", "Quiz: ", "This is what is asked: ", "By the text alone, ",
+        "Next: ", "Somebody wonders: ",
+    )
+    for lead in ("\n", " ", "\nA: ", "\nReply: ", " In one word: ", "\n> ", " Solution: ", "\nIt is: ", "\nBest guess: ")
+)  # fmt: skip
+EXAMPLES = ("For example:", "A short one first:", "This is how it works.", "Here is one that is solved:", "To begin with:")
+"""Headings of solved stories before the story of a composed sample."""
+EXAMPLE_SHARE, EXAMPLE_FACTS = 0.4, 10
 
 
 class BabilongGenerator:
@@ -300,7 +312,8 @@ class BabilongGenerator:
       tasks: any of "qa1", "qa2" (and others with a train file) and "qa3" (simulated where there is no train file).
       wording: "paper": context, question, a separator (bos, or the first id of "GEN"), answer and eos, as token ids without a
         leading bos, trained on separator, answer and eos; "varied" or "selection": text with an intro and a question
-        form, trained on the answer.
+        form, trained on the answer; "composed": with question forms of two parts, and 4 samples in 10 have one or two short
+        stories of the task, with their answers, before the story.
       facts: directory of the bAbI en-10k files ("" is enough for simulated stories).
       noise: book text.
     """
@@ -336,13 +349,13 @@ class BabilongGenerator:
         make = self._bare if self._wording == "paper" else self._framed
         for _ in range(20):
             stories = self._stories[int(rng.integers(len(self._stories)))]
-            sample = make(rng, stories.draw(rng, target // 8), target)
+            sample = make(rng, stories, target)
             if sample is not None:
                 return sample
         raise UserError(f"a babilong sample of {target} tokens is too short for its facts: raise the length")
 
-    def _bare(self, rng: np.random.Generator, story: Story, target: int) -> Sample | None:
-        tokenizer = self._tokenizer
+    def _bare(self, rng: np.random.Generator, stories: TrainingStories, target: int) -> Sample | None:
+        tokenizer, story = self._tokenizer, stories.draw(rng, target // 8)
         facts = encode_many(tokenizer, [" " + fact for fact in story.facts])
         question, answer = encode(tokenizer, story.question), encode(tokenizer, story.answer)
         bos = tokenizer.bos_token_id
@@ -372,10 +385,18 @@ class BabilongGenerator:
         end = start + len(answer)
         return Sample(tokens, start, end, story.answer, text, needle_end, len(context), (start - 1, end + 1))
 
-    def _framed(self, rng: np.random.Generator, story: Story, target: int) -> Sample | None:
+    def _framed(self, rng: np.random.Generator, stories: TrainingStories, target: int) -> Sample | None:
+        story = stories.draw(rng, target // 8)
         intros, asks = INTROS[self._wording], ASKS[self._wording]
         intro = intros[int(rng.integers(len(intros)))]
-        ask = asks[int(rng.integers(len(asks)))].format(question=story.question)
+        form = asks[int(rng.integers(len(asks)))]
+        ask = form.format(question=story.question)
+        if self._wording == "composed" and rng.random() < EXAMPLE_SHARE:
+            for _ in range(int(rng.integers(1, 3))):
+                example = stories.draw(rng, max(EXAMPLE_FACTS, target // 40))
+                heading = EXAMPLES[int(rng.integers(len(EXAMPLES)))]
+                solved = form.format(question=example.question) + example.answer
+                intro += f"\n{heading}\n{' '.join(example.facts)}\n{solved}\n"
         places = np.sort(rng.random(len(story.facts)))
         specials = 1 + len(opening(self._tokenizer, self._add_bos))
 

@@ -36,13 +36,22 @@ class _Frame:
     question: str  # with the lead, up to the answer
     answer: str
     separator: str = "\n"
+    within_sentences: bool = False  # the needle may stand between any two words of the hay
+    own_line: bool = False  # the needle is a line by itself
+    space_is_answered: bool = False  # the space between lead and answer is the answer's
 
     def text(self, words: list[str], ends: list[int], place: float) -> tuple[str, int, int]:
         """(text, end of the needle, start of the question) in characters; ``ends`` are word counts at sentence ends."""
-        boundaries = [0, *(end for end in ends if end <= len(words))]
-        at = boundaries[int(place * len(boundaries))]
-        before = self.task + self.separator + " ".join([*words[:at], self.needle])
-        hay = " ".join([before, *words[at:]]) + self.separator
+        if self.within_sentences:
+            at = int(place * (len(words) + 1))
+        else:
+            boundaries = [0, *(end for end in ends if end <= len(words))]
+            at = boundaries[int(place * len(boundaries))]
+        head = self.task + self.separator if self.task else ""
+        joint = "\n" if self.own_line else " "
+        before = head + " ".join(words[:at]) + (joint if at else "") + self.needle
+        rest = joint + " ".join(words[at:]) if at < len(words) else ""
+        hay = before + rest + self.separator
         return hay + self.question + self.answer, len(before), len(hay)
 
 
@@ -51,7 +60,7 @@ class RetrievalGenerator:
 
     Args:
       task: "passkey" (one value), or "niah" (a value that belongs to a named thing).
-      wording: "paper" (of "niah" only), "varied" or "selection".
+      wording: "paper" (of "niah" only), "varied", "composed" or "selection".
       hay: "noise", "books" (sentences of ``haystack``) or "mixed" (either, half the samples each).
       haystack: the books.
 
@@ -111,7 +120,7 @@ class RetrievalGenerator:
         sample = text_sample(
             self._tokenizer,
             text,
-            frame.answer,
+            " " + frame.answer if frame.space_is_answered else frame.answer,
             needle_end=needle_end,
             question_start=question_start,
             add_bos=self._add_bos,
@@ -122,7 +131,7 @@ class RetrievalGenerator:
                 f"a {self._task} sample of {max_tokens} tokens is too short for its frame: "
                 f"with this tokenizer this one needs {len(sample.tokens)} tokens"
             )
-        return sample
+        return dataclasses.replace(sample, answer=frame.answer)
 
     @functools.cached_property
     def minimum_tokens(self) -> int:
@@ -138,13 +147,18 @@ class RetrievalGenerator:
             name = f"{longest(wordings.ADJECTIVES)}-{longest(wordings.NOUNS)}"
             needles = wording.named_needles if named else wording.needles
             questions = wording.named_questions if named else wording.questions
-            texts = []
-            for kind, value in (("digits", "88888888"), ("word", name), ("uuid", uuid)):
-                facts = {"what": longest(wording.whats[kind]), "name": name, "value": value}
+            composed, texts = self._wording == "composed", []
+            for kind, value in (("digits", "888888888"), ("word", name), ("uuid", uuid)):
+                whats = [*wording.whats[kind]]
+                if composed:
+                    whats.append(f"{longest(wordings.WHAT_FIRST)} {longest(wordings.WHAT_SECOND[kind])}")
+                facts = {"what": longest(whats), "name": name, "value": f"'{value}'" if composed else value}
                 filled = [
                     longest([text.format(**facts) for text in group])
-                    for group in (wording.tasks, needles, [f"{question}\n{lead} " for question, lead in questions])
+                    for group in (wording.tasks, needles, *zip(*questions, strict=True))
                 ]
+                if composed:  # the needle twice, or with a reminder, and a second sentence of the task
+                    filled += [filled[1], longest(wordings.REMINDERS), longest(wordings.TASK_ENDINGS)]
                 texts.append((*filled, value))
         sizes = [sum(len(encode(self._tokenizer, part)) for part in parts) for parts in texts]
         return max(sizes) + self._specials + 10  # newlines, the word, and what tokens at the joints may add
@@ -170,6 +184,8 @@ class RetrievalGenerator:
             value = niah.draw_value(rng, kind)
             needle = niah.NEEDLE.format(t=kind, key=niah.draw_key(rng), value=value)
             return _Frame(TASK, needle, (PAPER_QUESTION + PAPER_LEAD).format(t=kind), value)
+        if self._wording == "composed":
+            return self._composed_frame(rng)
         wording = wordings.WORDINGS[self._wording]
         kind = ("digits", "word", "uuid")[rng.choice(3, p=(0.6, 0.15, 0.25))]
         named = self._task == "niah"
@@ -182,6 +198,49 @@ class RetrievalGenerator:
         task = _pick(rng, wording.tasks).format(**facts)
         return _Frame(_article(task), _article(needle), asked, facts["value"], _pick(rng, ("\n", "\n\n")))
 
+    def _composed_frame(self, rng: np.random.Generator) -> _Frame:
+        """Parts of the varied wording, put together anew: see :mod:`lawcat_jax.data.wordings`."""
+        parts, named = wordings.VARIED, self._task == "niah"
+        kind = ("digits", "word", "uuid")[rng.choice(3, p=(0.6, 0.15, 0.25))]
+        what = _pick(rng, parts.whats[kind])
+        if rng.random() < 0.5:
+            what = f"{_pick(rng, wordings.WHAT_FIRST)} {_pick(rng, wordings.WHAT_SECOND[kind])}"
+        value = _number(rng, 3, 9) if kind == "digits" else _value(rng, kind)
+        facts = {"what": what, "name": _name(rng), "value": value}
+        quoted = facts | {"value": _pick(rng, wordings.QUOTED).format(value=value)}
+
+        def state() -> str:
+            return _article(_pick(rng, parts.named_needles if named else parts.needles).format(**quoted))
+
+        form, needle = rng.random(), state()
+        if form < 0.3:
+            needle = f"{needle} {state()}"
+        elif form < 0.5:
+            needle = f"{needle} {_pick(rng, wordings.REMINDERS)}"
+        elif form < 0.6:
+            needle = f"{_pick(rng, wordings.REMINDERS)} {needle}"
+        questions = parts.named_questions if named else parts.questions
+        question, lead = _pick(rng, questions)
+        if rng.random() < 0.4:
+            lead = _pick(rng, questions)[1]
+        if rng.random() < 0.15 and not lead.isspace() and (not named or "{name}" in lead):
+            question = ""  # the lead asks by itself
+        between = "" if lead.isspace() or not question else _pick(rng, ("\n", " "))
+        asked = f"{question}{between}{lead}".format(**facts) + ("" if lead.isspace() else " ")
+        task = "" if rng.random() < 0.1 else _article(_pick(rng, parts.tasks).format(**facts))
+        if task and rng.random() < 0.4:
+            task = f"{task.removesuffix(':')} {_pick(rng, wordings.TASK_ENDINGS)}"
+        return _Frame(
+            task,
+            needle,
+            asked,
+            value,
+            _pick(rng, ("\n", "\n\n")),
+            within_sentences=bool(rng.random() < 0.3),
+            own_line=bool(rng.random() < 0.3),
+            space_is_answered=asked.endswith(" "),
+        )
+
     def _draw_hay(self, rng: np.random.Generator, characters: int, books: bool) -> tuple[list[str], list[int]]:
         """Words of the hay and the word counts at which sentences end."""
         if books:
@@ -189,6 +248,9 @@ class RetrievalGenerator:
             sentences = self._haystack.passage(rng, characters)
         else:
             noise = NOISE if self._wording == "paper" else _pick(rng, (NOISE, NOISE, *wordings.FILLERS))
+            if self._wording == "composed" and rng.random() < 0.7:
+                pool = split_sentences(" ".join((NOISE, *wordings.FILLERS)))
+                noise = " ".join(rng.permutation(pool)[: int(rng.integers(2, 9))])
             sentences = split_sentences(noise) * (characters // len(noise) + 1)
         lists = [sentence.split() for sentence in sentences]
         return list(itertools.chain.from_iterable(lists)), list(itertools.accumulate(map(len, lists)))
@@ -202,13 +264,17 @@ def _name(rng: np.random.Generator) -> str:
     return f"{_pick(rng, wordings.ADJECTIVES)}-{_pick(rng, wordings.NOUNS)}"
 
 
+def _number(rng: np.random.Generator, least: int, most: int) -> str:
+    return "".join(str(digit) for digit in rng.integers(10, size=int(rng.integers(least, most + 1))))
+
+
 def _value(rng: np.random.Generator, kind: str) -> str:
     if kind == "digits":
-        return "".join(str(digit) for digit in rng.integers(10, size=int(rng.integers(4, 9))))
+        return _number(rng, 4, 8)
     return _name(rng) if kind == "word" else niah.draw_value(rng, "uuid")
 
 
 def _article(text: str) -> str:
-    for vowel in "aei":  # "a access code" from a template with "a {what}"
+    for vowel in "aeioI":  # "a access code" from a template with "a {what}"
         text = text.replace(f" a {vowel}", f" an {vowel}").replace(f"A {vowel}", f"An {vowel}")
     return text

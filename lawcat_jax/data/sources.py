@@ -72,10 +72,10 @@ class Source(Protocol):
 
 
 def stream_wording(data: DataConfig, split: str) -> str:
-    """The wording of a split: validation of the varied wording is "selection" unless the config says otherwise."""
+    """The wording of a split: validation of all wordings but the paper's is "selection" unless the config says otherwise."""
     if split == "train":
         return data.wording
-    return data.validation_wording or ("selection" if data.wording == "varied" else data.wording)
+    return data.validation_wording or ("paper" if data.wording == "paper" else "selection")
 
 
 def make_source(data: DataConfig, tokenizer: Tokenizer, *, seq_length: int, seed: int, split: str) -> Source:

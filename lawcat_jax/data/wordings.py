@@ -1,9 +1,14 @@
-"""Wordings of retrieval samples to train with: the paper's, many of our own ("varied"), and one for validation ("selection").
+"""Wordings of retrieval samples to train with: the paper's, many of our own ("varied", and "composed" of more parts), and one
+for validation ("selection").
 
-No varied or selection template has a distinctive phrase of an evaluation prompt (Landmark's, RULER's, BABILong's): those
+No varied, composed or selection template has a distinctive phrase of an evaluation prompt (Landmark's, RULER's, BABILong's): those
 stay unseen, and ``tests/data/test_held_apart.py`` checks it. The paper's training wording has some of them by the
 paper's design (``The pass key is``, ``special magic``, ``I will quiz you``). "selection" shares no template with "varied" and is
 neither trained on nor reported: it chooses checkpoints.
+
+"composed" has the templates of "varied" and puts them together more freely: what is hidden has a name of two parts, a needle is
+stated again in other words or followed by a reminder, any question goes with any lead of an answer or is left out, and filler is
+drawn sentence by sentence. So hardly a sample repeats the frame of another.
 
 Templates are filled with ``{what}`` (what is hidden: "access code"), ``{name}`` (whose: "amber-falcon") and ``{value}``.
 """
@@ -207,7 +212,50 @@ SELECTION = Wording(
     },
 )
 
-WORDINGS = {"varied": VARIED, "selection": SELECTION}
+WORDINGS = {"varied": VARIED, "composed": VARIED, "selection": SELECTION}
+
+WHAT_FIRST = """
+secret hidden private new old main second spare temporary daily current official lucky final internal personal valid
+""".split()  # noqa: SIM905
+WHAT_SECOND = {
+    "digits": ("number", "code", "key", "PIN", "figure", "pass code", "serial number", "ID number", "extension"),
+    "word": ("word", "name", "keyword", "alias", "nickname", "code name", "label"),
+    "uuid": ("identifier", "hash", "key", "code", "reference", "ID"),
+}
+"""What a composed sample hides, by kind of value: one of the first and one of the second."""
+
+REMINDERS = (
+    "Do not forget it.",
+    "This matters later.",
+    "Nothing else here matters.",
+    "You may need it soon.",
+    "That is all there is to know.",
+    "It will not be repeated.",
+    "Learn it by heart.",
+    "Remember this one.",
+    "Keep that in mind.",
+    "Write it on your hand.",
+    "Be sure to note it.",
+    "Everything depends on it.",
+)
+"""Said after the needle of a composed sample, or before it."""
+
+TASK_ENDINGS = (
+    "You will be asked for it at the end.",
+    "A question follows.",
+    "Answer with the value alone.",
+    "Everything else is noise.",
+    "Take your time.",
+    "Let us begin.",
+    "The document starts here.",
+    "It may stand anywhere.",
+    "Do not guess.",
+    "There is a test afterwards.",
+)
+"""Said after the task line of a composed sample."""
+
+QUOTED = ("{value}", "{value}", "{value}", "{value}", '"{value}"', "'{value}'", "[{value}]", "({value})")
+"""How a composed needle writes its value."""
 
 FILLERS = (
     "The rain fell on the roof. The cat slept by the fire. Nobody was in a hurry. The clock went on ticking.",

@@ -195,7 +195,7 @@ def test_bad_requests(directory):
         make(small.byte_level(), "qa1", 0, 7, facts=directory)
 
 
-@pytest.mark.parametrize("wording", ["paper", "varied", "selection"])
+@pytest.mark.parametrize("wording", ["paper", "varied", "composed", "selection"])
 def test_training_samples(directory, wording):
     tokenizer = small.byte_level()
     generator = babilong.BabilongGenerator(

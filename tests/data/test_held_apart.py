@@ -1,7 +1,7 @@
 """What is evaluated never trains: frames of evaluation prompts, and bAbI's test stories.
 
 The paper's own training wordings share sentences with Landmark's and RULER's prompts by the paper's design; they are
-listed here, one by one, and nothing else may. The varied and selection wordings share nothing.
+listed here, one by one, and nothing else may. The varied, composed and selection wordings share nothing.
 
 ``LAWCAT_DATA=<directory>`` (with books/ and babi/en-10k/ in it) runs the last tests on real files too.
 """
@@ -97,9 +97,12 @@ def test_the_phrases_are_those_of_the_prompts():
     assert len(BABILONG) > 12
 
 
-@pytest.mark.parametrize("name", ["varied", "selection"])
+@pytest.mark.parametrize("name", ["varied", "composed", "selection"])
 def test_no_template_has_a_phrase_of_an_evaluation_prompt(name):
     texts = [*_templates(wordings.WORDINGS[name]), *babilong.INTROS[name], *wordings.FILLERS]
+    texts += [*wordings.REMINDERS, *wordings.TASK_ENDINGS, *babilong.EXAMPLES]
+    seconds = [second for group in wordings.WHAT_SECOND.values() for second in group]
+    texts += [f"{first} {second}" for first in wordings.WHAT_FIRST for second in seconds]
     texts += [ask.format(question="Where is Mary?") for ask in babilong.ASKS[name]]
     assert _found(texts) == set()
 
@@ -109,13 +112,13 @@ def _samples(count=40, books=BOOKS, facts=""):
     tokenizer = small.byte_level()
     out = {}
     for task in ("passkey", "niah"):
-        for wording in ("varied", "selection"):
+        for wording in ("varied", "composed", "selection"):
             generator = retrieval.RetrievalGenerator(tokenizer, task=task, wording=wording, hay="mixed", haystack=books)
             out[task, wording] = (generator, set())
     generator = retrieval.RetrievalGenerator(tokenizer, task="niah", wording="paper", hay="mixed", haystack=books)
     out["niah", "paper"] = (generator, PAPER_NIAH)
     out["passkey", "paper"] = (passkey.PasskeyGenerator(tokenizer), PAPER_PASSKEY)
-    for wording in ("paper", "varied", "selection"):
+    for wording in ("paper", "varied", "composed", "selection"):
         tasks = ("qa1", "qa2", "qa3") if facts else ("qa3",)
         generator = babilong.BabilongGenerator(tokenizer, tasks=tasks, wording=wording, facts=facts, noise=books)
         out["babilong", wording] = (generator, set())

@@ -87,6 +87,48 @@ def test_many_wordings_of_every_part():
     assert len({sample.text.split("\n")[0] for sample in samples}) > 60
 
 
+@pytest.mark.parametrize("name", small.ALL)
+@pytest.mark.parametrize("task", ["passkey", "niah"])
+def test_composed_samples(name, task):
+    tokenizer = small.ALL[name]()
+    for sample in _draw(_generator(tokenizer, task=task, wording="composed"), 24):
+        assert 590 <= len(sample.tokens) <= 600
+        assert sample.tokens[1:-1].tolist() == encode(tokenizer, sample.text)
+        answer = decode(tokenizer, encode(tokenizer, sample.answer)).strip()
+        # the space that a tokenizer writes by itself is learned with the answer
+        spanned = decode(tokenizer, sample.tokens[sample.answer_start : sample.answer_end])
+        assert spanned.strip() == answer
+        if name == "byte_level" and sample.text[: -len(sample.answer)].endswith(" "):
+            assert spanned == " " + answer
+        assert answer in decode(tokenizer, sample.tokens[: sample.needle_end])
+        assert 0 < sample.needle_end <= sample.question_start <= sample.answer_start
+        asked = sample.text.rindex(sample.answer)
+        assert sample.text[:asked].count(sample.answer) in (1, 2)  # stated once or twice
+
+
+def test_composed_frames_hardly_repeat():
+    def frames(samples):
+        """What stands before the hay and after it, without the values."""
+        found = set()
+        for sample in samples:
+            text = re.sub(r"\n+", "\n", sample.text.replace(sample.answer, "#"))
+            found.add((text.split("\n")[0][:60], text[-40:]))
+        return len(found)
+
+    def needles(samples):
+        return len({re.split(r"(?<=\.) ", s.text.replace(s.answer, "#").split("#")[1])[0] for s in samples})
+
+    varied, composed = (_draw(_generator(wording=name, hay="noise"), 200, 300) for name in ("varied", "composed"))
+    assert {len(s.answer) for s in composed if s.answer.isdigit()} == {3, 4, 5, 6, 7, 8, 9}
+    assert frames(composed) > frames(varied)
+    assert frames(composed) > 190
+    assert needles(composed) > 1.5 * needles(varied)
+    own_line = [s for s in composed if re.search(r"\S\n[^\n]*" + re.escape(s.answer) + r"[^\n]*\n\S", s.text)]
+    assert 20 < len(own_line) < 140
+    fillers = {part for s in composed for part in s.text.split(". ")[3:5]}
+    assert len(fillers) > 30
+
+
 def test_selection_shares_no_template_with_varied():
     for part in ("tasks", "needles", "named_needles", "questions", "named_questions"):
         assert not set(getattr(wordings.SELECTION, part)) & set(getattr(wordings.VARIED, part))
@@ -115,7 +157,7 @@ def test_same_seed_same_samples_and_target():
 
 
 def test_bad_requests():
-    with pytest.raises(UserError, match="wording 'paper' of passkey samples is not one of varied, selection"):
+    with pytest.raises(UserError, match="wording 'paper' of passkey samples is not one of varied, composed, selection"):
         _generator(wording="paper")
     with pytest.raises(UserError, match="hay 'straw' is not one of"):
         _generator(hay="straw")
@@ -125,7 +167,7 @@ def test_bad_requests():
         _generator().sample_tokens(sample_rng("train", 0, 0), 30)
 
 
-@pytest.mark.parametrize(("task", "wording"), [("passkey", "varied"), ("niah", "varied"), ("passkey", "selection")])
+@pytest.mark.parametrize(("task", "wording"), [("passkey", "varied"), ("niah", "varied"), ("niah", "composed"), ("passkey", "selection")])
 def test_the_minimum_holds_every_sample(task, wording):
     generator = _generator(task=task, wording=wording, hay="noise")
     assert max(len(s.tokens) for s in _draw(generator, 150, generator.minimum_tokens)) <= generator.minimum_tokens
