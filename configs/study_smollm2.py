@@ -172,7 +172,14 @@ def get_study() -> Study:
             Evaluation("babilong_qa1_to_3", babilong[:3], CONTEXT, samples=100, **sources, **headline),
             Evaluation("babilong_qa4_and_5", babilong[3:], CONTEXT, samples=100, **sources, **headline),
             Evaluation("babilong_long", babilong, (16384, 32768), samples=100, **sources, **headline),
-            Evaluation("babilong_ends", babilong[:3], CONTEXT, samples=100, **sources, rows=("ends", "lawcat_short", "composed")),
+            Evaluation(
+                "babilong_ends",
+                babilong[:3],
+                CONTEXT,
+                samples=100,
+                **sources,
+                rows=("ends", "lawcat_short", "composed"),
+            ),
             Evaluation("tasks_teacher", (*niah, *babilong), CONTEXT, samples=100, **sources, **teacher),
             Evaluation("perplexity", ("perplexity_by_position",), (32768,), position_block=4096, **text, **headline),
             Evaluation(

@@ -300,7 +300,13 @@ ASKS["composed"] = tuple(
     )
     for lead in ("\n", " ", "\nA: ", "\nReply: ", " In one word: ", "\n> ", " Solution: ", "\nIt is: ", "\nBest guess: ")
 )  # fmt: skip
-EXAMPLES = ("For example:", "A short one first:", "This is how it works.", "Here is one that is solved:", "To begin with:")
+EXAMPLES = (
+    "For example:",
+    "A short one first:",
+    "This is how it works.",
+    "Here is one that is solved:",
+    "To begin with:",
+)
 """Headings of solved stories before the story of a composed sample."""
 EXAMPLE_SHARE, EXAMPLE_FACTS = 0.4, 10
 

@@ -167,7 +167,9 @@ def test_bad_requests():
         _generator().sample_tokens(sample_rng("train", 0, 0), 30)
 
 
-@pytest.mark.parametrize(("task", "wording"), [("passkey", "varied"), ("niah", "varied"), ("niah", "composed"), ("passkey", "selection")])
+@pytest.mark.parametrize(
+    ("task", "wording"), [("passkey", "varied"), ("niah", "varied"), ("niah", "composed"), ("passkey", "selection")]
+)
 def test_the_minimum_holds_every_sample(task, wording):
     generator = _generator(task=task, wording=wording, hay="noise")
     assert max(len(s.tokens) for s in _draw(generator, 150, generator.minimum_tokens)) <= generator.minimum_tokens
