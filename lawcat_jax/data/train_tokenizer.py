@@ -78,8 +78,9 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, passkey_repeats: i
     )
 
 
-def refuse_a_model(target: str | Path) -> None:
-    """Refuse a directory whose tokenizer is that of a model, which would read other tokens afterwards.
+def check_tokenizer_target(target: str | Path, *, overwrite: bool = False) -> None:
+    """Refuse a directory that has a tokenizer already, unless ``overwrite``; and always one whose tokenizer is that of a
+    model, which would read other tokens afterwards.
 
     Raises:
       UserError: saying which.
@@ -90,6 +91,10 @@ def refuse_a_model(target: str | Path) -> None:
     if model := next((file for file in found if file.is_file()), None):
         raise UserError(
             f"target {str(target)!r}: {model} is a model's, whose tokenizer is not replaced; name another folder"
+        )
+    if not overwrite and (path / "tokenizer.json").exists():
+        raise UserError(
+            f"target {str(target)!r} holds a tokenizer; pass --overwrite to replace it, or name another folder"
         )
 
 

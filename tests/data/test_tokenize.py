@@ -88,10 +88,18 @@ def test_trained_tokenizer_round_trip(tmp_path):
 def test_the_tokenizer_of_a_model_is_not_replaced(name, tmp_path):
     target = tmp_path / "tokenizer"
     target.mkdir()
-    trainer.refuse_a_model(target)
+    trainer.check_tokenizer_target(target)
     (target / name).write_text("{}")
-    with pytest.raises(UserError, match=r"is a model's, whose tokenizer is not replaced"):
-        trainer.refuse_a_model(target)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=r"is a model's, whose tokenizer is not replaced"):
+            trainer.check_tokenizer_target(target, overwrite=overwrite)
+
+
+def test_an_earlier_tokenizer_is_replaced_on_demand_only(tmp_path):
+    trainer.save_tokenizer(small.byte_level(), tmp_path / "t")
+    with pytest.raises(UserError, match=r"t' holds a tokenizer; pass --overwrite to replace it"):
+        trainer.check_tokenizer_target(tmp_path / "t")
+    trainer.check_tokenizer_target(tmp_path / "t", overwrite=True)
 
 
 def test_training_is_deterministic():
