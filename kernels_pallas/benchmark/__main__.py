@@ -1,10 +1,11 @@
 """Measure the kernels on the GPU at hand, check them, or analyse the TPU kernels without a TPU.
 
     python -m kernels_pallas.benchmark [--quick] [--variants] [--models ...] [--only forward,prefill] [--seconds N] --out DIR
+    python -m kernels_pallas.benchmark --profile --only forward+backward [--shapes ...] --out DIR     time by kernel
     python -m kernels_pallas.benchmark --check [--max_length N] --out DIR     errors against a float64 recurrence
     python -m kernels_pallas.benchmark --static ...                           compiles for TPUs (see --static --help)
 
-Results go to DIR/benchmark.json after every measurement; at the end a table is printed and plots are written.
+Results go to DIR/benchmark.json after every measurement; at the end tables are printed and plots are written.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 
-from kernels_pallas.benchmark import jax_peers, peers, report, suite, timing
+from kernels_pallas.benchmark import jax_peers, peers, profile, report, suite, timing
 from kernels_pallas.benchmark.suite import MODELS, ROWS_OPERATIONS, Job, Model
 
 Row = tuple[Model, str, int, int]
@@ -148,57 +149,41 @@ def _reason(problem: Exception, peer: bool) -> str:
     return f"{'not here: ' if peer else ''}{type(problem).__name__}: {problem}"[:800]
 
 
-def find_missing(bench: Bench) -> None:
-    """Notes which of the chosen peers cannot be measured on this machine at all, and why."""
-    torch_reason = None
-    try:
-        import torch
-
-        if not torch.cuda.is_available():
-            torch_reason = "PyTorch has no CUDA device"
-    except Exception as problem:
-        torch_reason = f"PyTorch: {type(problem).__name__}: {problem}"
-    for label in bench.args.peers:
-        reason = torch_reason if peers.PEERS[label].build else jax_peers.missing()
-        if reason is not None:
-            bench.leave_out(label, reason)
-
-
 def peer_jobs(bench: Bench, rows: list[Row]) -> list[Job]:
-    """The peers written in JAX, compiled and timed as this project's jobs."""
-    return [
-        suite.Job(*row, label)
-        for label in bench.args.peers
-        for row in rows
-        if label not in bench.not_here and not peers.PEERS[label].build and row[1] in peers.PEERS[label].operations
-    ]
+    """The peers written in JAX, compiled and timed as this project's jobs; says which are not here."""
+    labels = [label for label in bench.args.peers if peers.PEERS[label].build is None]
+    reason = jax_peers.missing() if labels else None
+    if reason is not None:
+        for label in labels:
+            bench.leave_out(label, reason)
+        return []
+    return [suite.Job(*row, label) for label in labels for row in rows if row[1] in peers.PEERS[label].operations]
 
 
-def measure_peers(bench: Bench, rows: list[Row], programs: dict[Job, Future[Any]]) -> None:
+def measure_torch_peers(bench: Bench, rows: list[Row]) -> None:
+    """After everything in JAX, as PyTorch brings CUDA libraries of its own into the process."""
     from kernels_pallas.benchmark.torch_tuning import parallel_tuning
 
+    chosen = {label: peer.build for label, peer in peers.PEERS.items() if label in bench.args.peers and peer.build}
+    reason = _torch_missing() if chosen else None
+    if reason is not None:
+        for label in chosen:
+            bench.leave_out(label, reason)
+        return
+    bench.held = (None, None)
     # The comparisons that matter most first: a time budget may end before those with fla, which tunes for minutes.
-    pairs = [
-        (label, peer, row)
-        for label, peer in peers.PEERS.items()
-        for row in rows
-        if label in bench.args.peers and row[1] in peer.operations
-    ]
+    pairs = [(label, row) for label in chosen for row in rows if row[1] in peers.PEERS[label].operations]
     with parallel_tuning():
-        for label, peer, (model, operation, batch, length) in pairs:
+        for label, (model, operation, batch, length) in pairs:
             if label in bench.not_here:
                 continue
             job = suite.Job(model, operation, batch, length, label)
-            if peer.build is None:
-                measure_job(bench, job, programs[job])
-                continue
-            bench.held = (None, None)
-            note: dict[str, Any] = {"floor": suite.floor_bytes(job), "kind": peer.kind}
+            note: dict[str, Any] = {"floor": suite.floor_bytes(job), "kind": peers.PEERS[label].kind}
             if bench.left() < 3:
                 bench.add(job.row, label, skipped="skipped: no time left", **note)
                 continue
             try:
-                function = peer.build(model, batch, length, operation == "forward+backward")
+                function = chosen[label](model, batch, length, operation == "forward+backward")
                 bench.add(job.row, label, ms=timing.measure_torch(function, budget=bench.args.budget), **note)
                 del function
             except ImportError as problem:
@@ -209,6 +194,43 @@ def measure_peers(bench: Bench, rows: list[Row], programs: dict[Job, Future[Any]
                 import torch
 
                 torch.cuda.empty_cache()
+
+
+def _torch_missing() -> str | None:
+    try:
+        import torch
+
+        return None if torch.cuda.is_available() else "PyTorch has no CUDA device"
+    except Exception as problem:
+        return f"PyTorch: {type(problem).__name__}: {problem}"
+
+
+def profile_jobs(bench: Bench, jobs: list[Job]) -> int:
+    """Prints and writes to DIR/profile.json where the time of each job goes; 1 if the profiler tells nothing of one."""
+    programs = compile_jobs(bench, jobs)
+    results: list[dict[str, Any]] = []
+    failures = 0
+    for job in jobs:
+        what = f"{job.model.name} {job.operation} {job.batch}x{job.length} {job.label}"
+        if programs[job].cancelled() or bench.left() < 2:
+            print(f"\n{what}: skipped: no time left", flush=True)
+            continue
+        result: dict[str, Any] = {"model": job.model.name, "operation": job.operation, "label": job.label}
+        result |= {"batch": job.batch, "length": job.length, "device": bench.device}
+        try:
+            compiled, shapes, _ = programs[job].result()
+            inputs = suite.arguments(job, shapes)
+            ms = timing.measure(compiled, inputs, budget=bench.args.budget)
+            rows = profile.profile(compiled, inputs)
+            result |= {"ms": ms, "kernels": [row._asdict() for row in rows]}
+            print(f"\n{what}\n{profile.table(rows, ms['median'])}", flush=True)
+        except Exception as problem:
+            failures += 1
+            result["error"] = _reason(problem, job.is_peer)
+            print(f"\n{what}: {result['error']}", flush=True)
+        results.append(result)
+        timing.write_json(bench.args.out / "profile.json", results)
+    return 1 if failures else 0
 
 
 def main() -> int:
@@ -230,6 +252,7 @@ def main() -> int:
     parser.add_argument("--compile_seconds", type=float, default=3600.0, help="how long to wait for the compiler")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds that one measurement may take")
     parser.add_argument("--bandwidth", type=float, help="TB/s for the floor, where the device is not known")
+    parser.add_argument("--profile", action="store_true", help="time by kernel, of this project and of peers in JAX")
     parser.add_argument("--check", action="store_true", help="errors against the float64 recurrence instead of times")
     parser.add_argument("--implementation", help="with --check: which one; default: the best for each case")
     parser.add_argument("--max_length", type=int, default=65536, help="with --check: longest sequence")
@@ -237,6 +260,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.check:
         return check(args)
+    if args.profile:  # kernels of a CUDA graph do not tell which instruction they belong to
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer=".strip()
     if jax.default_backend() != "gpu":
         parser.error(f"times are measured on a GPU; this process has {jax.default_backend()} (use --check or --static)")
     operations, models = args.only.split(","), args.models.split(",")
@@ -258,11 +283,13 @@ def main() -> int:
     if args.variants:
         jobs = [j for j in suite.variants(models) if j.operation in operations] + jobs
     rows = [(j.model, j.operation, j.batch, j.length) for j in jobs if not j.sizes and j.label == "pallas"]
-    find_missing(bench)
-    programs = compile_jobs(bench, jobs + peer_jobs(bench, rows))
+    jobs += peer_jobs(bench, rows)
+    if args.profile:
+        return profile_jobs(bench, [job for job in jobs if job.operation != "decode"])
+    programs = compile_jobs(bench, jobs)
     for job in jobs:
         measure_job(bench, job, programs[job])
-    measure_peers(bench, rows, programs)
+    measure_torch_peers(bench, rows)
     print(report.table(bench.records))
     print(report.best(bench.records))
     for label, reason in bench.not_here.items():

@@ -103,10 +103,10 @@ class Peer(NamedTuple):
 _SOFTMAX, _LINEAR = ("prefill", "forward+backward"), ("forward", "forward+backward")
 
 PEERS: dict[str, Peer] = {
+    **{label: Peer("linear", _LINEAR) for label in jax_peers.PEERS},
     "FlashAttention-2": Peer("softmax", _SOFTMAX, lambda *a: _softmax_attention("flash", *a)),
     "cuDNN attention": Peer("softmax", _SOFTMAX, lambda *a: _softmax_attention("cudnn", *a)),
     "FlashAttention-3": Peer("softmax", _SOFTMAX, _flash_attention_3),
-    **{label: Peer("linear", _LINEAR) for label in jax_peers.PEERS},
     "fla chunk_gla": Peer("linear", _LINEAR, lambda *a: _chunk_gla(False, *a)),
     "fla chunk_gla [v;1]": Peer("linear", ("forward",), lambda *a: _chunk_gla(True, *a)),
 }

@@ -11,7 +11,7 @@ import pytest
 
 import kernels_pallas as kp
 from kernels_pallas.benchmark import __main__ as benchmark
-from kernels_pallas.benchmark import jax_peers, peers, report, suite
+from kernels_pallas.benchmark import jax_peers, peers, profile, report, suite
 from kernels_pallas.benchmark.suite import MODELS, Job, Model
 from kernels_pallas.common import lowering_for
 
@@ -85,13 +85,17 @@ def test_a_peer_that_fails_stops_nothing(monkeypatch, tmp_path, capsys):
     }
     monkeypatch.setattr(peers, "PEERS", table)
     monkeypatch.setattr(jax_peers, "PEERS", {"refuses": refuses, "works": attention})
+    monkeypatch.setattr(jax_peers, "missing", lambda: None)
+    monkeypatch.setattr(benchmark, "_torch_missing", lambda: None)
     args = {"seconds": 600.0, "compile_seconds": 600.0, "budget": 0.01, "bandwidth": None, "out": tmp_path}
     bench = benchmark.Bench(argparse.Namespace(**args, peers=list(table)[:4]))
-    jobs = list(suite.jobs([], ["forward"], True)) + [Job(TINY, "forward", 1, 32)]
+    jobs = [Job(TINY, "forward", 1, 32)]
     rows = [(TINY, "forward", 1, 32)]
-    programs = benchmark.compile_jobs(bench, jobs + benchmark.peer_jobs(bench, rows))
-    benchmark.measure_job(bench, jobs[0], programs[jobs[0]])
-    benchmark.measure_peers(bench, rows, programs)
+    jobs += benchmark.peer_jobs(bench, rows)
+    programs = benchmark.compile_jobs(bench, jobs)
+    for job in jobs:
+        benchmark.measure_job(bench, job, programs[job])
+    benchmark.measure_torch_peers(bench, rows)
     found = {r["label"]: r for r in bench.records}
     assert set(found) == {"pallas", "faulty", "refuses", "works"}
     assert found["pallas"]["served"] == "scan"
@@ -104,10 +108,77 @@ def test_a_peer_that_fails_stops_nothing(monkeypatch, tmp_path, capsys):
     assert "absent: not here: no such package" in capsys.readouterr().out
 
 
-def test_what_cannot_be_measured_here_is_said(tmp_path):
-    """A CPU has neither PyTorch with CUDA nor Mosaic GPU kernels of another library that could run: each is named."""
-    args = {"seconds": 600.0, "bandwidth": None, "out": tmp_path}
-    bench = benchmark.Bench(argparse.Namespace(**args, peers=["FlashAttention-3", "cuDNN attention"]))
-    benchmark.find_missing(bench)
-    assert set(bench.not_here) == {"FlashAttention-3", "cuDNN attention"}
-    assert all("PyTorch" in reason for reason in bench.not_here.values())
+def test_what_cannot_be_measured_here_is_said(monkeypatch, tmp_path):
+    """A CPU has no PyTorch with CUDA, and another library may be missing: each peer is named with the reason."""
+    monkeypatch.setattr(jax_peers, "missing", lambda: "no such package")
+    args = {"seconds": 600.0, "bandwidth": None, "out": tmp_path, "peers": ["FlashAttention-3", "jax-linear-attention"]}
+    bench = benchmark.Bench(argparse.Namespace(**args))
+    rows = [(TINY, "forward+backward", 1, 32)]
+    assert benchmark.peer_jobs(bench, rows) == []
+    benchmark.measure_torch_peers(bench, rows)
+    assert bench.records == []
+    assert bench.not_here["jax-linear-attention"] == "no such package"
+    assert "PyTorch" in bench.not_here["FlashAttention-3"]
+
+
+def test_bytes_of_a_kernel_are_those_of_its_operands_and_results():
+    hlo = """
+    ENTRY %main (a: bf16[4,8], b: f32[8]) -> f32[4] {
+      %a = bf16[4,8]{1,0} parameter(0)
+      %b = f32[8]{0} parameter(1)
+      %call.1 = (bf16[4,8]{1,0}, /*index=1*/f32[4]{0}) custom-call(%a, %b, %a), custom_call_target="x", metadata={op_name="jit(f)/gla"}
+      %o = f32[4]{0} get-tuple-element(%call.1), index=1
+      ROOT %loop_fusion.2 = pred[4]{0} fusion(f32[4]{0} %o), kind=kLoop, calls=%g
+    }"""
+    found = profile.instructions(hlo)
+    assert set(found) == {"call.1", "loop_fusion.2"}
+    assert found["call.1"] == profile.Instruction(64 + 32 + 64 + 16, "jit(f)/gla")
+    assert found["loop_fusion.2"].bytes == 16 + 4
+
+
+def test_bytes_of_a_compiled_program():
+    """XLA's own text: one product of two matrices, whatever else it makes of it."""
+    x = jnp.ones((256, 256))
+    compiled = jax.jit(lambda a, b: a @ b).lower(x, x).compile()
+    assert max(found.bytes for found in profile.instructions(compiled.as_text()).values()) == 3 * 256 * 256 * 4
+
+
+def trace(tmp_path, text: str):
+    from jax.profiler import ProfileData
+
+    path = tmp_path / "a.xplane.pb"
+    path.write_bytes(ProfileData.text_proto_to_serialized_xspace(text))
+    return path
+
+
+def test_kernels_of_a_trace(tmp_path):
+    event = "events {{ metadata_id: {} duration_ps: {} {} }}"
+    call = 'stats { metadata_id: 1 str_value: "call.1" }'
+    stream = [event.format(1, 3_000_000_000, call), event.format(1, 1_000_000_000, call), event.format(2, 10**9, "")]
+    path = trace(
+        tmp_path,
+        f"""planes {{ name: "/host:CPU" lines {{ name: "Stream" {stream[0]} }} }}
+        planes {{
+          name: "/device:GPU:0"
+          lines {{ name: "Stream #13(Compute)" {" ".join(stream)} }}
+          lines {{ name: "XLA Ops" {stream[0]} }}
+          event_metadata {{ key: 1 value {{ id: 1 name: "mosaic_kernel" }} }}
+          event_metadata {{ key: 2 value {{ id: 2 name: "loop_fusion_2" }} }}
+          stat_metadata {{ key: 1 value {{ id: 1 name: "hlo_op" }} }}
+        }}""",
+    )
+    program = {"call.1": profile.Instruction(4e9, "gla"), "loop_fusion.2": profile.Instruction(5e8, "")}
+    first, second = profile.kernels(path, 2, program)
+    assert first == profile.Kernel("mosaic_kernel", "call.1", 1.0, 2.0, 4e9, "gla")
+    assert second == profile.Kernel("loop_fusion_2", "loop_fusion.2", 0.5, 0.5, 2.5e8, "")
+    lines = profile.table([first, second], 3.0).splitlines()
+    assert lines[0] == "kernels 2.5000 ms of a call of 3.0000 ms"
+    assert lines[2] == "2.0000 | 80.0% | 1 | 4000.0 | 2.00 | mosaic_kernel | call.1 | gla"
+
+
+def test_a_profiler_without_a_gpu_is_one_line(tmp_path, capsys):
+    """A CPU's own trace: what comes out is the reason, and the mark of a failure."""
+    args = argparse.Namespace(seconds=600.0, compile_seconds=600.0, budget=0.01, bandwidth=None, out=tmp_path, peers=[])
+    assert benchmark.profile_jobs(benchmark.Bench(args), [Job(TINY, "forward", 1, 32)]) == 1
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "LookupError: the profiler gave no kernels of a GPU, only" in last
