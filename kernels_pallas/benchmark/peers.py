@@ -1,13 +1,14 @@
-"""The implementations that users have today, in PyTorch: FlashAttention-2, cuDNN attention, fla's chunk_gla.
+"""What users have today: softmax attention and fla's chunk_gla in PyTorch, and other JAX libraries (``jax_peers``).
 
-Each function gives a callable of no arguments, or raises with the reason why the peer is not here.
+Each builder gives a callable of no arguments, or raises with the reason why the peer is not here: ImportError if it never is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+from kernels_pallas.benchmark import jax_peers
 from kernels_pallas.benchmark.suite import Model
 
 
@@ -27,6 +28,34 @@ def _softmax_attention(backend: str, model: Model, batch: int, length: int, back
     def run() -> Any:
         with sdpa_kernel(kind):
             o = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return torch.autograd.grad(o, (q, k, v), do) if backward else o
+
+    run()
+    return run
+
+
+def _flash_attention_3(model: Model, batch: int, length: int, backward: bool) -> Callable[[], Any]:
+    """Causal softmax attention with grouped kv heads, [B, T, H, d] bfloat16, by FlashAttention-3's own package.
+
+    PyTorch's ``activate_flash_attention_impl("FA3")`` imports the same package; it brings no kernels of its own.
+    """
+    import torch
+
+    try:
+        from flash_attn_interface import flash_attn_func  # pyright: ignore[reportMissingImports]
+    except Exception as problem:  # one built for another PyTorch fails with whatever its loader raises
+        raise ImportError(f"flash_attn_interface: {type(problem).__name__}: {problem}") from problem
+
+    def draw(heads: int) -> Any:
+        x = torch.randn(batch, length, heads, model.d, device="cuda", dtype=torch.bfloat16)
+        return x.requires_grad_(backward)
+
+    q, k, v = draw(model.heads), draw(model.kv_heads), draw(model.kv_heads)
+    do = torch.randn_like(q)
+
+    def run() -> Any:
+        o = flash_attn_func(q, k, v, causal=True)
+        o = o[0] if isinstance(o, tuple) else o  # earlier releases also return the sums of the softmax
         return torch.autograd.grad(o, (q, k, v), do) if backward else o
 
     run()
@@ -58,16 +87,27 @@ def _chunk_gla(normaliser: bool, model: Model, batch: int, length: int, backward
     return run
 
 
-PEERS: dict[str, tuple[tuple[str, ...], Callable[..., Callable[[], Any]]]] = {
-    "FlashAttention-2": (
-        ("prefill", "forward+backward"),
-        lambda *a: _softmax_attention("flash", *a),
-    ),
-    "cuDNN attention": (
-        ("prefill", "forward+backward"),
-        lambda *a: _softmax_attention("cudnn", *a),
-    ),
-    "fla chunk_gla": (("forward", "forward+backward"), lambda *a: _chunk_gla(False, *a)),
-    "fla chunk_gla [v;1]": (("forward",), lambda *a: _chunk_gla(True, *a)),
+class Peer(NamedTuple):
+    """Something to compare with."""
+
+    kind: str
+    """"linear" or "softmax" attention."""
+
+    operations: tuple[str, ...]
+    """It is compared in these."""
+
+    build: Callable[..., Callable[[], Any]] | None = None
+    """(model, batch, length, backward) -> PyTorch callable; None: an entry of ``jax_peers.PEERS``, timed as this project's jobs."""
+
+
+_SOFTMAX, _LINEAR = ("prefill", "forward+backward"), ("forward", "forward+backward")
+
+PEERS: dict[str, Peer] = {
+    **{label: Peer("linear", _LINEAR) for label in jax_peers.PEERS},
+    "FlashAttention-2": Peer("softmax", _SOFTMAX, lambda *a: _softmax_attention("flash", *a)),
+    "cuDNN attention": Peer("softmax", _SOFTMAX, lambda *a: _softmax_attention("cudnn", *a)),
+    "FlashAttention-3": Peer("softmax", _SOFTMAX, _flash_attention_3),
+    "fla chunk_gla": Peer("linear", _LINEAR, lambda *a: _chunk_gla(False, *a)),
+    "fla chunk_gla [v;1]": Peer("linear", ("forward",), lambda *a: _chunk_gla(True, *a)),
 }
-"""Name of the peer -> (operations it is compared in, builder(model, batch, length, backward))."""
+"""Name of the peer -> what it is, in the order in which they are measured: fla, which tunes for minutes, comes last."""

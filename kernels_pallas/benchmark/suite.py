@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 
 import kernels_pallas as kp
+from kernels_pallas.benchmark import jax_peers
 from kernels_pallas.gated_linear_attention import block_sizes
 from kernels_pallas.gated_linear_attention.block_sizes import BlockSizes
+from kernels_pallas.lawcat_attention.api import kernel_for
 
 BOUND = -1.25
 
@@ -24,7 +26,15 @@ class Model(NamedTuple):
     d: int
 
 
-MODELS = {"llama-3.2-1b": Model("llama-3.2-1b", 32, 8, 64), "mistral-7b": Model("mistral-7b", 32, 8, 128)}
+MODELS = {
+    model.name: model
+    for model in (
+        Model("llama-3.2-1b", 32, 8, 64),
+        Model("mistral-7b", 32, 8, 128),
+        Model("smollm2", 9, 3, 64),  # SmolLM2-135M
+        Model("d256", 8, 1, 256),  # as in Gemma
+    )
+}
 SHAPES = ((32, 1024), (16, 2048), (8, 4096), (1, 32768), (1, 1024), (4, 8192), (2, 16384), (1, 65536))
 """Batch x tokens, in the order in which a time budget is spent."""
 
@@ -67,9 +77,31 @@ class Job:
         return self.operation.removesuffix(" padded").removesuffix(" packed")
 
     @property
+    def is_peer(self) -> bool:
+        """Whether the attention is another library's."""
+        return self.label in jax_peers.PEERS
+
+    @property
     def implementation(self) -> str | None:
         """What ``implementation=None`` takes on this GPU, unless the label names another."""
         return {"pallas": None, "xla scan": "scan"}.get(self.label, "pallas_triton")
+
+    def served(self) -> str:
+        """The implementation that serves the call on the platform at hand: "pallas_mosaic_gpu", "scan" ...; of a layer that no
+        kernel takes whole, that of its attention, after "parts, ". What it names for a gradient is what the forward pass takes.
+        """
+        if self.is_peer:
+            return "jla"
+        rows = row_inputs(self)
+        options = {"gate_lower_bound": BOUND, "segments": "segment_ids" in rows, "implementation": self.implementation}
+        if self.base in ("forward", "forward+backward"):
+            return kp.implementation_for(*attention_inputs(self.model, self.batch, self.length), **options)
+        arrays = layer_inputs(self.model, self.batch, self.length, False)
+        name = kernel_for(**arrays, **options, lengths="lengths" in rows)
+        if name is not None:
+            return name
+        q = arrays["q"]  # features have the shape of q: two halves of d / 2
+        return f"parts, {kp.implementation_for(q, q, arrays['v'], arrays['gate_logits'], **options)}"
 
 
 def struct(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -104,8 +136,13 @@ def forward(implementation: str | None, rows, q, k, v, log_g):
     return kp.gated_linear_attention(q, k, v, log_g, **rows, gate_lower_bound=BOUND, implementation=implementation)[0]
 
 
-def gradient(implementation: str | None, rows, q, k, v, log_g, do):
-    _, pullback = jax.vjp(functools.partial(forward, implementation, rows), q, k, v, log_g)
+def peer_forward(label: str, rows, q, k, v, log_g):
+    del rows  # no peer is compared where rows are padded or packed
+    return jax_peers.PEERS[label](q, k, v, log_g)
+
+
+def gradient(attention: Callable[..., jax.Array], rows, q, k, v, log_g, do):
+    _, pullback = jax.vjp(functools.partial(attention, rows), q, k, v, log_g)
     return pullback(do)
 
 
@@ -148,15 +185,32 @@ def decode(implementation: str | None, arrays, state):
 
 def compile_job(job: Job) -> tuple[Any, tuple[Any, ...], dict[str, float]]:
     """(compiled function, argument shapes, memory in bytes); thread-safe, touches no device memory."""
+    function, shapes = program(job)
+    with block_sizes.override(**dict(job.sizes)):
+        compiled = jax.jit(function).lower(*shapes).compile()
+    try:
+        stats = compiled.memory_analysis()
+        memory = {name: getattr(stats, f"{name}_size_in_bytes") for name in ("argument", "output", "temp")}
+    except Exception:
+        memory = {}
+    return compiled, shapes, memory
+
+
+def program(job: Job) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """(function, shapes of its arguments)."""
     shapes: tuple[Any, ...]
     rows = row_inputs(job)
-    if job.base == "forward":
-        function: Callable[..., Any] = forward
-        shapes = (rows, *attention_inputs(job.model, job.batch, job.length))
-    elif job.base == "forward+backward":
-        function, shapes = gradient, attention_inputs(job.model, job.batch, job.length)
-        shapes = (rows, *shapes, shapes[0])
-    elif job.base in ("prefill", "layer gradient"):
+    if job.base in ("forward", "forward+backward"):
+        attention = (
+            functools.partial(peer_forward, job.label)
+            if job.is_peer
+            else functools.partial(forward, job.implementation)
+        )
+        shapes = attention_inputs(job.model, job.batch, job.length)
+        if job.base == "forward":
+            return attention, (rows, *shapes)
+        return functools.partial(gradient, attention), (rows, *shapes, shapes[0])
+    if job.base in ("prefill", "layer gradient"):
         arrays = layer_inputs(job.model, job.batch, job.length, False)
         function, shapes = layer, (rows, arrays)
         if job.base == "layer gradient":
@@ -165,15 +219,7 @@ def compile_job(job: Job) -> tuple[Any, tuple[Any, ...], dict[str, float]]:
         arrays = layer_inputs(job.model, job.batch, 1, True)
         state = arrays.pop("initial_state")
         function, shapes = decode, (arrays, state)
-    with block_sizes.override(**dict(job.sizes)):
-        jitted = jax.jit(functools.partial(function, job.implementation))
-        compiled = jitted.lower(*shapes).compile()
-    try:
-        stats = compiled.memory_analysis()
-        memory = {name: getattr(stats, f"{name}_size_in_bytes") for name in ("argument", "output", "temp")}
-    except Exception:
-        memory = {}
-    return compiled, shapes, memory
+    return functools.partial(function, job.implementation), shapes
 
 
 @functools.lru_cache(maxsize=64)
