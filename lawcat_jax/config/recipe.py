@@ -50,7 +50,7 @@ def retrieval_mixture(*, wording: Wording = "composed", end_weight: float = 10.0
 
 
 def retrieval_stages(seq_length: int, data: DataConfig, **changes: Any) -> dict[str, StageConfig]:
-    """``stage1`` and ``stage2`` of a ``Config``: 4,000 and 6,000 steps of 8 sequences each.
+    """``stage1`` and ``stage2`` of a ``Config``: 4,000 steps of 8 sequences each.
 
     Args:
       seq_length: of the sequences, in tokens.
@@ -66,7 +66,6 @@ def retrieval_stages(seq_length: int, data: DataConfig, **changes: Any) -> dict[
         "data": data,
     }
     second: dict[str, Any] = {
-        "steps": 6000,
         "learning_rate": 1e-3,
         "trainable": (r"^lora/", r"^mixers/"),
         "kl_weight": 1.0,

@@ -322,8 +322,8 @@ SMOLLM2_SHAPED = dataclasses.replace(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "largest", "rms"), [("float32", 5e-3, 1e-3), ("bfloat16", 0.25, 0.025)])
 def test_the_kernel_of_fla_on_a_gpu(tmp_path, monkeypatch, kind, dtype, largest, rms):
-    """Errors relative to the spread of the logits, and no more than plain torch makes in this dtype; fla multiplies in TF32
-    where operands are float32.
+    """Errors relative to the spread of the logits. In bfloat16 no more than plain torch makes; where operands are float32 fla
+    multiplies in TF32, which rounds each of two operands by up to 2^-11, and plain torch does not.
     """
     pytest.importorskip("fla")
     if not torch.cuda.is_available():
@@ -353,7 +353,8 @@ def test_the_kernel_of_fla_on_a_gpu(tmp_path, monkeypatch, kind, dtype, largest,
             f"{kind} {dtype} {name}: fla rms {size:.1e}, largest {np.abs(error).max():.1e}; plain torch rms {other:.1e}"
         )
         assert np.abs(error).max() < largest
-        assert size < min(rms, 1.5 * other + 5e-4)
+        assert size < rms
+        assert dtype == "float32" or size < 1.5 * other + 5e-4
 
 
 @pytest.mark.slow
