@@ -6,7 +6,7 @@ copy: ``--config.teacher.source=HuggingFaceTB/SmolLM2-135M-Instruct``. Text for 
 environment variable LAWCAT_DATA names (default: ``data``): ``books/train/*.txt``, ``books/validation/*.txt`` and
 ``babi/en-10k``.
 
-One GPU: 12 minutes on an H100. What came out, and of the variants too: ``docs/results.md``. ``shuffled`` passes states between
+One GPU: 10 minutes on an H100. What came out, and of the variants too: ``docs/results.md``. ``shuffled`` passes states between
 batches; ``pieces`` cuts samples of up to 10,000 tokens into pieces of 1,280 whose states are passed on, with the gradient across
 one boundary; ``spread`` starts the gates with half-lives from 16 to 16,384 tokens, and passes states as ``shuffled`` does;
 ``lolcats`` is the LoLCATs baseline with the same data, ``paper`` the paper's recipe on the same teacher. No training sequence is

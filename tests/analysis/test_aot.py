@@ -141,7 +141,7 @@ def test_llama_1b_for_a_gpu():
 @pytest.mark.slow
 def test_passing_states_costs_less_than_a_twentieth():
     """Of a step's memory, traffic and bounds of its time, at SmolLM2's shape."""
-    rows = ("lawcat_short", "shuffled")
+    rows = ("composed", "composed_shuffled")
     off, on = (
         report(f"--config=configs/study_smollm2.py:{row}_seed0", "--topology=h100:1", "--stages=stage2")["stage2"]
         for row in rows

@@ -195,14 +195,19 @@ CHANGES = {
     "no_normalizer": {"attention.normalize"},
     "rope": {"attention.rope_linear"},
     "window": {"attention.window_size"},
-    "rank16": {"attention.gate_rank"},
-    "rank64": {"attention.gate_rank"},
-    "rank_full": {"attention.gate_rank"},
-    "untied": {"attention.tie_qk"},
-    "gate_per_head": {"attention.gate_kind"},
-    **{f"hybrid{count}": {"attention.softmax_layers"} for count in (1, 2, 4)},
-    "shuffled": {"stage2.state_passing"},
-    "ends": {f"stage2.data.mixture[{part}].end_weight" for part in (1, 2, 3)},
+    "composed": {f"{stage}.data.mixture[{part}].wording" for stage in ("stage1", "stage2") for part in (1, 2, 3)},
+    "composed_window": {"attention.window_size"},
+    "composed_rank16": {"attention.gate_rank"},
+    "composed_rank64": {"attention.gate_rank"},
+    "composed_rank_full": {"attention.gate_rank"},
+    "composed_no_conv": {"attention.conv"},
+    "composed_no_normalizer": {"attention.normalize"},
+    "composed_rope": {"attention.rope_linear"},
+    "composed_untied": {"attention.tie_qk"},
+    "composed_gate_per_head": {"attention.gate_kind"},
+    **{f"composed_hybrid{count}": {"attention.softmax_layers"} for count in (1, 2, 4)},
+    "composed_shuffled": {"stage2.state_passing"},
+    "composed_ends": {f"stage2.data.mixture[{part}].end_weight" for part in (1, 2, 3)},
     "one_wording": {
         f"{stage}.data.mixture[{part}].{name}"
         for stage in ("stage1", "stage2")
@@ -215,11 +220,11 @@ CHANGES = {
 def test_the_real_study_changes_what_its_rows_say_and_trains_on_nothing_longer():
     study, configs = load_study(str(ROOT / "configs/study_smollm2.py"))
     real = plan(study, configs)  # reads and checks every configuration
-    reference = run_facts(configs("lawcat_short_seed0"))
     found = {}
     for row in study.rows:
         if row.reference:
-            changed = differences(reference, run_facts(configs(f"{row.name}_seed0")), {}, "config")
+            reference, changed = (run_facts(configs(f"{name}_seed0")) for name in (row.reference, row.name))
+            changed = differences(reference, changed, {}, "config")
             found[row.name] = {line.partition(":")[0].removeprefix("config.") for line in changed}
     assert found == CHANGES
     for run in real.runs:
@@ -227,9 +232,9 @@ def test_the_real_study_changes_what_its_rows_say_and_trains_on_nothing_longer()
             assert all(stage.seq_length <= 1300 and not stage.data.pieces for _, stage in run.config.stages())
     (stage1,) = [job.name for job in real.jobs if job.does == "stage1"]
     assert [job.name for job in real.jobs if stage1 in job.after] == [
-        "lawcat_short_seed0",
-        "shuffled_seed0",
-        "ends_seed0",
+        "composed_seed0",
+        "composed_ends_seed0",
+        "composed_shuffled_seed0",
     ]
     # The headline is the shipped recipe and nothing else.
     _, recipe = load_recipe()
