@@ -52,6 +52,10 @@ class _Documents(NamedTuple):
         """Which of these numbers are the shard's last document's."""
         return numbers == self.numbers[:, -1:]
 
+    def starts(self) -> Bool[Array, "B T"]:
+        """With which tokens a document begins."""
+        return segment_starts(self.numbers).at[:, 0].set(self.fresh)
+
     def passing(self) -> Bool[Array, " B"]:
         """Whether what is before the shard and what is after it may belong to one document."""
         return ~self.fresh & (self.numbers[:, -1] == 0)
@@ -120,19 +124,19 @@ def _run(
     if documents is not None:
         (decay,) = _where(documents.passing(), decay)
     S, z = _exclusive(decay, S + decay[..., None] * S0, z + decay * z0, axis_name)
-    start = _where(None if documents is None else ~documents.fresh, S + S0, z + z0)
+    S, z = _where(None if documents is None else ~documents.fresh, S, z)
     options = {"normalize": spec.normalize, "lower_bound": spec.lower_bound, "save_residuals": save_residuals}
     if documents is not None and dispatch.takes_segments(spec.implementation):
         options["numbers"] = documents.numbers
     elif documents is not None:
         log_g, options["lower_bound"] = restarted(log_g, documents.numbers), None
-    o, state, residuals = backend.forward(q, k, v, log_g, start, **options)
+    o, state, residuals = backend.forward(q, k, v, log_g, (S + S0, z + z0), **options)
     return (o, state), (residuals, decay, documents)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sharded(spec: AttentionSpec, axis_name: str, q, k, v, log_g, S0, z0, documents):
-    """(o, the state at the end of this shard). S0 and z0 are added to the state at its start."""
+    """(o, the state at the end of this shard). S0 and z0 are added to the state at its start; zeros but on the first."""
     return _run(spec, axis_name, q, k, v, log_g, S0, z0, documents, False)[0]
 
 
@@ -144,20 +148,20 @@ def _sharded_backward(spec: AttentionSpec, axis_name: str, residuals, cotangents
     residuals, decay, documents = residuals
     do, (dS, dz) = cotangents
     backend = dispatch.backward_module(OP, spec.implementation)
-    restarts = documents is not None and not dispatch.takes_segments(spec.implementation)
-    options = {"normalize": spec.normalize, "lower_bound": None if restarts else spec.lower_bound}
+    options, starts = {"normalize": spec.normalize, "lower_bound": spec.lower_bound}, None
+    if documents is not None and not dispatch.takes_segments(spec.implementation):
+        options["lower_bound"], starts = None, documents.starts()[:, :, None, None]
     if hasattr(backend, "segment_dstate"):
         S, z = backend.segment_dstate(residuals, do, **options)
     else:
         # Only the cotangent of the initial state is used: in plain XLA the rest of this pass is dead code.
         *_, (S, z) = backend.backward(residuals, do, (jnp.zeros_like(dS), jnp.zeros_like(dz)), **options)
-    joined = None if documents is None else ~documents.fresh
-    S, z = _where(joined, S, z)
+    S, z = _where(None if documents is None else ~documents.fresh, S, z)
     S, z = _exclusive(decay, S + decay[..., None] * dS, z + decay * dz, axis_name, reverse=True)
-    dq, dk, dv, dlog_g, dstart = backend.backward(residuals, do, (dS + S, dz + z), **options)
-    if restarts:  # as a gate that forgets everything, whatever the gate was
-        dlog_g = jnp.where(segment_starts(documents.numbers)[:, :, None, None], 0, dlog_g)
-    return dq, dk, dv, dlog_g, *_where(joined, *dstart), None
+    *grads, dlog_g, (dS0, dz0) = backend.backward(residuals, do, (dS + S, dz + z), **options)
+    if starts is not None:  # those gates were replaced by one that forgets everything
+        dlog_g = jnp.where(starts, 0, dlog_g)
+    return *grads, dlog_g, dS0, dz0, None
 
 
 _sharded.defvjp(_sharded_forward, _sharded_backward)
@@ -247,7 +251,8 @@ def _attend(
     *arrays, _ = match_varying_all(*arrays, index)
     out: Any = _sharded(spec, axis_name, *arrays)  # custom_vjp hides what it returns
     o, (S, z) = out
-    return o, tuple(_from_shard(x, axis_name, index == size - 1) for x in (S, z))
+    S, z = (_from_shard(x, axis_name, index == size - 1) for x in (S, z))
+    return o, (S, z)
 
 
 def _rows_before(

@@ -112,6 +112,8 @@ def test_packed_rows(devices, check_vma, options):
         got, wanted = ({n: x[row : row + 1] for n, x in values.items()} for values in (found, want))
         bad[name] = {n: errors(got, wanted)[n] for n in failures(got, wanted, FLOAT32)}
     assert not any(bad.values()), bad
+    first = np.diff(case.options["segment_ids"], axis=1) != 0
+    assert not np.any(np.asarray(found["dlog_g"])[:, 1:][first])  # there is nothing to forget
 
 
 @pytest.mark.slow
