@@ -107,9 +107,15 @@ def run_vjp(arrays, cotangents, lengths, ids, *, implementation: str | None = No
     def call(arrays):
         return kp.lawcat_attention(**arrays, lengths=lengths, segment_ids=ids, implementation=implementation)
 
-    (o, (S, z), (rows_q, rows_k)), pullback = jax.vjp(call, arrays)
+    out, pullback = jax.vjp(call, arrays)
     do, dS, dz, *drows = cotangents
-    (d,) = pullback((do, (dS, dz), tuple(drows)))
+    return named(*out, *pullback((do, (dS, dz), tuple(drows))))
+
+
+def named(o, state, rows, d: dict[str, Any]) -> dict[str, jax.Array]:
+    """What ``lawcat_attention`` returned, and ``d``, the gradients by the names of its arrays, as :func:`run_vjp` gives
+    them."""
+    (S, z), (rows_q, rows_k) = state, rows
     out = {"o": o, "S": S, "z": z, "rows_q": rows_q, "rows_k": rows_k}
     out |= {f"d{name}": d[name] for name in (*PER_TOKEN, *PARAMETERS)}
     return out | dict(zip(("dS0", "dz0", "drows_q", "drows_k"), (*d["initial_state"], *d["conv_state"]), strict=True))

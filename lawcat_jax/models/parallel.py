@@ -39,6 +39,10 @@ class Split(NamedTuple):
         """Of arrays [B, T, heads, ...]."""
         return P(self.batch, self.tokens, self.heads)
 
+    def ids(self) -> P:
+        """Of arrays [B, T]."""
+        return P(self.batch, self.tokens)
+
 
 def mesh() -> AbstractMesh | None:
     """The mesh in context when there is something to split, else None (inside ``shard_map``, too)."""
@@ -111,14 +115,9 @@ def softmax(
         return attend(q, k, v, start, segments, key_segments)
 
     keys = P(found.batch, None, found.heads)
-    in_specs = (found.rows(), keys, keys, P(found.batch), P(found.batch, found.tokens), P(found.batch))
+    in_specs = (found.rows(), keys, keys, P(found.batch), found.ids(), P(found.batch))
     # Kernels of other libraries do not say over which axes their results vary.
     return _per_device(local, (q, k, v, start, segments, segments), in_specs, found.rows(), check=False)
-
-
-def _refuse_cut_segments(found: Split | None, segments: jax.Array | None) -> None:
-    if found is not None and found.tokens and segments is not None:
-        raise ValueError("segment_ids: packed rows cannot be split over the mesh axis 'sequence'; set mesh.sequence=1")
 
 
 def lawcat_attention(
@@ -139,22 +138,20 @@ def lawcat_attention(
     """``kernels_pallas.lawcat_attention`` on the mesh in context; same arguments and results."""
     found = split(*q.shape[:2], heads=(q.shape[2], k.shape[2]), least_tokens=conv_q.shape[1])
     operation = kernels.lawcat_attention
-    _refuse_cut_segments(found, segment_ids)
     if found is not None and found.tokens:
         operation = functools.partial(kernels.context_parallel.lawcat_attention, axis_name=found.tokens)
 
     def local(q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, lengths, segment_ids):
-        states = {"initial_state": initial_state, "conv_state": conv_state, "lengths": lengths}
-        if segment_ids is not None:
-            states["segment_ids"] = segment_ids
-        return operation(q, k, v, gate_logits, conv_q, conv_k, phi, **states, **options)
+        known = {"lengths": lengths, "segment_ids": segment_ids}
+        states = {"initial_state": initial_state, "conv_state": conv_state}
+        return operation(q, k, v, gate_logits, conv_q, conv_k, phi, **states, **known, **options)
 
     arguments = (q, k, v, gate_logits, conv_q, conv_k, phi, initial_state, conv_state, lengths, segment_ids)
     if found is None:
         return local(*arguments)
     rows, state, tail = found.rows(), P(found.batch, found.heads), P(found.batch, None, found.heads)
     taps = P(found.heads)
-    in_specs = (rows, rows, rows, rows, taps, taps, taps, state, tail, P(found.batch), P(found.batch))
+    in_specs = (rows, rows, rows, rows, taps, taps, taps, state, tail, P(found.batch), found.ids())
     return _per_device(local, arguments, in_specs, (rows, state, tail))
 
 
@@ -171,17 +168,15 @@ def gated_linear_attention(
     """``kernels_pallas.gated_linear_attention`` on the mesh in context; same arguments and results."""
     found = split(*q.shape[:2], heads=tuple(x.shape[2] for x in (q, v, log_g)))
     operation = kernels.gated_linear_attention
-    _refuse_cut_segments(found, segment_ids)
     if found is not None and found.tokens:
         operation = functools.partial(kernels.context_parallel.gated_linear_attention, axis_name=found.tokens)
 
     def local(q, k, v, log_g, initial_state, segment_ids):
-        more = {} if segment_ids is None else {"segment_ids": segment_ids}
-        return operation(q, k, v, log_g, initial_state=initial_state, **more, **options)
+        return operation(q, k, v, log_g, initial_state=initial_state, segment_ids=segment_ids, **options)
 
     if found is None:
         return local(q, k, v, log_g, initial_state, segment_ids)
     specs = tuple(P(found.batch, found.tokens, found.heads if x.shape[2] > 1 else None) for x in (q, k, v, log_g))
     state = P(found.batch, found.heads if q.shape[2] > 1 else None)
-    in_specs = (*specs, state, P(found.batch))
+    in_specs = (*specs, state, found.ids())
     return _per_device(local, (q, k, v, log_g, initial_state, segment_ids), in_specs, (specs[0], state))

@@ -128,8 +128,8 @@ def check_mesh(
       stages: those that will run; default: all enabled ones.
 
     Raises:
-      UserError: a batch that ``data`` x ``fsdp`` does not divide, a length that ``sequence`` does not divide, packed rows
-        with ``sequence``, or a ``tensor`` that does not divide the key-value heads.
+      UserError: a batch that ``data`` x ``fsdp`` does not divide, a length that ``sequence`` does not divide, or a
+        ``tensor`` that does not divide the key-value heads.
     """
     heads, parts = mesh.shape["tensor"], mesh.shape["sequence"]
     if config.mesh.tensor != 1 and model.num_kv_heads % heads:
@@ -146,8 +146,6 @@ def check_mesh(
             raise UserError(
                 f"config.{name}.seq_length: config.mesh.sequence={parts} does not divide {stage.seq_length}"
             )
-        if parts > 1 and stage.data.pack:
-            raise UserError(f"config.{name}.data.pack: packed rows cannot be split over config.mesh.sequence={parts}")
 
 
 def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:

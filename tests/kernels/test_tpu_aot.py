@@ -161,6 +161,70 @@ def test_shard_map_and_vmap_compile():
     assert done.stdout.count("compiled") == 4
 
 
+PACKED = """
+import functools, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+import kernels_pallas as kp
+from kernels_pallas.benchmark import static_tpu
+
+topology = static_tpu.CHIPS[sys.argv[1]].topology
+devices = np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+one = Mesh(devices.flat[:1], ("seq",))
+all_chips = Mesh(devices.flatten(), ("seq",), axis_types=(AxisType.Auto,))
+
+def outputs(layer, arrays, parameters, ids, lengths):
+    o, state, rows = layer(*arrays, *parameters, segment_ids=ids, lengths=lengths, implementation=None)
+    return o, *state, *rows
+
+def gradient(layer, arrays, parameters, ids, lengths):
+    out, pullback = jax.vjp(lambda *x: outputs(layer, *x, ids, lengths), arrays, parameters)
+    return pullback(out)
+
+rows = P(None, "seq")
+sharded = jax.shard_map(
+    functools.partial(outputs, functools.partial(kp.context_parallel.lawcat_attention, axis_name="seq")),
+    mesh=all_chips, in_specs=(rows, P(), rows, P()), out_specs=(rows, *(P(),) * 4),
+)
+
+def sharded_gradient(arrays, parameters, ids, lengths):
+    out, pullback = jax.vjp(lambda *x: sharded(*x, ids, lengths), arrays, parameters)
+    return pullback(out)
+
+layer = kp.lawcat_attention
+for heads, kv_heads, size in static_tpu.SHAPES["llama-3.2-1b"], static_tpu.SHAPES["mistral-7b"]:
+    for run, mesh, kernels in (
+        (functools.partial(outputs, layer), one, ["gla_forward"]),
+        (functools.partial(gradient, layer), one, ["gla_forward", "gla_states", "gla_backward"]),
+        (sharded_gradient, all_chips, ["gla_forward", "gla_states", "gla_backward"]),
+    ):
+        def struct(*shape, kind="float32", spec=P()):
+            return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, spec))
+
+        def tokens(heads, kind="bfloat16"):
+            return struct(2, 4096, heads, size, kind=kind, spec=rows)
+
+        arrays = [tokens(heads), tokens(kv_heads), tokens(kv_heads), tokens(kv_heads, "float32")]
+        parameters = [struct(heads, 4, size), struct(heads, 4, size), struct(heads, size, size // 2)]
+        ids, lengths = struct(2, 4096, kind="int32", spec=rows), struct(2, kind="int32")
+        with kp.lowering_for("tpu"):
+            text = jax.jit(run).lower(arrays, parameters, ids, lengths).compile().as_text()
+        assert all(name in text for name in kernels) and "lawcat_prefill" not in text
+        print("compiled", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", static_tpu.CHIPS)
+def test_packed_layers_compile(chip):
+    """On one chip, and with tokens over a slice of four. The layer's own kernel takes no documents; those of the attention do."""
+    command = [sys.executable, "-c", PACKED, chip]
+    done = subprocess.run(command, env=static_tpu.environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("compiled") == 6
+
+
 @pytest.mark.slow
 def test_static_report(tmp_path):
     options = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.testing.layer_cases import segment_ids
 from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig, MeshConfig, ModelConfig
 from lawcat_jax.errors import UserError
@@ -51,6 +53,27 @@ def test_softmax_attention_over_split_tokens(window):
     where = mesh(data=2, fsdp=1, tensor=2, sequence=2)
     split = jax.jit(sharding.on_mesh(attend, where), in_shardings=(sharding.replicated(where),) * 3)
     np.testing.assert_allclose(split(q, k, v), attend(q, k, v), atol=1e-6)
+
+
+def test_packed_logits_over_split_tokens():
+    """Of a softmax and a linear layer: positions, attention, convolutions and state begin anew in each document."""
+    attention = AttentionConfig(gate_rank=4, softmax_layers=(1,))
+    graphdef, _ = models.abstract(MODEL, attention)
+    params = models.init_params(MODEL, attention, None, seed=0)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, size=(2, 32)), jnp.int32)
+    tokens = tokens.at[1, :8].set(tokens[0, 8:16])  # one document in both rows, at different places
+    ids = segment_ids([[0, 7, 8, 16, 25], [0, 8, 31]], 32)
+
+    def logits(params, tokens, ids):
+        return models.bind(graphdef, params)(tokens, segment_ids=ids)
+
+    options = {"compiler_options": {"xla_backend_optimization_level": 0}}
+    where = mesh(data=1, fsdp=1, sequence=8)
+    split = jax.jit(sharding.on_mesh(logits, where), in_shardings=(sharding.replicated(where),) * 3, **options)
+    whole = jax.jit(logits, **options)
+    got = split(params, tokens, ids)
+    np.testing.assert_allclose(got, whole(params, tokens, ids), atol=1e-6)
+    np.testing.assert_allclose(got[0, 8:16], got[1, :8], atol=1e-6)
 
 
 def test_processes_that_hold_the_same_rows_load_the_same_part():
@@ -122,15 +145,19 @@ def test_evaluation_splits_samples_over_copies_of_the_weights():
         AttentionConfig(kind="window", window_size=8, sinks=2),
     ],
 )
-def test_variants_on_a_mesh(attention):
+@pytest.mark.parametrize("packed", [False, True])
+def test_variants_on_a_mesh(attention, packed):
     """Logits and gradients of the mixers, or of the projections of one that has no parameters."""
+    if packed and attention.sinks:
+        attention = dataclasses.replace(attention, sinks=0)  # packed rows have none
     graphdef, _ = models.abstract(MODEL, attention)
     params = models.init_params(MODEL, attention, None, seed=0)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, size=(4, 32)), jnp.int32)
     lengths = jnp.asarray([32, 20, 7, 31], jnp.int32)
+    ids = segment_ids([[0, 16], [0, 15, 17], [0, 1, 6], [0, 3, 20]], 32) if packed else None
 
     def loss(params):
-        logits = models.bind(graphdef, params)(tokens, lengths=lengths)
+        logits = models.bind(graphdef, params)(tokens, lengths=lengths, segment_ids=ids)
         valid = jnp.arange(32) < lengths[:, None]
         return jnp.sum(jnp.where(valid[:, :, None], logits, 0) ** 2)
 

@@ -89,8 +89,8 @@ def test_a_mesh_that_the_run_cannot_use_is_refused():
     assert "the 2 key-value heads" in refused(config, fsdp=1, tensor=-1)
     assert "config.stage2.batch_size: 8 in 2 micro-batch(es) does not split over data x fsdp = 8" in refused(config)
     assert refused(config, fsdp=1, sequence=8) == "config.stage1.seq_length: config.mesh.sequence=8 does not divide 36"
-    config.stage2.data.pack = True
-    assert "config.stage2.data.pack: packed rows cannot be split" in refused(config, fsdp=2, sequence=4)
+    config.stage2.seq_length = 35
+    assert refused(config, fsdp=2, sequence=4) == "config.stage2.seq_length: config.mesh.sequence=4 does not divide 35"
     for names in (["stage1"], ["prefill"]):  # only what will run is looked at
         sharding.check_mesh(config, MODEL, mesh(fsdp=2, sequence=4), names)
 
@@ -108,8 +108,18 @@ def test_a_mesh_for_more_devices_than_there_are_says_what_it_takes():
             sharding.axis_sizes(MeshConfig(**sizes), 8)
 
 
+def documents(rng: np.random.Generator) -> np.ndarray:
+    """Ids [8, 32] of packed rows, a b a b ...: in the first rows documents begin at and around tokens that are a multiple
+    of 4, where shards begin, one spans the row, and the others are drawn.
+    """
+    starts = [[0, 4, 8, 16, 24], [0, 3, 5, 7, 9, 15, 17], [0, 1, 2, 3, 4, 5, 6], [0]]
+    starts += [[0, *rng.choice(np.arange(1, 32), size=4, replace=False)] for _ in range(4)]
+    numbers = [np.searchsorted(np.sort(row), np.arange(32), side="right") for row in starts]
+    return 1 + np.stack(numbers).astype(np.int32) % 2
+
+
 @functools.cache
-def steps_on(name: str, devices: int, sizes: tuple) -> tuple:
+def steps_on(name: str, devices: int, sizes: tuple, packed: bool = False) -> tuple:
     """(losses of two steps, gradients of the first, parameters after both)."""
     config = Config(attention=AttentionConfig(gate_rank=4), lora=LoraConfig(rank=2))
     stage_config = StageConfig(
@@ -134,6 +144,8 @@ def steps_on(name: str, devices: int, sizes: tuple) -> tuple:
             "tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": valid, "lengths": lengths,
             "loss_weights": valid.astype(np.float32),
         }  # fmt: skip
+        if packed:
+            batch["segment_ids"] = documents(rng)
         arguments = (state, frozen, sharding.place_batch(batch, where), stage.key(0))
         before = len(compiled)
         state, metrics = stage.train_step(*arguments)
@@ -163,8 +175,30 @@ SHAPES = [
 @pytest.mark.parametrize("sizes", SHAPES, ids=lambda sizes: "-".join(f"{axis}{size}" for axis, size in sizes.items()))
 def test_many_devices_equal_one(name, sizes):
     """Losses to 1e-5, gradients to 1e-5 of the largest entry of each array; float32."""
-    expected, expected_gradients, expected_params = steps_on(name, 1, ())
-    losses, gradients, params = steps_on(name, 8, tuple(sizes.items()))
+    check_steps(name, sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("stage1", {"sequence": 8, "fsdp": 1}),
+        ("stage2", {"sequence": 8, "fsdp": 1}),
+        ("stage1", {"data": 2, "fsdp": 1, "tensor": 2, "sequence": 2}),
+        ("stage2", {"fsdp": 2, "sequence": 4}),
+    ],
+)
+def test_packed_rows_on_many_devices_equal_one(name, sizes):
+    """As above, with documents that go on in, end at and begin with the shards of their row."""
+    check_steps(name, sizes, packed=True)
+    plain, packed = (steps_on(name, 1, (), which)[0] for which in (False, True))
+    assert abs(plain[0] - packed[0]) > 1e-3  # they do matter
+
+
+def check_steps(name: str, sizes: dict[str, int], packed: bool = False) -> None:
+    """Losses to 1e-5, gradients to 1e-5 of the largest entry of each array; float32."""
+    expected, expected_gradients, expected_params = steps_on(name, 1, (), packed)
+    losses, gradients, params = steps_on(name, 8, tuple(sizes.items()), packed)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert gradients.keys() == expected_gradients.keys()
     for path, value in gradients.items():
