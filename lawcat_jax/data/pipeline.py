@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lawcat_jax.config import DataConfig
+from lawcat_jax.config.data import share_problems
 from lawcat_jax.data.pieces import PieceStream
 from lawcat_jax.data.rows import Row, join_rows, make_row, pack
 from lawcat_jax.data.sample_processes import SampleProcesses
@@ -107,7 +108,7 @@ class Samples:
     """Random access to the rows of one split; an index at or beyond ``len()`` gives a row of weight zero.
 
     The sources follow each other: text before the passkey samples that ``passkey_fraction`` adds, the sources of a mixture
-    in their order, each with its share of ``num_samples``. A source with fewer documents repeats them, one with more
+    in their order, each with its share of ``num_samples`` (of validation at most what the source holds out). A source with fewer documents repeats them, one with more
     is seen at even distances. With ``pack`` rows hold several documents.
     """
 
@@ -157,6 +158,8 @@ def _parts(
     make = functools.partial(_source, _processes(data, tokenizer, split), tokenizer, seq_length=seq_length, split=split)
     wanted = data.num_samples if split == "train" else data.validation_samples
     if data.kind == "mixture":
+        if lost := share_problems(data, "data", "num_samples" if split == "train" else "validation_samples"):
+            raise UserError(lost[0])
         parts = []
         for number, (share, part) in enumerate(mixture_parts(data)):
             count = round(wanted * share)
