@@ -29,7 +29,8 @@ def documents(source: str, text_key: str = "text") -> Iterator[str]:
     """Documents of a source in a fixed order: a .txt or .md file is one document, a row or line of the others is one.
 
     A byte order mark at the beginning of a document is left out, and so are documents of white space alone. Line ends stay
-    as they are in the file (``\\n``, ``\\r\\n`` or ``\\r``), of every kind of file. Bytes of a row that are not UTF-8, and lone surrogates, are read as U+FFFD. How many there were of both is printed at the end.
+    as they are in the file (LF, CR LF or CR), of every kind of file. Bytes of a row that are not UTF-8, and lone surrogates,
+    are read as U+FFFD. How many there were of both is printed at the end.
 
     Raises:
       UserError: naming the source and what is wrong (no match, empty file, missing key, unreadable, offline).

@@ -29,8 +29,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file: objects with ``prompt``, a text, or ``messages``, a conversation of role and content.
 
     Raises:
-      UserError: naming the line that is neither, that has a key twice, or that has a field which the answers would replace, or that would be
-        taken for a setting; or a file that cannot be read or has none.
+      UserError: naming the line that is neither, that has a key twice, or that has a field which the answers would replace, or
+        that would be taken for a setting; or a file that cannot be read or has none.
     """
     rows = list(_rows(Path(path)))
     if not rows:

@@ -118,12 +118,15 @@ def test_a_source_of_whose_share_no_row_is_left_is_refused(mixture):
     config.validate()
 
 
-def test_a_validation_smaller_than_its_share_says_so(mixture):
+def test_a_validation_smaller_than_its_share_says_so(mixture, capsys):
     data = DataConfig(kind="mixture", mixture=mixture[:2], num_samples=60, validation_samples=600)
     held = Samples(data, small.byte_level(), seq_length=400, seed=3, split="validation")
     count = next(count for source, count in held._parts)
     assert f"{count:,} sequences of 400 for validation (400 were asked for; at most a tenth" in held.described()
     assert len(held) == count + 200
+    assert (
+        f"books': 2 document(s) of {len(held._parts[0][0]._tokens):,} tokens, {count:,} seq" in capsys.readouterr().err
+    )
     own = dataclasses.replace(mixture[0], validation_source=mixture[0].source)
     data = DataConfig(kind="mixture", mixture=(own, mixture[1]), num_samples=60, validation_samples=600)
     held = Samples(data, small.byte_level(), seq_length=400, seed=3, split="validation")

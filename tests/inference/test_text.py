@@ -120,7 +120,7 @@ def test_answers_end_before_the_stop_strings_of_transformers(name):
         hidden = made[: made.index(stop[0])]
         for mark in tokenizer.all_special_tokens:
             hidden = hidden.replace(mark, "")
-        assert answer.text == hidden or hidden.startswith(answer.text) and "<" in hidden[len(answer.text) :]
+        assert answer.text == hidden or (hidden.startswith(answer.text) and "<" in hidden[len(answer.text) :])
         assert text.AnswerText(tokenizer, prompt, stop).extend(tokens)
         free = text.AnswerText(tokenizer, prompt, ("q#~",))
         assert "".join([*map(free.push, tokens), free.finish()]) == plain == decode_behind(tokenizer, tokens, prompt)
@@ -332,7 +332,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
     path = tmp_path / "in.jsonl"
     for row in ('{"prompt": "a", "prompt": "b"}', '{"messages": [{"role": "user", "content": "a", "content": "b"}]}'):
         path.write_text('{"prompt": "a"}\n' + row)
-        with pytest.raises(UserError, match="line 2: not valid JSON .*stands twice in an object"):
+        with pytest.raises(UserError, match=r"line 2: not valid JSON .*stands twice in an object"):
             batch.read_rows(path)
 
 
