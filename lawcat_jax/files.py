@@ -286,6 +286,19 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     return value
 
 
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """``object_pairs_hook`` of ``json.loads`` for what users write: of a key that stands twice one value would be lost.
+
+    Raises:
+      ValueError: naming the key.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+    return found
+
+
 def write_json(path: str | os.PathLike, value: dict[str, Any]) -> None:
     """Write a JSON object, indented, keys in the given order; see :func:`atomic_file`."""
     with atomic_file(path) as out:

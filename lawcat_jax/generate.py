@@ -28,7 +28,9 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; '-' reads it from standard input.")
 _INTERACTIVE = flags.DEFINE_bool(
-    "interactive", False, "Read a prompt from each line of standard input. What was read is not read again."
+    "interactive",
+    False,
+    "Read a prompt from each line of standard input. What was read is not read again, unless the template changes it.",
 )
 _INPUT = flags.DEFINE_string(
     "input", None, "JSONL file of prompts: rows with prompt, a text, or messages, a list of role and content."
@@ -52,7 +54,9 @@ _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw from so many most likely tokens;
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw from the most likely tokens with this share together; 1 is off.")
 _MIN_P = flags.DEFINE_float("min_p", 0.0, "Draw from tokens with this share of the most likely one's; 0 is off.")
 _PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1, tokens that were there already are less likely.")
-_STOP = flags.DEFINE_multi_string("stop", [], "End before this text; may be given several times.")
+_STOP = flags.DEFINE_multi_string(
+    "stop", [], "End before this text, special tokens included; may be given several times."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws at a temperature above 0.")
 _TEACHER = flags.DEFINE_bool("teacher", False, "Use the student's teacher (softmax attention).")
 _ECHO = flags.DEFINE_bool("echo", None, "Print the prompt first. Default: where a plain text is continued.")
@@ -112,7 +116,7 @@ def main(argv: list[str]) -> None:
         if conversation is not None:
             reread, answer = conversation.reread, conversation.ask(question)
             if conversation.reread > reread:
-                _say("the chat template writes earlier turns differently now: all of the conversation is read again")
+                _say("the conversation has other tokens now than were read and made: all of it is read again")
         else:
             answer = text.continue_text(model, question, request, session=session)
         first = next(answer, "")  # reads the prompt: mistakes show before anything is printed

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ class DataConfig(Node):
     babi_tasks: tuple[BabiTask, ...] = ("qa1", "qa2", "qa3")
     """``babilong``: tasks to draw stories from; qa3 stories are simulated where there is no train file."""
     mixture: tuple[MixtureSource, ...] = ()
-    """``mixture``: the sources. A pass has ``num_samples`` samples of all of them, each share rounded for itself."""
+    """``mixture``: the sources. A pass has ``num_samples`` samples of all of them, each share rounded for itself; a share of
+    which no row is left is refused, of ``validation_samples`` too."""
     pack: bool = False
     """Put several short samples into one row. No sample sees another one of its row."""
     pieces: int = 0
@@ -125,8 +127,8 @@ class DataConfig(Node):
     kl_weight: float = 1.0
     """[ratio] Factor on these weights in the divergence from the teacher; 0 where the teacher cannot know the answer."""
     validation_samples: int = 100
-    """[sequences] Held out for validation, of a text the last ones unless ``validation_source`` is set; 0 is no
-    validation."""
+    """[sequences] Held out for validation, of a text the last ones unless ``validation_source`` is set, and then at most a tenth of
+    it: a short text is a smaller part of a mixture's validation than of its training. 0 is no validation."""
     validation_source: str = ""
     """Text for validation, written as ``source``."""
     ignored_fields: tuple[str, ...] = ()
@@ -255,6 +257,8 @@ def data_problems(data: DataConfig, path: str) -> list[str]:
             problems.append(f"{name}.weight: {source.weight} must not be negative")
     if data.kind == "mixture" and not any(source.weight > 0 for source in data.mixture):
         problems.append(f"{path}.mixture: name at least one source with a positive weight for kind 'mixture'")
+    for count in ("num_samples", "validation_samples"):
+        problems += share_problems(data, path, count)
     if not 0 <= data.passkey_fraction <= 1:
         problems.append(f"{path}.passkey_fraction: {data.passkey_fraction} is outside [0, 1]")
     if data.num_samples < 1:
@@ -266,6 +270,20 @@ def data_problems(data: DataConfig, path: str) -> list[str]:
         if getattr(data, name) < 0:
             problems.append(f"{path}.{name}: {getattr(data, name)} must not be negative")
     return problems
+
+
+def share_problems(data: DataConfig, path: str, count: str) -> list[str]:
+    """Sources of a mixture of whose share of ``count`` (``num_samples`` or ``validation_samples``) no row is left, one line each.
+    A stream in pieces is endless, so that each source has its share of the training."""
+    rows, total = getattr(data, count), sum(source.weight for source in data.mixture if source.weight > 0)
+    if data.kind != "mixture" or rows < 1 or not math.isfinite(total) or (data.pieces and count == "num_samples"):
+        return []
+    return [
+        f"{path}.mixture[{index}].weight: {source.weight:g} of {total:g} is less than half a row of {path}.{count} {rows}, so that "
+        f"nothing of this source ({source.source or source.kind}) would be left; raise the weight or {count}, or take the source out"
+        for index, source in enumerate(data.mixture)
+        if source.weight > 0 and not round(rows * (source.weight / total))
+    ]
 
 
 def is_counted(data: DataConfig) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 from lawcat_jax.data.source_files import is_remote, local_files
 from lawcat_jax.errors import UserError
+from lawcat_jax.files import object_of
 from lawcat_jax.runtime import network
 
 _BOM = "\ufeff"
@@ -27,8 +28,9 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def documents(source: str, text_key: str = "text") -> Iterator[str]:
     """Documents of a source in a fixed order: a .txt or .md file is one document, a row or line of the others is one.
 
-    A byte order mark at the beginning of a document is left out, and so are documents of white space alone. Bytes of a row
-    that are not UTF-8, and lone surrogates, are read as U+FFFD. How many there were of both is printed at the end.
+    A byte order mark at the beginning of a document is left out, and so are documents of white space alone. Line ends stay
+    as they are in the file (LF, CR LF or CR), of every kind of file. Bytes of a row that are not UTF-8, and lone surrogates,
+    are read as U+FFFD. How many there were of both is printed at the end.
 
     Raises:
       UserError: naming the source and what is wrong (no match, empty file, missing key, unreadable, offline).
@@ -86,7 +88,7 @@ def _txt_documents(file: Path, text_key: str) -> Iterator[str]:
     with file.open("rb") as stream:
         _refuse_other_unicode(file, stream.read(1024))
     try:
-        yield file.read_text(encoding="utf-8")
+        yield file.read_bytes().decode()  # read_text() would make \n of other line ends
     except UnicodeDecodeError as problem:
         raise UserError(f"text source {str(file)!r}: not UTF-8 at byte {problem.start}") from problem
 
@@ -105,20 +107,12 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
             if not line.strip():
                 continue
             try:  # bytes that are not UTF-8 become surrogates, which are counted and replaced later
-                row = json.loads(line.decode("utf-8", "surrogateescape"), object_pairs_hook=_object)
+                row = json.loads(line.decode("utf-8", "surrogateescape"), object_pairs_hook=object_of)
             except ValueError as problem:
                 raise UserError(f"text source {str(file)!r}, line {number}: not JSON ({problem})") from problem
             except RecursionError:
                 raise UserError(f"text source {str(file)!r}, line {number}: JSON nested too deeply") from None
             yield f"{str(file)!r}, line {number}", row
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
-    return found
 
 
 def _parquet_documents(file: Path, text_key: str) -> Iterator[str]:

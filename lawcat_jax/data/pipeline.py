@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from lawcat_jax.config import DataConfig
+from lawcat_jax.config.data import share_problems
 from lawcat_jax.data.pieces import PieceStream
 from lawcat_jax.data.rows import Row, join_rows, make_row, pack
 from lawcat_jax.data.sample_processes import SampleProcesses
-from lawcat_jax.data.source_files import digests, files_here
+from lawcat_jax.data.source_files import digests, files_here, say_once
 from lawcat_jax.data.sources import GeneratedSource, Source, make_source
 from lawcat_jax.data.sources import remote_contents as read_remotely
 from lawcat_jax.data.teacher_store import TeacherStore
@@ -107,8 +108,8 @@ class Samples:
     """Random access to the rows of one split; an index at or beyond ``len()`` gives a row of weight zero.
 
     The sources follow each other: text before the passkey samples that ``passkey_fraction`` adds, the sources of a mixture
-    in their order, each with its share of ``num_samples``. A source with fewer documents repeats them, one with more
-    is seen at even distances. With ``pack`` rows hold several documents.
+    in their order, each with its share of ``num_samples`` (of validation at most what the source holds out). A source with
+    fewer documents repeats them, one with more is seen at even distances. With ``pack`` rows hold several documents.
     """
 
     def __init__(self, data: DataConfig, tokenizer: Tokenizer, *, seq_length: int, seed: int, split: str):
@@ -157,12 +158,17 @@ def _parts(
     make = functools.partial(_source, _processes(data, tokenizer, split), tokenizer, seq_length=seq_length, split=split)
     wanted = data.num_samples if split == "train" else data.validation_samples
     if data.kind == "mixture":
+        if lost := share_problems(data, "data", "num_samples" if split == "train" else "validation_samples"):
+            raise UserError(lost[0])
         parts = []
         for number, (share, part) in enumerate(mixture_parts(data)):
             count = round(wanted * share)
             if count:
                 source = make(part, seed=_source_seed(seed, number))
-                parts.append((source, count if split == "train" else min(count, len(source))))
+                if split == "validation" and count > len(source):
+                    say_once(f"validation of {part.validation_source or part.source!r}: {source.described()}")
+                    count = len(source)
+                parts.append((source, count))
         return parts
     if data.kind != "text":
         if not wanted:

@@ -169,6 +169,21 @@ def digests(files: Sequence[Path]) -> list[str]:
         return list(threads.map(_digest, files))
 
 
+def keeps_returns(file: Path) -> bool:
+    """Whether a text file has carriage returns, which versions before the third of the token cache read as ``\\n``.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    if file.suffix.lower() not in (".txt", ".md"):
+        return False
+    try:
+        with file.open("rb") as stream:
+            return any(b"\r" in block for block in iter(lambda: stream.read(1 << 24), b""))
+    except OSError as problem:
+        raise UserError(f"{file}: cannot be read ({problem.strerror or problem})") from problem
+
+
 def _digest(file: Path) -> str:
     try:
         with file.open("rb") as stream:

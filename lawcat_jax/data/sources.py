@@ -250,13 +250,14 @@ class TextSource:
         self._weight, self._kl_weight, self._seed, self._split = data.text_weight, data.kl_weight, seed, split
         self._eos = tokenizer.eos_token_id
         validation, own = split == "validation", bool(data.validation_source)
+        self._own = own
         source, self._tokens = _text_tokens(data, tokenizer, seq_length, split)
         self._bos = tokenizer.bos_token_id if opening(tokenizer, data.add_bos) else None
         self._packed = text_data.PackedText(self._tokens, seq_length, bos_id=self._bos, source=source)
         self._seq_length = seq_length
         total = len(self._packed)
         fraction = data.passkey_fraction if data.kind == "text" else 0.0
-        held = round(data.validation_samples * (1 - fraction))
+        held = self._asked = round(data.validation_samples * (1 - fraction))
         if own:
             self._indices = range(min(held, total)) if validation else range(total)
             return
@@ -275,7 +276,11 @@ class TextSource:
         ends = 0 if self._eos is None else int(np.count_nonzero(self._tokens == self._eos))
         documents = f"{ends:,} document(s) of " if ends else ""
         split = "training" if self._split == "train" else self._split
-        return f"{documents}{len(self._tokens):,} tokens, {len(self):,} sequences of {self._seq_length} for {split}"
+        text = f"{documents}{len(self._tokens):,} tokens, {len(self):,} sequences of {self._seq_length} for {split}"
+        if self._split == "validation" and len(self) < self._asked:
+            why = "no more are there" if self._own else "at most a tenth of the text is held out"
+            text += f" ({self._asked:,} were asked for; {why})"
+        return text
 
     def document(self, index: int) -> Document:
         return self._document(self._packed[self._indices[index]])

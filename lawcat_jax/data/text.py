@@ -26,7 +26,7 @@ from lawcat_jax.data.tokenize import Tokenizer, check_ids, encode_many, fingerpr
 from lawcat_jax.errors import UserError
 
 _BATCH = 32  # pieces a call, encoded in parallel
-_VERSION = 2  # raised when the same text gives other tokens than before, so that the cache's are not taken for them
+_VERSION = 3  # raised when the same text gives other tokens than before, so that the cache's are not taken for them
 
 
 def token_chunks(source: str, tokenizer: Tokenizer, text_key: str) -> Iterator[np.ndarray]:

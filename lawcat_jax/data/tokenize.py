@@ -155,6 +155,38 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return ids
 
 
+_ANCHORS = ("\n", ".", "0", "a", "t")  # texts to encode others behind; one whose tokens stay as they are is taken
+
+
+def encode_behind(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a text that goes on behind another one: :func:`encode`, without the space that SentencePiece tokenizers put
+    in front of the beginning of a text.
+
+    What precedes does not change: where a tokenizer would have merged its last token with the first of ``text``, it does
+    not here.
+
+    Raises:
+      UserError: as :func:`encode`.
+    """
+    alone = encode(tokenizer, text)
+    if not _begins_with_space(tokenizer):
+        return alone
+    for anchor in _ANCHORS:
+        before, both = encode(tokenizer, anchor), encode(tokenizer, anchor + text)
+        if both[: len(before)] == before and tokenizer.unk_token_id not in before:  # which would merge with another
+            return both[len(before) :]
+    return alone
+
+
+def _begins_with_space(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer puts a space in front of texts."""
+    known = getattr(tokenizer, "_begins_with_space_", None)
+    if known is None:
+        ids = encode(tokenizer, "a")
+        known = tokenizer._begins_with_space_ = decode_behind(tokenizer, ids, ids) == " a"
+    return known
+
+
 def encode_offsets(tokenizer: Tokenizer, text: str) -> Any:
     """The ``tokenizers.Encoding`` of ``text``: ``.ids``, ``.offsets`` (characters) and ``len()``.
 
@@ -223,9 +255,16 @@ def encode_many(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
 
-def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
-    """Text of token ids, exactly as the tokens spell it; special tokens are left out."""
-    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def decode(tokenizer: Tokenizer, ids: Iterable[int], *, special: bool = False) -> str:
+    """Text of token ids, exactly as the tokens spell it; special tokens are left out, unless ``special``."""
+    options = {"spaces_between_special_tokens": False} if special else {}  # slow tokenizers would put spaces there
+    return tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False, **options)
+
+
+def decode_behind(tokenizer: Tokenizer, ids: Iterable[int], context: Sequence[int]) -> str:
+    """The text that ``ids`` add behind ``context``: what a stream of them shows. Alone (:func:`decode`) they would lose the
+    space that SentencePiece decoders drop at the beginning of a text."""
+    return "".join(stream_text(tokenizer, ids, context))
 
 
 def pad_id(tokenizer: Tokenizer) -> int:
@@ -256,19 +295,22 @@ class StreamDecoder:
     Args:
       tokenizer: any Hugging Face tokenizer.
       context: ids before the stream (the prompt), so that its first token keeps its leading space.
+      special: the text has special tokens too.
     """
 
-    def __init__(self, tokenizer: Tokenizer, context: Iterable[int] = ()):
-        self._tokenizer = tokenizer
-        self._ids = list(context)[-8:]  # a multi-byte character has at most 4 bytes, so 8 tokens are ample
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = (), *, special: bool = False):
+        self._tokenizer, self._special = tokenizer, special
+        size = 8  # a multi-byte character has at most 4 bytes, so 8 tokens are ample, unless they are all left out
+        while size < len(context) and not self._text(context[-size:]):
+            size *= 2
+        self._ids = list(context[-size:])
         self._start = 0
         self._done = len(self._ids)
 
     def push(self, token: int) -> str:
         """Text that ``token`` completes; "" while a character is incomplete."""
         self._ids.append(int(token))
-        before = decode(self._tokenizer, self._ids[self._start : self._done])
-        after = decode(self._tokenizer, self._ids[self._start :])
+        before, after = self._text(self._ids[self._start : self._done]), self._text(self._ids[self._start :])
         if after.endswith("\ufffd") or len(after) <= len(before):
             return ""
         self._start, self._done = self._done, len(self._ids)
@@ -276,19 +318,19 @@ class StreamDecoder:
 
     def flush(self) -> str:
         """What is held back at the end of the stream (an incomplete character shows as U+FFFD)."""
-        before = decode(self._tokenizer, self._ids[self._start : self._done])
-        after = decode(self._tokenizer, self._ids[self._start :])
+        before, after = self._text(self._ids[self._start : self._done]), self._text(self._ids[self._start :])
         self._start = self._done = len(self._ids)
         return after[len(before) :]
 
+    def _text(self, ids: Sequence[int]) -> str:
+        return decode(self._tokenizer, ids, special=self._special)
 
-def stream_text(tokenizer: Tokenizer, tokens: Iterable[int], context: Iterable[int] = ()) -> Iterator[str]:
+
+def stream_text(tokenizer: Tokenizer, tokens: Iterable[int], context: Sequence[int] = ()) -> Iterator[str]:
     """Text pieces of a token stream, as soon as each is complete."""
     decoder = StreamDecoder(tokenizer, context)
     for token in tokens:
-        piece = decoder.push(token)
-        if piece:
+        if piece := decoder.push(token):
             yield piece
-    rest = decoder.flush()
-    if rest:
+    if rest := decoder.flush():
         yield rest

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import bisect
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lawcat_jax.data.tokenize import decode
 from lawcat_jax.errors import UserError
-from lawcat_jax.files import atomic_file
+from lawcat_jax.files import atomic_file, object_of
 from lawcat_jax.inference.generation import generate
 from lawcat_jax.inference.loading import LoadedModel
-from lawcat_jax.inference.text import PLAIN, Request, chat_text, cut, prompt_tokens, stopped
+from lawcat_jax.inference.text import PLAIN, AnswerText, Request, chat_text, prompt_tokens
 
 _MADE = ("answer", "tokens", "finish")
 """Fields that a row gets."""
@@ -31,8 +29,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file: objects with ``prompt``, a text, or ``messages``, a conversation of role and content.
 
     Raises:
-      UserError: naming the line that is neither, or that has a field which the answers would replace, or that would be
-        taken for a setting; or a file that cannot be read or has none.
+      UserError: naming the line that is neither, that has a key twice, or that has a field which the answers would replace, or
+        that would be taken for a setting; or a file that cannot be read or has none.
     """
     rows = list(_rows(Path(path)))
     if not rows:
@@ -42,7 +40,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().split(b"\n")
     except OSError as problem:
         raise UserError(f"cannot read {path}: {problem.strerror or problem}") from None
     for number, line in enumerate(lines, 1):
@@ -50,7 +48,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line.decode())
+            row = json.loads(line.decode(), object_pairs_hook=object_of)
         except (ValueError, RecursionError) as problem:
             raise UserError(f"{where}: not valid JSON ({problem})") from None
         if not isinstance(row, dict) or isinstance(row.get("prompt"), str) == ("messages" in row):
@@ -109,7 +107,7 @@ def answer_file(
       UserError: as :func:`lawcat_jax.inference.text.continue_text`, or the file cannot be written.
     """
     prompts = [prompt_tokens(model, _prompt(model, row, chat, system)) for row in rows]
-    ends = stopped(model.tokenizer, request.stop)
+    texts = [AnswerText(model.tokenizer, prompt, request.stop) for prompt in prompts]
     answers = generate(
         model.graphdef,
         model.params,
@@ -117,21 +115,18 @@ def answer_file(
         max_new_tokens=min(request.new_tokens(model, len(prompt)) for prompt in prompts),
         eos_ids=model.eos_ids,
         sampling=request.sampling,
-        stop=ends,
+        stop=(lambda number, tokens: texts[number].extend(tokens)) if request.stop else None,
         as_teacher=request.softmax(model),
         batch_size=min(batch_size, len(prompts)),
     )
     total = 0
     with atomic_file(output) as out:
-        for row, tokens in zip(rows, answers, strict=True):
-            text = decode(model.tokenizer, tokens)
-            shown = cut(text, request.stop)
-            finish = "stop" if shown != text else "end" if tokens[-1] in model.eos_ids else "length"
-            count = len(tokens)
-            if ends is not None and finish == "stop":  # generation goes on for some tokens before it looks
-                count = 1 + bisect.bisect_left(range(count), True, key=lambda last: ends(tokens[: last + 1]))
-            total += count
-            result = {**row, "answer": shown, "tokens": count, "finish": finish}
+        for row, tokens, text in zip(rows, answers, texts, strict=True):
+            text.extend(tokens)
+            text.finish()
+            finish = "stop" if text.stopped else "end" if tokens[-1] in model.eos_ids else "length"
+            total += text.made  # fewer than ``tokens``, which go on until somebody looks
+            result = {**row, "answer": text.text, "tokens": text.made, "finish": finish}
             out.write(json.dumps(result, ensure_ascii=False) + "\n")
     return total
 

@@ -260,7 +260,7 @@ def generate(
     max_new_tokens: int,
     eos_ids: Sequence[int] = (),
     sampling: Sampling = GREEDY,
-    stop: Callable[[Sequence[int]], bool] | None = None,
+    stop: Callable[[int, Sequence[int]], bool] | None = None,
     as_teacher: bool = False,
     batch_size: int = 8,
     prefill_chunk: int = 0,
@@ -273,8 +273,8 @@ def generate(
       max_new_tokens: most tokens of an answer.
       eos_ids: an answer ends with the first of these, which is its last token.
       sampling: how tokens are chosen. An answer depends on the seed and the prompt's number, not on the batch.
-      stop: says of the tokens of an answer whether it need not go on. It is asked every :data:`STOP_EVERY` tokens, so
-        that an answer may have more tokens than it takes.
+      stop: says of a prompt's number and the tokens of its answer whether it need not go on. It is asked every
+        :data:`STOP_EVERY` tokens, so that an answer may have more tokens than it takes.
       batch_size: prompts continued at a time; prompts of similar length go together.
       prefill_chunk: tokens of each prompt consumed at a time, which bounds the memory that a long prompt takes; 0
         chooses by the batch and the lengths (:func:`default_chunk`).
@@ -330,7 +330,7 @@ def generate(
                 break
             done = on_host(done)
             if stop is not None and end % piece == 0:
-                stopped = [stop(answers[number]) for number in numbers]
+                stopped = [stop(number, answers[number]) for number in numbers]
                 done = done | np.array(stopped + [True] * (batch_size - len(numbers)))
             if done.all():
                 break

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lawcat_jax.data.tokenize import Tokenizer, bos_rule, decode, encode, encode_prompt, stream_text
+from lawcat_jax.data.tokenize import StreamDecoder, Tokenizer, bos_rule, encode_behind, encode_prompt
 from lawcat_jax.errors import UserError
 from lawcat_jax.inference.loading import LoadedModel
 from lawcat_jax.inference.sampling import GREEDY, Sampling
@@ -25,7 +26,7 @@ class Request:
     Attributes:
       max_new_tokens: most tokens of an answer; None is :data:`NEW_TOKENS`, or as many as the model has positions for.
       sampling: how tokens are chosen.
-      stop: an answer ends before the first of these strings.
+      stop: an answer ends before the first of these strings; see :class:`AnswerText`.
       teacher: use the student's teacher.
     """
 
@@ -59,40 +60,78 @@ class Request:
 PLAIN = Request()
 
 
-def cut(text: str, stop: Sequence[str]) -> str:
-    """``text`` before the first of the strings."""
-    return text[: min((place for word in stop if (place := text.find(word)) >= 0), default=len(text))]
+class AnswerText:
+    """The text of one answer, from its tokens one by one, up to the first stop string.
 
+    Stop strings are looked for in the text with its special tokens, as transformers does with ``stop_strings``; what is shown
+    has none. Text is held back while it may be the start of a stop string, or ends in an incomplete character.
 
-def stopped(tokenizer: Tokenizer, stop: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
-    """What :func:`lawcat_jax.inference.generation.generate` takes as ``stop``: whether one of the strings was made."""
-    if not stop:
-        return None
+    Args:
+      tokenizer: the model's.
+      context: the tokens before the answer, behind which it is spelt.
+      stop: the strings.
 
-    def call(tokens: Sequence[int]) -> bool:
-        text = decode(tokenizer, tokens)
-        return any(word in text for word in stop)
+    Attributes:
+      text: what is shown so far.
+      made: tokens so far, up to the one that completes the stop string.
+      stopped: whether a stop string was made; tokens after it are ignored.
+    """
 
-    return call
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int], stop: Sequence[str] = ()):
+        self.text, self.made, self.stopped = "", 0, False
+        self._stop, self._longest = stop, max(map(len, stop), default=0)
+        self._shown = StreamDecoder(tokenizer, context)
+        self._whole = StreamDecoder(tokenizer, context, special=True)
+        self._shows, self._spells = "", ""  # the text without and with special tokens, what is held back included
+        self._ends: list[tuple[int, int]] = [(0, 0)]  # of each token: lengths of the text with and without them
 
+    def push(self, token: int) -> str:
+        """What is shown with ``token`` that was not before."""
+        if self.stopped:
+            return ""
+        self.made += 1
+        if not self._stop:
+            return self._show(self._shown.push(token))
+        return self._add(self._shown.push(token), self._whole.push(token))
 
-def before_stop(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
-    """The pieces up to the first of the strings; text is held back while it may be the start of one."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        shown = cut(held, stop)
-        if len(shown) < len(held):
-            if shown:
-                yield shown
-            return
-        starts = (n for word in stop for n in range(1, len(word)) if held.endswith(word[:n]))
-        safe = len(held) - max(starts, default=0)
-        if safe:
-            yield held[:safe]
-            held = held[safe:]
-    if held:
-        yield held
+    def finish(self) -> str:
+        """What was held back, where no token follows."""
+        if self.stopped:
+            return ""
+        if not self._stop:
+            return self._show(self._shown.flush())
+        piece = self._add(self._shown.flush(), self._whole.flush())
+        return piece if self.stopped else piece + self._show(self._shows[len(self.text) :])
+
+    def extend(self, tokens: Sequence[int]) -> bool:
+        """Take those of ``tokens``, all of the answer so far, that are new; whether it has stopped."""
+        for token in tokens[self.made :]:
+            self.push(token)
+        return self.stopped
+
+    def _add(self, shown: str, spelt: str) -> str:
+        start = max(0, len(self._spells) - self._longest)
+        self._shows += shown
+        self._spells += spelt
+        self._ends.append((len(self._spells), len(self._shows)))
+        found = [place for word in self._stop if (place := self._spells.find(word, start)) >= 0]
+        if found:
+            self.stopped = True
+            return self._show(self._shows[len(self.text) : self._place(min(found))])
+        starts = (n for word in self._stop for n in range(1, len(word)) if self._spells.endswith(word[:n]))
+        return self._show(self._shows[len(self.text) : self._place(len(self._spells) - max(starts, default=0))])
+
+    def _place(self, spelt: int) -> int:
+        """Characters that are shown of the first ``spelt`` of the text with special tokens."""
+        number = bisect.bisect_left(self._ends, spelt, key=lambda end: end[0])
+        if number == 0:
+            return 0
+        (_, before), (whole, shown) = self._ends[number - 1 : number + 1]
+        return max(before, shown - (whole - spelt))
+
+    def _show(self, piece: str) -> str:
+        self.text += piece
+        return piece
 
 
 class Answer:
@@ -100,39 +139,49 @@ class Answer:
 
     Attributes:
       text: what was given so far.
-      read, made: tokens of the prompt that were read for it, and of the answer so far.
+      read, made: tokens that were read for it, and of the answer so far.
       nbytes: what the model remembers, in bytes.
     """
 
     def __init__(self, model: LoadedModel, session: Session, tokens: Sequence[int], request: Request):
-        self.text, self.read, self.made = "", len(tokens), 0
+        self.read = len(tokens)
         self._session, self._times = session, []
-        before = [*session.tokens, *tokens][-8:]  # what the first token may need to be spelt right
+        self._spelt = AnswerText(model.tokenizer, [*session.tokens, *tokens], request.stop)
         made = session.stream(
             tokens,
             max_new_tokens=request.new_tokens(model, len(session.tokens) + len(tokens)),
             eos_ids=model.eos_ids,
             sampling=request.sampling,
         )
-        self._pieces = before_stop(stream_text(model.tokenizer, self._counted(made), context=before), request.stop)
+        self._pieces = self._given(made)
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        piece = next(self._pieces)
-        self.text += piece
-        return piece
+        return next(self._pieces)
+
+    @property
+    def text(self) -> str:
+        return self._spelt.text
+
+    @property
+    def made(self) -> int:
+        return self._spelt.made
 
     @property
     def nbytes(self) -> int:
         return self._session.nbytes
 
-    def _counted(self, tokens: Iterator[int]) -> Iterator[int]:
+    def _given(self, tokens: Iterator[int]) -> Iterator[str]:
         for token in tokens:
-            self.made += 1
             self._times.append(time.monotonic())
-            yield token
+            if piece := self._spelt.push(token):
+                yield piece
+            if self._spelt.stopped:
+                return
+        if piece := self._spelt.finish():
+            yield piece
 
     def summary(self) -> str:
         """Tokens, speed and memory in one line. The speed leaves out the first two tokens, for which programs may be
@@ -159,7 +208,8 @@ def continue_text(
       model: see :func:`lawcat_jax.inference.loading.load_for_inference`.
       prompt: text; the tokenizer's bos token is put before it as :func:`lawcat_jax.data.tokenize.bos_rule` says.
       request: how the answer is made.
-      session: what was read and made before, to which the text is appended; a new one if there is none.
+      session: what was read and made before, to which the text is appended; a new one if there is none. The tokens that were made
+        stay as they are, and the text goes on behind them (:func:`lawcat_jax.data.tokenize.encode_behind`).
 
     Raises:
       UserError: at once, for a prompt of no tokens, or one that is too long for softmax attention; else as
@@ -167,8 +217,8 @@ def continue_text(
     """
     if session is None:
         session = new_session(model, request)
-    first = not session.tokens
-    return Answer(model, session, prompt_tokens(model, prompt) if first else encode(model.tokenizer, prompt), request)
+    tokens = encode_behind(model.tokenizer, prompt) if session.tokens else prompt_tokens(model, prompt)
+    return Answer(model, session, tokens, request)
 
 
 def new_session(model: LoadedModel, request: Request) -> Session:
@@ -210,19 +260,23 @@ def chat_text(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]]) -> str:
 
 
 class Conversation:
-    """Questions and answers in the form of the model's chat template. What was read is not read again.
+    """Questions and answers in the form of the model's chat template.
+
+    Each answer follows the tokens of the whole conversation, as if it was read anew. What was read is not read again as long as
+    its tokens are the first of these.
 
     Attributes:
-      messages: of role and content, all so far.
-      reread: how often the whole conversation had to be read again, because the template writes earlier turns
-        differently afterwards.
+      messages: of role and content, all so far; an answer as it was shown.
+      reread: how often the whole conversation had to be read again: the template writes earlier turns differently afterwards, an
+        answer was cut off by a stop string or has hidden special tokens, or its text has other tokens than those that were made.
     """
 
     def __init__(self, model: LoadedModel, request: Request = PLAIN, *, system: str = ""):
         self.messages = [{"role": "system", "content": system}] if system else []
         self.reread = 0
         self._model, self._request = model, request
-        self._session, self._seen, self._answer = new_session(model, request), "", None
+        self._session = new_session(model, request)
+        self._answer: Answer | None = None
 
     def ask(self, question: str) -> Answer:
         """The answer to a question, in pieces as they are made; it may be left off before its end.
@@ -230,27 +284,14 @@ class Conversation:
         Raises:
           UserError: see :func:`chat_text` and :func:`continue_text`.
         """
-        self._finish()
+        if self._answer is not None:
+            self.messages.append({"role": "assistant", "content": self._answer.text})
+            self._answer = None
         self.messages.append({"role": "user", "content": question})
-        text = chat_text(self._model.tokenizer, self.messages)
-        if self._session.tokens and text.startswith(self._seen):
-            tokens = encode(self._model.tokenizer, text[len(self._seen) :])
-        else:
-            if self._session.tokens:
-                self.reread += 1
-                self._session = new_session(self._model, self._request)
-            tokens = prompt_tokens(self._model, text)
-        self._answer = Answer(self._model, self._session, tokens, self._request)
-        self._seen, self._start = text, len(self._session.tokens)
+        tokens = prompt_tokens(self._model, chat_text(self._model.tokenizer, self.messages))
+        kept = self._session.tokens
+        if kept and (len(kept) >= len(tokens) or tokens[: len(kept)] != kept):
+            self.reread += 1
+            self._session = new_session(self._model, self._request)
+        self._answer = Answer(self._model, self._session, tokens[len(self._session.tokens) :], self._request)
         return self._answer
-
-    def _finish(self) -> None:
-        """Write down what the model has said. Its end token is compared as the template spells it."""
-        if self._answer is None:
-            return
-        tokenizer, made = self._model.tokenizer, self._session.tokens[self._start :]
-        ended = made[-1:] if made and made[-1] in self._model.eos_ids else []
-        said = decode(tokenizer, made[: len(made) - len(ended)])
-        self.messages.append({"role": "assistant", "content": said})
-        self._seen += said + tokenizer.decode(ended, skip_special_tokens=False)
-        self._answer = None

@@ -17,10 +17,11 @@ from lawcat_jax.files import read_json, write_json
 from lawcat_jax.tasks.task import Model, Task
 
 FOLDER = "unfinished"
-RESULTS_VERSION = 2
+RESULTS_VERSION = 3
 """Raised by every change of the program after which a model answers otherwise or answers are scored otherwise: results of
 other versions are not mixed with those of this one. (Version 1, which cells do not state: prompts of a model whose rotary
-scaling depends on the length were rotated by the frequencies of their pieces.)"""
+scaling depends on the length were rotated by the frequencies of their pieces. Version 2: all line ends of text files were read
+as LF, and stop strings of lm_eval were not found in special tokens.)"""
 
 
 def file_stamp(source: str) -> list[list[str]]:

@@ -137,7 +137,7 @@ def _free(graphdef: Any, params: Any, *, as_teacher: bool, batch_size: int, pref
         max_new_tokens: int,
         eos_ids: Sequence[int],
         sampling: Sampling,
-        stop: Callable[[Sequence[int]], bool] | None,
+        stop: Callable[[int, Sequence[int]], bool] | None,
     ) -> list[list[int]]:
         chosen = {"max_new_tokens": max_new_tokens, "eos_ids": eos_ids, "sampling": sampling, "stop": stop}
         return generate(graphdef, params, prompts, **chosen, **options)

@@ -46,8 +46,8 @@ Likelihoods = Callable[..., list[tuple[float, bool]]]
 in nats, whether it is the greedy continuation) of each pair."""
 
 Continue = Callable[..., list[list[int]]]
-"""(prompts as token ids, max_new_tokens, end tokens, a :class:`lawcat_jax.inference.sampling.Sampling`, what says that an
-answer need not go on or None) -> the new tokens of each prompt."""
+"""(prompts as token ids, max_new_tokens, end tokens, a :class:`lawcat_jax.inference.sampling.Sampling`, what says of a
+prompt's number and its answer that it need not go on, or None) -> the new tokens of each prompt."""
 
 Progress = Callable[..., None]
 """Called as (length, samples done, samples of this length), and with the sum of the scores so far where there are

@@ -18,6 +18,9 @@ HARMLESS = ("workdir", "dry_run", "max_bad_steps", "mesh", "checkpoint", "log", 
 # The same in the data of a stage: batches and their order do not depend on them.
 HARMLESS_OF_DATA = ("num_workers", "num_processes")
 
+RETURNS_KEPT = "+returns"
+"""Ends the digest of a text file whose carriage returns are in the tokens: in those of earlier versions they are not."""
+
 
 def identity(config: Config, origin: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
     """Plain JSON values ``{"config": ..., "teacher": ..., "data": ...}`` of a run.
@@ -70,6 +73,16 @@ def _refuse_other_data(old: Any, new: Any, where: str) -> None:
     before = {(stage, source): files for stage, sources in old.items() for source, files in sources.items()}
     now = {(stage, source): files for stage, sources in new.items() for source, files in sources.items()}
     changed = [place[1] for place, files in now.items() if not _same_files(before.get(place, files), files)]
+    kept = [
+        place[1]
+        for place, files in now.items()
+        if [[*file[:2], str(file[-1]).removesuffix(RETURNS_KEPT)] for file in files] == before.get(place) != files
+    ]
+    if kept:
+        raise UserError(
+            f"{where} belongs to a run of an earlier version, which read the carriage returns of {', '.join(dict.fromkeys(kept))} "
+            "as line feeds, while this one keeps them; use another --workdir"
+        )
     if changed:
         raise UserError(
             f"{where} belongs to a run that began with other data: files or rows of {', '.join(dict.fromkeys(changed))} have "

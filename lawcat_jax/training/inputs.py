@@ -20,14 +20,14 @@ from lawcat_jax.config import Config, DataConfig, ModelConfig, StageConfig, to_d
 from lawcat_jax.config.data import is_counted
 from lawcat_jax.data.batch import Batch
 from lawcat_jax.data.pipeline import Samples, make_dataset, remote_contents
-from lawcat_jax.data.source_files import digests, files_here
+from lawcat_jax.data.source_files import digests, files_here, keeps_returns
 from lawcat_jax.data.teacher_store import TeacherStore, without_new_facts
 from lawcat_jax.data.tokenize import Tokenizer, encode, fit_embedding, load_tokenizer
 from lawcat_jax.errors import UserError
 from lawcat_jax.runtime import sharding
 from lawcat_jax.training import optim, stages
 from lawcat_jax.training.checkpoint import tree_digest
-from lawcat_jax.training.identity import HARMLESS_OF_DATA, differences
+from lawcat_jax.training.identity import HARMLESS_OF_DATA, RETURNS_KEPT, differences
 
 
 @dataclasses.dataclass
@@ -272,7 +272,8 @@ def rows_of_a_pass(config: Config, tokenizer: Callable[[], Tokenizer]) -> dict[s
 
 def data_read(config: Config, tokenizer: Tokenizer) -> dict[str, dict[str, list[list[Any]]]]:
     """Stage -> source -> what tells it from a changed one, for every source that the stages read: [name, size in bytes, digest]
-    of each file on this machine, [split, size, digest] of what is read of a hub.
+    of each file on this machine, [split, size, digest] of what is read of a hub. The digest of a text file with carriage returns
+    ends with :data:`lawcat_jax.training.identity.RETURNS_KEPT`, since earlier versions read other text from it.
 
     Raises:
       UserError: a source that is not there, or cannot be read.
@@ -286,7 +287,8 @@ def data_read(config: Config, tokenizer: Tokenizer) -> dict[str, dict[str, list[
         local = {source: files for source in sorted(sources) if (files := files_here(source))}
         found[name] = {
             source: [
-                [file.name, file.stat().st_size, digest] for file, digest in zip(files, digests(files), strict=True)
+                [file.name, file.stat().st_size, digest + (RETURNS_KEPT if keeps_returns(file) else "")]
+                for file, digest in zip(files, digests(files), strict=True)
             ]
             for source, files in local.items()
         }

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from lawcat_jax.data.documents import documents, rows
-from lawcat_jax.data.source_files import files_here, local_files
+from lawcat_jax.data.source_files import files_here, keeps_returns, local_files
 from lawcat_jax.data.text import load_tokens
+from lawcat_jax.data.tokenize import decode
 from lawcat_jax.errors import UserError
 from tests.data import tokenizers as small
 from tests.data.texts import STORIES, write_stories
@@ -184,8 +186,22 @@ def test_unreadable_and_deep_and_damaged_files_give_one_clear_line(tmp_path, mon
     def refuse(*_args, **_options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(UserError, match="cannot be read"):
         list(documents(str(tmp_path / "a.txt")))
     with pytest.raises(UserError, match="text source"):
         local_files("a\0b")
+
+
+def test_line_ends_stay_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAWCAT_CACHE", str(tmp_path / "cache"))
+    text, tokenizer = "One.\r\nTwo.\rThree.\n", small.byte_level()
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": text}))
+    for name in ("a.txt", "b.md"):
+        (tmp_path / name).write_bytes(text.encode())
+        assert list(documents(str(tmp_path / name))) == [text] == list(documents(str(tmp_path / "rows.jsonl")))
+        assert decode(tokenizer, load_tokens(str(tmp_path / name), tokenizer)) == text
+        assert keeps_returns(tmp_path / name)
+        (tmp_path / name).write_text("One.\n")
+        assert not keeps_returns(tmp_path / name)
+    assert not keeps_returns(tmp_path / "rows.jsonl")  # they were kept by earlier versions too

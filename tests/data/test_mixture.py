@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
 import numpy as np
 import pytest
 
-from lawcat_jax.config import Config, DataConfig, MixtureSource, StageConfig, from_dict, to_dict
+from lawcat_jax.config import Config, ConfigError, DataConfig, MixtureSource, StageConfig, from_dict, to_dict
 from lawcat_jax.data.pieces import cut
 from lawcat_jax.data.pipeline import Samples, make_dataset
 from lawcat_jax.data.rows import pack
@@ -98,6 +99,38 @@ def test_shares_and_loss_weights(mixture):
     assert 10 <= len(held) <= 13
     texts = [decode(small.byte_level(), samples[i]["tokens"]) for i in range(60)]
     assert not set(texts) & {decode(small.byte_level(), held[i]["tokens"]) for i in range(len(held))}
+
+
+def test_a_source_of_whose_share_no_row_is_left_is_refused(mixture):
+    lost = dataclasses.replace(mixture[0], weight=0.01)
+    parts = (*mixture[1:], lost)
+    data = DataConfig(kind="mixture", mixture=parts, num_samples=1000, validation_samples=12)
+    config = Config(stage1=StageConfig(data=data), stage2=StageConfig())
+    with pytest.raises(ConfigError, match=r"mixture\[4\].weight: 0.01 of 4.01 .*validation_samples 12, .*books.*raise"):
+        config.validate()
+    assert len(Samples(data, small.byte_level(), seq_length=400, seed=3, split="train")) == 998
+    with pytest.raises(UserError, match=r"data.mixture\[4\].weight"):
+        Samples(data, small.byte_level(), seq_length=400, seed=3, split="validation")
+    data.num_samples, data.validation_samples = 100, 0
+    with pytest.raises(ConfigError, match=r"mixture\[4\].weight.*num_samples 100"):
+        config.validate()
+    data.pieces = 4  # an endless stream has each source by its share
+    config.validate()
+
+
+def test_a_validation_smaller_than_its_share_says_so(mixture, capsys):
+    data = DataConfig(kind="mixture", mixture=mixture[:2], num_samples=60, validation_samples=600)
+    held = Samples(data, small.byte_level(), seq_length=400, seed=3, split="validation")
+    count = next(count for source, count in held._parts)
+    assert f"{count:,} sequences of 400 for validation (400 were asked for; at most a tenth" in held.described()
+    assert len(held) == count + 200
+    assert (
+        f"books': 2 document(s) of {len(held._parts[0][0]._tokens):,} tokens, {count:,} seq" in capsys.readouterr().err
+    )
+    own = dataclasses.replace(mixture[0], validation_source=mixture[0].source)
+    data = DataConfig(kind="mixture", mixture=(own, mixture[1]), num_samples=60, validation_samples=600)
+    held = Samples(data, small.byte_level(), seq_length=400, seed=3, split="validation")
+    assert "400 were asked for; no more are there" in held.described()
 
 
 def test_validation_of_the_varied_wording_is_the_selection_wording(mixture):

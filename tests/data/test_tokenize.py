@@ -13,7 +13,9 @@ from lawcat_jax.data.tokenize import (
     adds_bos,
     bos_rule,
     decode,
+    decode_behind,
     encode,
+    encode_behind,
     encode_many,
     encode_offsets,
     encode_prompt,
@@ -44,6 +46,34 @@ def test_metaspace_stream_keeps_spaces():
     streamed = "".join(stream_text(tokenizer, rest, context=prompt))
     assert decode(tokenizer, prompt) + streamed == text
     assert streamed.startswith(" ") or not decode(tokenizer, rest).startswith(" ")
+
+
+@pytest.mark.parametrize("name", ["byte_level", "metaspace", "metaspace_first", "prepending"])
+def test_texts_go_on_behind_others(name):
+    """Without a space of their own, in tokens and in text."""
+    tokenizer = getattr(small, name)()
+    for before, text in (
+        ("the cat", " sat on"),
+        ("the c", "at sat"),
+        ("the", "  mat."),
+        ("a", ".\n" if name == "byte_level" else "t"),
+    ):
+        ids = encode_behind(tokenizer, text)
+        first = encode(tokenizer, before)
+        assert decode(tokenizer, [*first, *ids], special=True) == before + text
+        assert decode_behind(tokenizer, encode(tokenizer, " sat"), first).strip() == "sat"
+        if text.startswith(" sat"):
+            assert [*first, *ids] == encode(tokenizer, before + text)
+    with_space = name != "byte_level"
+    assert (decode_behind(tokenizer, encode(tokenizer, "at"), encode(tokenizer, "the")) == " at") == with_space
+
+
+def test_the_context_of_a_stream_is_one_that_shows():
+    tokenizer = small.metaspace_first()
+    mark = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids = encode(tokenizer, "the cat")
+    assert decode_behind(tokenizer, ids, [*ids, *[mark] * 20]) == " the cat"
+    assert decode_behind(tokenizer, ids, [mark] * 20) == "the cat"
 
 
 def test_stream_flushes_an_incomplete_character():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import json
 import os
 import random
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lawcat_jax.checkpoints.model_dir import load_model, save_model
-from lawcat_jax.data.tokenize import decode
+from lawcat_jax.data.tokenize import decode, decode_behind
 from lawcat_jax.errors import UserError
 from lawcat_jax.inference import batch, text
 from lawcat_jax.inference.generation import generate
@@ -70,17 +69,85 @@ def continued(model, tokens, count, **options):
     return answer
 
 
-def test_text_before_a_stop_string_whatever_the_pieces():
-    draw = random.Random(0)
-    for _ in range(300):
-        whole = "".join(draw.choice("abc") for _ in range(30))
-        stop = tuple("".join(draw.choice("abc") for _ in range(draw.randrange(1, 5))) for _ in range(2))
-        cuts = [0, *sorted(draw.sample(range(31), 6)), 30]
-        pieces = [whole[a:b] for a, b in itertools.pairwise(cuts)]
-        ends = [match.start() for word in stop if (match := re.search(word, whole))]
-        shown = list(text.before_stop(iter(pieces), stop))
-        assert "".join(shown) == text.cut(whole, stop) == whole[: min(ends, default=30)]
-        assert all(shown)
+def marked():
+    """The byte-level tokenizer with a special token that is not its end."""
+    tokenizer = copy.deepcopy(small.byte_level())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    return tokenizer
+
+
+TOKENIZERS = {
+    "byte_level": marked,
+    "metaspace": small.metaspace,
+    "metaspace_first": small.metaspace_first,
+    "prepending": small.prepending,
+}
+
+
+def drawn(tokenizer, draw, count):
+    """Random tokens, one in eight of them special."""
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    known = [i for i in range(len(tokenizer)) if i not in special and "\ufffd" not in tokenizer.decode([i])]
+    return [draw.choice([*special] if draw.random() < 1 / 8 else known) for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_answers_end_before_the_stop_strings_of_transformers(name):
+    """In the text with special tokens, wherever the strings begin and end; shown is the text without."""
+    torch = pytest.importorskip("torch")
+    stopping = pytest.importorskip("transformers").StopStringCriteria
+    tokenizer, draw = TOKENIZERS[name](), random.Random(1)
+    prompt, stops = drawn(tokenizer, draw, 12), 0
+    before, before_all = decode(tokenizer, prompt), tokenizer.decode(prompt)
+    assert tokenizer.decode(prompt, skip_special_tokens=False) == before_all
+    for _ in range(40):
+        tokens = drawn(tokenizer, draw, 24)
+        spelt = tokenizer.decode([*prompt, *tokens])[len(before_all) :]
+        start = draw.randrange(2, len(spelt) - 3)
+        stop = (spelt[start : start + draw.randrange(1, 7)], "q#~")
+        answer = text.AnswerText(tokenizer, prompt, stop)
+        pieces = [piece for token in tokens if (piece := answer.push(token))]
+        pieces.append(answer.finish())
+        assert "".join(pieces) == answer.text
+        plain = decode(tokenizer, [*prompt, *tokens])[len(before) :]
+        assert plain.startswith(answer.text)
+        criteria = stopping(tokenizer, list(stop))
+        ends = [k for k in range(1, 25) if criteria(torch.tensor([tokens[:k]]), None).item()]
+        assert answer.stopped
+        assert answer.made == ends[0]
+        stops += ends[0] < 24
+        made = tokenizer.decode([*prompt, *tokens[: ends[0]]])[len(before_all) :]
+        hidden = made[: made.index(stop[0])]
+        for mark in tokenizer.all_special_tokens:
+            hidden = hidden.replace(mark, "")
+        assert answer.text == hidden or (hidden.startswith(answer.text) and "<" in hidden[len(answer.text) :])
+        assert text.AnswerText(tokenizer, prompt, stop).extend(tokens)
+        free = text.AnswerText(tokenizer, prompt, ("q#~",))
+        assert "".join([*map(free.push, tokens), free.finish()]) == plain == decode_behind(tokenizer, tokens, prompt)
+    assert stops > 20
+
+
+@pytest.mark.parametrize(
+    ("stop", "shown", "made"),
+    [
+        (("<|im_end|>",), "the cat", 2),
+        (("cat<|im_",), "the ", 2),
+        (("<|im_end|> sat",), "the cat", 3),
+        ((" sat",), "the cat", 3),
+        (("cat", "the cat"), "the ", 1),
+        (("nowhere",), "the cat sat on", 4),
+    ],
+)
+def test_stop_strings_with_special_tokens_in_them(stop, shown, made):
+    tokenizer = small.metaspace_first()
+    ids = tokenizer.convert_tokens_to_ids(["▁cat", "<|im_end|>", "▁sat", "▁on"])
+    answer = text.AnswerText(tokenizer, tokenizer.encode("the", add_special_tokens=False), stop)
+    pieces = [*map(answer.push, ids), answer.finish()]
+    shown = shown.removeprefix("the")
+    if stop == ("cat", "the cat"):  # a stop string begins in the answer
+        shown = " "
+    assert "".join(pieces) == answer.text == shown
+    assert (answer.made, answer.stopped) == (made, stop != ("nowhere",))
 
 
 def test_the_default_length_is_what_the_model_has_room_for(model):
@@ -103,6 +170,7 @@ def test_the_default_length_is_what_the_model_has_room_for(model):
 
 
 def test_a_conversation_is_not_read_again_and_goes_on_as_if_it_was(model):
+    model = dataclasses.replace(model, tokenizer=tokenizer_with(TEMPLATE, small.characters()))
     request = text.Request(max_new_tokens=9)
     talk = text.Conversation(model, request, system="Be brief.")
     said, read = [], []
@@ -114,8 +182,8 @@ def test_a_conversation_is_not_read_again_and_goes_on_as_if_it_was(model):
         assert session.tokens[len(given) :] == continued(model, given, 9)  # from all of it, read at once
         read.append(answer.read)
     assert talk.reread == 0
-    talk._finish()
-    assert [m["content"] for m in talk.messages if m["role"] == "assistant"] == said
+    assert [m["content"] for m in talk.messages if m["role"] == "assistant"] == said[:2]
+    talk.messages.append({"role": "assistant", "content": said[2]})
     assert (
         decode(model.tokenizer, session.tokens)
         == text.chat_text(model.tokenizer, talk.messages)[: -len("END\nassistant: ")]
@@ -123,17 +191,85 @@ def test_a_conversation_is_not_read_again_and_goes_on_as_if_it_was(model):
     assert read[1] < read[0]  # the system prompt and the first turn are in the state
 
 
+CHATS = {
+    "byte_level": marked,
+    "characters": small.characters,
+    "metaspace": small.metaspace,
+    "metaspace_first": small.metaspace_first,
+    "prepending": small.prepending,
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_answers_follow_the_tokens_of_the_whole_conversation(model, name):
+    """Those that transformers gives, whatever was read before; messages are what was shown."""
+    end = "</s>" if name != "byte_level" else "<|im_end|>"
+    template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}" + end + "{% endfor %}[assistant]"
+    tokenizer = tokenizer_with(template, CHATS[name]())
+    model = dataclasses.replace(model, tokenizer=tokenizer)
+    for stop in ((), ("e",), (" ", "s")):
+        talk, shown, kept = text.Conversation(model, text.Request(5, stop=stop)), [], 0
+        for question in ("the cat", "sat", "on a mat"):
+            before = [] if talk._answer is None else list(talk._session.tokens)
+            answer = talk.ask(question)
+            asked = tokenizer.apply_chat_template(
+                talk.messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+            if name == "byte_level":  # it begins texts with bos, which the template does not
+                asked = [tokenizer.bos_token_id, *asked]
+            kept += bool(before) and asked[: len(before)] == before
+            assert answer.read == len(asked) - (len(before) if asked[: len(before)] == before else 0)
+            shown.append("".join(answer))
+            assert answer._session.tokens[: len(asked)] == asked
+            assert answer._session.tokens[len(asked) :] == continued(model, asked, 5)[: answer.made]
+        assert talk.reread == 2 - kept
+        assert [m["content"] for m in talk.messages if m["role"] == "assistant"] == shown[:2]
+        assert not any(word in answer for word in stop for answer in shown)
+
+
+@pytest.mark.parametrize("name", ["metaspace_first", "prepending"])
+def test_rows_and_single_prompts_have_the_same_answers_with_their_first_space(model, name, tmp_path):
+    model = dataclasses.replace(model, tokenizer=CHATS[name](), eos_ids=())
+    prompts = [" ".join(("the", "cat", "sat", "on", "a", "mat")[: 1 + i % 6]) + "bcd"[i % 3] for i in range(18)]
+    for stop in ((), (" ", "<|im_end|>")):
+        request, file, compared = text.Request(6, stop=stop), tmp_path / f"{len(stop)}.jsonl", 0
+        batch.answer_file(model, [{"prompt": prompt} for prompt in prompts], file, request)
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for row in rows:
+            prompt = text.prompt_tokens(model, row["prompt"])
+            whole = continued(model, prompt, 6)
+            both = decode(model.tokenizer, [*prompt, *whole])[len(row["prompt"]) :]
+            assert row["answer"] == "".join(text.continue_text(model, row["prompt"], request))
+            if "\ufffd" in both or any(mark in model.tokenizer.all_special_ids for mark in whole):
+                continue
+            compared += both.startswith(" ")
+            assert row["answer"] == (both.split(" ")[0] if stop else both)
+            assert (row["finish"] == "stop") == (bool(stop) and " " in both)
+        assert compared
+
+
+def test_a_line_goes_on_behind_what_was_made(model):
+    model = dataclasses.replace(model, tokenizer=small.metaspace_first())
+    session = text.new_session(model, text.PLAIN)
+    list(text.continue_text(model, "the c", text.Request(1), session=session))
+    before = decode(model.tokenizer, session.tokens)
+    answer = text.continue_text(model, "at", text.Request(1), session=session)
+    assert decode(model.tokenizer, session.tokens) == before + "at"
+    assert answer.read == 1
+
+
 def test_an_end_token_is_the_end_mark_of_the_template(model):
+    model = dataclasses.replace(model, tokenizer=tokenizer_with(TEMPLATE, small.characters()))
     prompt = text.prompt_tokens(model, text.chat_text(model.tokenizer, [{"role": "user", "content": "The sky?"}]))
     tokens = continued(model, prompt, 6)
     end = tokens[3]
     first = tokens.index(end)
     mark = model.tokenizer.decode([end])
-    ends = "{{ 'END' if m['role'] == 'user' else '" + mark + "' }}"
-    tokenizer = tokenizer_with(TEMPLATE.replace("END", ends), model.tokenizer)
+    tokenizer = tokenizer_with(TEMPLATE.replace("END", "{{ 'END' if m['role'] == 'user' else '' }}"), model.tokenizer)
     ending = dataclasses.replace(model, eos_ids=(end,), tokenizer=tokenizer)
     talk = text.Conversation(ending, text.Request(max_new_tokens=9))
     assert "".join(talk.ask("The sky?")) == decode(tokenizer, tokens[: first + 1])
+    assert decode(tokenizer, tokens[: first + 1]).endswith(mark)  # it is no special token here, so it is in the text
     answer = talk.ask("More")
     next(answer)
     assert talk.reread == 0
@@ -186,10 +322,18 @@ def test_rows_of_a_file_are_answered_as_they_are_alone(model, tmp_path, monkeypa
     def fails(*_, **__):
         raise RuntimeError("full")
 
-    monkeypatch.setattr(batch, "cut", fails)
+    monkeypatch.setattr(batch.json, "dumps", fails)
     with pytest.raises(RuntimeError):
         batch.answer_file(model, rows, tmp_path / "half.jsonl", request, batch_size=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "in.jsonl"
+    for row in ('{"prompt": "a", "prompt": "b"}', '{"messages": [{"role": "user", "content": "a", "content": "b"}]}'):
+        path.write_text('{"prompt": "a"}\n' + row)
+        with pytest.raises(UserError, match=r"line 2: not valid JSON .*stands twice in an object"):
+            batch.read_rows(path)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,8 @@ def test_answers_end_soon_after_a_stop(model):
     word = whole[0][3]
     asked = []
 
-    def stop(tokens):
+    def stop(number, tokens):
+        assert list(tokens) == whole[number][: len(tokens)]
         asked.append(len(tokens))
         return word in tokens
 

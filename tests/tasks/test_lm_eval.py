@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 
 from lawcat_jax.config import EvalConfig
+from lawcat_jax.data.tokenize import decode
 from lawcat_jax.errors import UserError
+from lawcat_jax.inference.sampling import Sampling
 from lawcat_jax.tasks.compare import split_tasks
 from lawcat_jax.tasks.registry import task_named
 from tests.checkpoints import hf_models, students
@@ -217,6 +219,35 @@ def teacher(folder):
 def test_teachers_equal_the_harness_own_backend(teacher, folder, name, options):
     _, theirs, ours = teacher
     assert_same(requests_of(ours, name, folder, **options), requests_of(theirs, name, folder, **options))
+
+
+def test_stop_strings_end_answers_where_the_harness_own_backend_ends_them(teacher, folder):
+    """Special tokens, what stands across them, and strings that its window of the last tokens misses too; answers made alone."""
+    from lm_eval.api.instance import Instance
+
+    directory = teacher[0]
+    theirs = harness_own(directory, folder)
+    theirs.batch_size_per_gpu = 1
+    ours = adapter(directory, folder)
+    tokenizer = ours.tokenizer
+    prompts = ["The sky is blue. " * count for count in range(1, 7)]
+    free = [ours._model.sample([ours.tok_encode(prompt)], 40, [1], Sampling(), None)[0] for prompt in prompts]
+    common = max({token for answer in free for token in answer[3:]}, key=lambda t: sum(t in a[3:] for a in free))
+    for one in (tokenizer, theirs.tokenizer):  # a token that is made is a special one
+        one.add_special_tokens({"additional_special_tokens": [tokenizer.convert_ids_to_tokens(common)]})
+    mark = tokenizer.decode([common])
+    assert decode(tokenizer, [common]) == ""
+    places = [(answer, answer.index(common)) for answer in free if common in answer[3:-1]]
+    across = [tokenizer.decode(answer[at - 1 : at + 2]) for answer, at in places][:2]
+    whole = [tokenizer.decode(answer[at - 3 : at + 3]) for answer, at in places][:1]
+    found = 0
+    for until in ([mark], across, whole, [mark + "e", "e" + mark], ["e", mark]):
+        options = {"until": until, "max_gen_toks": 40, "do_sample": False}
+        asked = [Instance("generate_until", {}, (prompt, dict(options)), 0) for prompt in prompts]
+        answers = ours.generate_until(asked)
+        assert answers == theirs.generate_until(asked, disable_tqdm=True)
+        found += any(answer != decode(tokenizer, tokens) for answer, tokens in zip(answers, free, strict=True))
+    assert found >= 3
 
 
 @pytest.mark.slow

@@ -121,6 +121,24 @@ def test_what_is_read_of_hubs_is_part_of_a_run(place, tmp_path, monkeypatch):
     assert unrecorded(begun, begun) == unrecorded({"data": None}, begun) == []
 
 
+def test_runs_that_read_other_line_ends_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"One.\r\nTwo.\n")
+    (tmp_path / "b.txt").write_bytes(b"One.\nTwo.\n")
+    source = f"{tmp_path}/*.txt"
+    config = Config(stage1=StageConfig(data=DataConfig(kind="text", source=source)), stage2=StageConfig(enabled=False))
+    own = {**OWN, "data": inputs.data_read(config, small.byte_level())}
+    first, second = own["data"]["stage1"][source]
+    assert second == ["b.txt", 10, hashlib.sha256(b"One.\nTwo.\n").hexdigest()[:32]]
+    plain = [first[0], first[1], hashlib.sha256(b"One.\r\nTwo.\n").hexdigest()[:32]]
+    with pytest.raises(
+        UserError, match=r"of an earlier version, which read the carriage returns of .*txt as line feeds"
+    ):
+        refuse_another({**OWN, "data": {"stage1": {source: [plain, second]}}}, own, "there")
+    with pytest.raises(UserError, match="have other names or contents now"):
+        refuse_another({**OWN, "data": {"stage1": {source: [[*plain[:2], "x"], second]}}}, own, "there")
+    refuse_another(own, own, "there")
+
+
 def test_a_stream_that_opens_no_source_needs_none(tmp_path):
     data = DataConfig(kind="text", source="hf:none", passkey_fraction=1.0)
     config = Config(stage1=StageConfig(data=data), stage2=StageConfig(enabled=False))

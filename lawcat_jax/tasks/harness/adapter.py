@@ -16,10 +16,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from lawcat_jax.data.tokenize import bos_rule, encode, fingerprint, opening
+from lawcat_jax.data.tokenize import Tokenizer, bos_rule, encode, fingerprint, opening
 from lawcat_jax.errors import UserError
+from lawcat_jax.inference.generation import STOP_EVERY
 from lawcat_jax.inference.sampling import Sampling
-from lawcat_jax.inference.text import chat_text, stopped
+from lawcat_jax.inference.text import chat_text
 from lawcat_jax.tasks.task import Model, Progress
 
 NEW_TOKENS = 256
@@ -32,6 +33,29 @@ _NEUTRAL = {
     "length_penalty": 1.0,
     "typical_p": 1.0,
 }
+
+
+class StopCriteria:
+    """When the harness' Hugging Face backend ends an answer that it makes alone: with the token after which a stop string stands
+    in the last tokens of it, two more than the string has itself. They are spelt with their special tokens, and without what
+    is before them. (With others in a batch, it lets an answer go on until all of them have come to the same string.)
+    """
+
+    def __init__(self, tokenizer: Tokenizer, until: Sequence[str]):
+        self._tokenizer = tokenizer
+        self._looks_at = [(word, len(tokenizer.encode(word, add_special_tokens=False)) + 2) for word in until]
+
+    def end(self, tokens: Sequence[int], start: int = 0) -> int | None:
+        """The number of tokens, more than ``start``, with which the answer ends; None where it has not."""
+        for end in range(start + 1, len(tokens) + 1):
+            for word, size in self._looks_at:
+                if word in self._tokenizer.decode(tokens[max(0, end - size) : end]):
+                    return end
+        return None
+
+    def __call__(self, number: int, tokens: Sequence[int]) -> bool:
+        """Whether it ends among the tokens that were made since it was asked last."""
+        return self.end(tokens, max(0, len(tokens) - STOP_EVERY)) is not None
 
 
 class HarnessModel(TemplateLM):
@@ -143,10 +167,11 @@ class HarnessModel(TemplateLM):
                 )
             prompts = [prompt[-(positions - new_tokens) :] for prompt in prompts]
         assert self._model.sample is not None
-        answers = self._model.sample(prompts, new_tokens, ends, sampling, stopped(self.tokenizer, until))
+        stop = StopCriteria(self.tokenizer, until)
+        answers = self._model.sample(prompts, new_tokens, ends, sampling, stop)
         if self._progress is not None:
             self._progress(0, len(prompts), len(prompts))
-        texts = (self.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers)
+        texts = (self.tokenizer.decode(answer[: stop.end(answer)], skip_special_tokens=True) for answer in answers)
         return [postprocess_generated_text(text, until, None) for text in texts]
 
     def _sampling(self, options: dict[str, Any]) -> Sampling:
