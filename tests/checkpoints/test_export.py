@@ -16,9 +16,11 @@ from lawcat_jax.checkpoints.conversion import convert
 from lawcat_jax.checkpoints.logits import student_logits
 from lawcat_jax.checkpoints.model_dir import load_model, open_checkpoint
 from lawcat_jax.config import AttentionConfig, LoraConfig, RopeScaling
+from lawcat_jax.data.tokenize import encode, load_tokenizer
 from lawcat_jax.errors import UserError
 from lawcat_jax.inference.generation import generate
 from tests.checkpoints import students
+from tests.data.texts import prose
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -367,8 +369,9 @@ def test_the_shipped_student_of_smollm2(tmp_path):
     source = Path(lawcat_jax.__file__).parent / "assets" / "smollm2_lawcat.safetensors"
     convert(str(source), str(tmp_path / "out"), to="transformers")
     bundle, model = load_model(source, dtype="float32"), torch_model(tmp_path / "out")
-    ids = np.random.default_rng(0).integers(0, bundle.model.vocab_size, (1, 150))
-    np.testing.assert_allclose(logits(model, ids), student_logits(bundle, ids.astype(np.int32)), atol=1e-3)
+    # Text: on random ids some denominators are so small that float32 is off by 7e-3 from float64 in torch alone.
+    ids = np.array([encode(load_tokenizer(bundle.tokenizer_path), prose(1000))[:150]])
+    np.testing.assert_allclose(logits(model, ids), student_logits(bundle, ids.astype(np.int32)), atol=3e-4)
     text = model.generate(torch.as_tensor(ids), max_new_tokens=16, do_sample=False, eos_token_id=None)
     graphdef, _ = models.abstract(bundle.model, bundle.attention, bundle.lora)
     (own,) = generate(graphdef, bundle.params, [ids[0].tolist()], max_new_tokens=16, batch_size=1)
