@@ -161,7 +161,7 @@ class EvalConfig(Node):
         if not self.lengths:
             problems.append(f"{path}.lengths: name at least one length")
         if not self.task_names and self.enabled:
-            problems.append(f"{path}.tasks: name at least one task")
+            problems.append(f"{path}.tasks: name at least one task, or set {path}.enabled to False")
         if (self.lm_eval_fewshot or 0) < 0 or (self.lm_eval_limit is not None and self.lm_eval_limit < 1):
             problems.append(f"{path}: lm_eval_fewshot must not be negative, and lm_eval_limit at least 1")
         if not all(self.lm_eval):

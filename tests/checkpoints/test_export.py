@@ -320,6 +320,81 @@ SMOLLM2_SHAPED = dataclasses.replace(
 )
 
 
+def test_the_loss_is_that_of_transformers(exported):
+    """With Trainer's count of the tokens of all micro-batches, and with labels that are shifted already."""
+    _, model, _ = exported("lawcat")
+    ids = torch.as_tensor(tokens(4, 20))
+    labels = ids.clone()
+    labels[0, :13] = labels[2, 5:] = -100
+    with torch.no_grad():
+        whole = model(ids, labels=labels)
+        counted = int((labels[:, 1:] != -100).sum())
+        halves = [model(ids[i : i + 2], labels=labels[i : i + 2], num_items_in_batch=counted).loss for i in (0, 2)]
+        shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        given = model(ids, labels=labels.flip(0), shift_labels=shifted).loss
+    expected = torch.nn.functional.cross_entropy(whole.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(whole.loss, expected)
+    torch.testing.assert_close(sum(halves), expected)
+    torch.testing.assert_close(given, expected)
+    with pytest.raises(ValueError, match="leave logits_to_keep at 0"):
+        model(ids, labels=labels, logits_to_keep=1)
+
+
+def test_trainer_accumulates_gradients(exported, tmp_path):
+    pytest.importorskip("accelerate")
+    _, model, _ = exported("lawcat")
+    ids = torch.as_tensor(tokens(8, 20))
+    rows = [{"input_ids": row, "labels": torch.where(torch.arange(20) < 2 * i, -100, row)} for i, row in enumerate(ids)]
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    found = []
+    for batch, pieces in ((8, 1), (2, 4)):
+        options = transformers.TrainingArguments(
+            str(tmp_path / str(batch)),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=pieces,
+            max_steps=1,
+            learning_rate=0.0,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            save_strategy="no",
+        )
+        trainer = transformers.Trainer(model=model, args=options, train_dataset=rows)
+        trainer.train()
+        found.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
+    model.eval()
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())  # other tests use it
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
+
+
+def test_several_documents_in_a_row_are_refused(exported):
+    _, model, _ = exported("lawcat")
+    ids = torch.as_tensor(tokens(1, 20))
+    with pytest.raises(ValueError, match="several documents in one row"):
+        model(ids, position_ids=torch.tensor([[*range(12), *range(8)]]))
+    mask = torch.tensor([[0] * 5 + [1] * 15])
+    padded = torch.tensor([[1] * 5 + [*range(15)]])  # as generate writes them for padding on the left
+    np.testing.assert_allclose(
+        logits(model, ids, attention_mask=mask, position_ids=padded)[:, 5:], logits(model, ids[:, 5:]), atol=1e-4
+    )
+    with torch.no_grad():
+        cached = model(ids, use_cache=True)
+    cache = cached["cache" if "cache" in cached else "past_key_values"]
+    with pytest.raises(ValueError, match="cannot be rolled back"):
+        cache.crop(3)
+
+
+def test_a_resized_embedding_is_saved_and_loaded(exported, tmp_path):
+    _, _, folder = exported("lawcat")
+    model = torch_model(folder.parent / f"{folder.name}-out")
+    model.resize_token_embeddings(students.MODEL.vocab_size + 7)
+    model.save_pretrained(tmp_path)
+    ids = tokens(1, 12)
+    again = logits(torch_model(tmp_path), ids)
+    assert again.shape[-1] == students.MODEL.vocab_size + 7
+    np.testing.assert_array_equal(again, logits(model, ids))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "largest", "rms"), [("float32", 5e-3, 1e-3), ("bfloat16", 0.25, 0.025)])

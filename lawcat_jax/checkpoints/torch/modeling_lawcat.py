@@ -126,6 +126,9 @@ class LawcatCache(Cache):
         """Bytes held."""
         return sum(x.numel() * x.element_size() for layer in self.layers for x in layer.state.values())
 
+    def crop(self, *args, **kwargs):
+        raise ValueError("a state cannot be rolled back: keep a copy of the cache, or read the shorter text again")
+
 
 def extend(rows, x, count):
     """[rows ; x] along time; ``count`` zeros stand for the start of a sequence."""
@@ -647,13 +650,18 @@ class LawcatPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
 
+def vocab_size(config):
+    """Rows of the embedding: transformers writes a resized one into the usual field."""
+    return getattr(config, "vocab_size", None) or config.lawcat["model"]["vocab_size"]
+
+
 class LawcatModel(LawcatPreTrainedModel):
     """The decoder without its output head."""
 
     def __init__(self, config):
         super().__init__(config)
         m = config.lawcat["model"]
-        self.embed_tokens = nn.Embedding(m["vocab_size"], m["hidden_size"])
+        self.embed_tokens = nn.Embedding(vocab_size(config), m["hidden_size"])
         self.layers = nn.ModuleList([LawcatLayer(config, layer) for layer in range(m["num_layers"])])
         self.norm = Norm(m["hidden_size"], m["rms_norm_eps"])
         self.post_init()
@@ -677,7 +685,8 @@ class LawcatModel(LawcatPreTrainedModel):
         **kwargs,
     ):
         """``attention_mask`` [B, past + T] or [B, T]: 0 is padding, wherever it stands. ``position_ids``, where they
-        are given, count for the rotary embedding."""
+        are given, count for the rotary embedding; without a mask they must count up by one, since elsewhere they
+        mean several documents in a row, which this code does not keep apart."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and not both")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -690,6 +699,11 @@ class LawcatModel(LawcatPreTrainedModel):
             position_ids = start[:, None] + torch.arange(length, device=x.device)
         else:
             position_ids = position_ids.expand(batch, -1)
+            if attention_mask is None and (position_ids.diff(dim=1) != 1).any():
+                raise ValueError(
+                    "position_ids that begin again mean several documents in one row, whose states would run into each "
+                    "other here: give each document a row of its own, with an attention_mask for the padding"
+                )
             position_ids = position_ids if order is None else position_ids.gather(1, order)
         if order is not None:
             x = x.gather(1, order[..., None].expand_as(x))
@@ -741,7 +755,7 @@ class LawcatForCausalLM(LawcatPreTrainedModel, GenerationMixin):
         super().__init__(config)
         m = config.lawcat["model"]
         self.model = LawcatModel(config)
-        self.lm_head = nn.Linear(m["hidden_size"], m["vocab_size"], bias=False)
+        self.lm_head = nn.Linear(m["hidden_size"], vocab_size(config), bias=False)
         self.post_init()
 
     def get_input_embeddings(self):
@@ -776,7 +790,10 @@ class LawcatForCausalLM(LawcatPreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         **kwargs,
     ):
-        """Logits [B, T, V], and with ``labels`` [B, T] (-100: not counted) the mean loss of the next token."""
+        """Logits [B, T, V], and with ``labels`` [B, T] (-100: not counted) the loss of the next token: transformers' own, a
+        mean, or a sum over ``num_items_in_batch`` where Trainer gives it; ``shift_labels`` are taken as they are."""
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("labels need the logits of all tokens: leave logits_to_keep at 0")
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -791,7 +808,7 @@ class LawcatForCausalLM(LawcatPreTrainedModel, GenerationMixin):
         logits = self.lm_head(out.last_hidden_state[:, kept]).float()
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device))
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         result = CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=out.hidden_states, **{CACHE: getattr(out, CACHE)}
         )
