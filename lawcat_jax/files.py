@@ -161,12 +161,14 @@ def remove_leftovers(directory: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
-    """Write a file that appears under ``path`` only when it is complete; text is UTF-8.
+    """Write a file that appears under ``path`` only when it is complete; text is UTF-8, in which half a character (of a file name
+    that is none, say) is an escape as in JSON.
 
     Raises:
       UserError: when the file or its directory cannot be written.
     """
-    with new_file(path) as partial, open(partial, mode, encoding=None if "b" in mode else "utf-8") as out:
+    encoding, errors = (None, None) if "b" in mode else ("utf-8", "backslashreplace")
+    with new_file(path) as partial, open(partial, mode, encoding=encoding, errors=errors) as out:
         yield out
 
 

@@ -82,6 +82,8 @@ def main(argv: list[str]) -> None:
         prompt = sys.stdin.buffer.read().decode("utf-8", errors="surrogateescape")
     if prompt is not None:
         prompt = readable(prompt, "standard input" if _PROMPT.value == "-" else "--prompt")
+    system = readable(_SYSTEM.value, "--system")
+    stop = tuple(readable(word, "--stop") for word in _STOP.value)
     from lawcat_jax.inference import batch, text
     from lawcat_jax.inference.loading import load_for_inference
     from lawcat_jax.inference.sampling import Sampling
@@ -99,18 +101,19 @@ def main(argv: list[str]) -> None:
         tokenizer=_TOKENIZER.value,
         add_bos=typing.cast(Bos | None, _ADD_BOS.value),
     )
-    request = text.Request(_MAX_NEW_TOKENS.value, sampling, tuple(_STOP.value), _TEACHER.value)
+    request = text.Request(_MAX_NEW_TOKENS.value, sampling, stop, _TEACHER.value)
     templated = text.has_chat_template(model.tokenizer)
-    chat = bool(_CHAT.value or _SYSTEM.value or (_CHAT.value is None and _INTERACTIVE.value and templated))
-    if templated and not chat and _CHAT.value is None and any("prompt" in row for row in rows or [{"prompt": prompt}]):
+    chat = bool(_CHAT.value or system or (_CHAT.value is None and _INTERACTIVE.value and templated))
+    continued = rows is None or any("prompt" in row.fields for row in rows)
+    if templated and not chat and _CHAT.value is None and continued:
         _say("this model has a chat template: --chat asks in its form; a plain text is continued, perhaps with nothing")
     if rows is not None:
         made = batch.answer_file(
-            model, rows, _OUTPUT.value or "", request, chat=chat, system=_SYSTEM.value, batch_size=_BATCH_SIZE.value
+            model, rows, _OUTPUT.value or "", request, chat=chat, system=system, batch_size=_BATCH_SIZE.value
         )
         _say(f"wrote {_OUTPUT.value}: {len(rows)} answers of {made} tokens together")
         return
-    conversation = text.Conversation(model, request, system=_SYSTEM.value) if chat else None
+    conversation = text.Conversation(model, request, system=system) if chat else None
     session = text.new_session(model, request)
     for question in _questions(prompt):
         if conversation is not None:

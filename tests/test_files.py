@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lawcat_jax.errors import UserError
-from lawcat_jax.files import new_directory, new_file, read_json, remove_leftovers
+from lawcat_jax.files import new_directory, new_file, read_json, remove_leftovers, write_json
 
 
 def write(target, text="new", overwrite=False):
@@ -122,6 +122,13 @@ def test_json_that_is_none_is_one_line(tmp_path):
         read_json(tmp_path / "a.json")
     with pytest.raises(UserError, match="cannot read"):
         read_json(tmp_path)
+
+
+def test_file_names_that_are_no_unicode_are_written_and_read_back(tmp_path):
+    value = {"model": os.fsdecode(b"a\xff") + "é", "\ud83d": ["\ud83d", "\\ud83d", "\U0001f600"]}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+    assert "é" in (tmp_path / "a.json").read_text(encoding="utf-8")
 
 
 def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):

@@ -6,6 +6,7 @@ prompt that Stanford Alpaca published. :mod:`lawcat_jax.data.conversations` says
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import re
 from collections.abc import Sequence
@@ -90,37 +91,57 @@ def _through_template(tokenizer: Tokenizer, conversation: Conversation, date: st
     turns, where = conversation.turns, f"tokenizer {tokenizer.name_or_path!r}: its chat template"
     template = _dated(tokenizer, date)
 
-    def written(count: int, *, asked: bool = False) -> str:
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns[:count]]
+    def rendered(turns: Sequence[Turn], *, asked: bool = False) -> str:
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         return _rendered(tokenizer, template, messages, asked, f"{where} refuses {conversation.where}")
 
-    text, spans, seen = written(len(turns)), [], 0
+    text, spans, seen, end = rendered(turns), [], 0, 0
+    marks = _marks(turns, text)
+    # Of what a message says, the same words may stand elsewhere, in the template's own text too; a mark stands nowhere else.
+    marked = rendered([dataclasses.replace(turn, content=mark) for turn, mark in zip(turns, marks, strict=True)])
     for number, turn in enumerate(turns):
         if turn.role != "assistant":
             continue
-        after = written(number + 1).rstrip()
-        # No template writes a conversation without a message: an answer at the very beginning is looked for.
-        before = written(number, asked=True) if number else text[: text.find(turn.content.strip())]
+        after = rendered(turns[: number + 1]).rstrip()
+        if number:
+            before = rendered(turns[:number], asked=True)
+        else:  # no template writes a conversation without a message
+            first = rendered([dataclasses.replace(turn, content=marks[0]), *turns[1:]])
+            before, *more = first.split(marks[0])
+            if not text.startswith(before) or len(more) > 1:
+                raise UserError(
+                    f"{where} writes the answer that the conversation begins with twice, or another text in front of it "
+                    f"that depends on it, so it cannot be told from the prompt (instruction data {conversation.where})"
+                )
         if not text.startswith(before) or not text.startswith(after):
             raise UserError(
                 f"{where} rewrites earlier turns, so answers cannot be told from the prompt (instruction data "
                 f"{conversation.where})"
             )
-        _refuse_missing(turns[seen : number + 1], text, len(before), len(after), f"{where} leaves out", conversation)
+        for place in range(seen, number + 1):
+            begin, stop = (len(before), len(after)) if place == number else (end, len(before))
+            if marks[place] not in marked or not _holds(text[begin:stop], turns[place].content):
+                what = {"assistant": "part of an answer", "user": "part of a question"}
+                raise UserError(
+                    f"{where} leaves out {what.get(turns[place].role, 'the system message')} of instruction data "
+                    f"{conversation.where}; leave such rows out"
+                )
         spans.append((len(before), len(after)))
-        seen = number + 1
+        seen, end = number + 1, len(after)
     return text, spans
 
 
-def _refuse_missing(
-    turns: Sequence[Turn], text: str, begin: int, end: int, problem: str, conversation: Conversation
-) -> None:
-    """Refuse a template that writes a message only in part: white space apart, each stands where it should."""
-    for turn in turns:
-        part = text[begin:end] if turn.role == "assistant" else text[:begin]
-        if "".join(turn.content.split()) not in "".join(part.split()):
-            what = {"assistant": "part of an answer", "user": "part of a question"}.get(turn.role, "the system message")
-            raise UserError(f"{problem} {what} of instruction data {conversation.where}; leave such rows out")
+def _marks(turns: Sequence[Turn], text: str) -> list[str]:
+    """A word for each message that stands neither in what is said nor in what the template made of it."""
+    mark = "message"
+    while any(mark in said for said in (text, *(turn.content for turn in turns))):
+        mark += "q"
+    return [f"{mark}{number}{mark}" for number in range(len(turns))]
+
+
+def _holds(text: str, content: str) -> bool:
+    """Whether a message stands in a text, white space apart."""
+    return "".join(content.split()) in "".join(text.split())
 
 
 def _rendered(tokenizer: Tokenizer, template: str, messages: list[dict[str, str]], asked: bool, refuses: str) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import atomic_file, object_of
@@ -25,12 +26,19 @@ _SETTINGS = frozenset(
 """Fields of a row that other programs take for settings: here the command line has them, for all rows."""
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
+class Row(NamedTuple):
+    """An object of a JSONL file: ``text`` as it was written, to which the answer is added, and its ``fields``."""
+
+    text: str
+    fields: dict[str, Any]
+
+
+def read_rows(path: str | Path) -> list[Row]:
     """The rows of a JSONL file: objects with ``prompt``, a text, or ``messages``, a conversation of role and content.
 
     Raises:
-      UserError: naming the line that is neither, that has a key twice, or that has a field which the answers would replace, or
-        that would be taken for a setting; or a file that cannot be read or has none.
+      UserError: naming the line that is neither, that has a key twice, that asks with half a character, or that has a field
+        which the answers would replace, or that would be taken for a setting; or a file that cannot be read or has none.
     """
     rows = list(_rows(Path(path)))
     if not rows:
@@ -38,7 +46,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def _rows(path: Path) -> Iterator[Row]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as problem:
@@ -48,7 +56,13 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line.decode(), object_pairs_hook=object_of)
+            text = line.decode()
+            row = json.loads(
+                text,
+                object_pairs_hook=object_of,
+                parse_int=float,  # of numbers only the type is looked at, and int() refuses the longest
+                parse_constant=_no_number,
+            )
         except (ValueError, RecursionError) as problem:
             raise UserError(f"{where}: not valid JSON ({problem})") from None
         if not isinstance(row, dict) or isinstance(row.get("prompt"), str) == ("messages" in row):
@@ -76,12 +90,22 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             raise UserError(
                 f"{where}: a message has {odd[0]!r}, which would be left out; only role and content are read"
             )
-        yield row
+        for said in (row.get("prompt", ""), *(turn[name] for turn in turns for name in ("role", "content"))):
+            if half := isinstance(said, str) and re.search("[\ud800-\udfff]", said):
+                raise UserError(
+                    f"{where}: half a character ({half[0]!r}) in what is asked; put in the other half, or remove it"
+                )
+        # Line ends within an object can only stand between its fields.
+        yield Row(text.strip().replace("\r", " "), row)
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def answer_file(
     model: LoadedModel,
-    rows: list[dict[str, Any]],
+    rows: list[Row],
     output: str | Path,
     request: Request = PLAIN,
     *,
@@ -89,9 +113,9 @@ def answer_file(
     system: str = "",
     batch_size: int = 8,
 ) -> int:
-    """Write each row with its ``answer``, the number of its ``tokens`` (those of the end token or stop string included), and
-    why it ended, ``finish``: "end" (the model's end token), "stop" (a stop string) or "length". The file appears when all are
-    there.
+    """Write each row, as it was written, with its ``answer``, the number of its ``tokens`` (those of the end token or stop
+    string included), and why it ended, ``finish``: "end" (the model's end token), "stop" (a stop string) or "length". The file
+    appears when all are there.
 
     Args:
       rows: see :func:`read_rows`. ``messages`` are written by the model's chat template.
@@ -106,28 +130,29 @@ def answer_file(
     Raises:
       UserError: as :func:`lawcat_jax.inference.text.continue_text`, or the file cannot be written.
     """
-    prompts = [prompt_tokens(model, _prompt(model, row, chat, system)) for row in rows]
+    prompts = [prompt_tokens(model, _prompt(model, row.fields, chat, system)) for row in rows]
     texts = [AnswerText(model.tokenizer, prompt, request.stop) for prompt in prompts]
-    answers = generate(
-        model.graphdef,
-        model.params,
-        prompts,
-        max_new_tokens=min(request.new_tokens(model, len(prompt)) for prompt in prompts),
-        eos_ids=model.eos_ids,
-        sampling=request.sampling,
-        stop=(lambda number, tokens: texts[number].extend(tokens)) if request.stop else None,
-        as_teacher=request.softmax(model),
-        batch_size=min(batch_size, len(prompts)),
-    )
     total = 0
-    with atomic_file(output) as out:
+    with atomic_file(output) as out:  # before the answers are made, which would be lost if it cannot be written
+        answers = generate(
+            model.graphdef,
+            model.params,
+            prompts,
+            max_new_tokens=min(request.new_tokens(model, len(prompt)) for prompt in prompts),
+            eos_ids=model.eos_ids,
+            sampling=request.sampling,
+            stop=(lambda number, tokens: texts[number].extend(tokens)) if request.stop else None,
+            as_teacher=request.softmax(model),
+            batch_size=min(batch_size, len(prompts)),
+        )
         for row, tokens, text in zip(rows, answers, texts, strict=True):
             text.extend(tokens)
             text.finish()
             finish = "stop" if text.stopped else "end" if tokens[-1] in model.eos_ids else "length"
             total += text.made  # fewer than ``tokens``, which go on until somebody looks
-            result = {**row, "answer": text.text, "tokens": text.made, "finish": finish}
-            out.write(json.dumps(result, ensure_ascii=False) + "\n")
+            made = json.dumps({"answer": text.text, "tokens": text.made, "finish": finish}, ensure_ascii=False)
+            # Put together as texts: read and written anew, 1e400 or half a character would be others, or fail.
+            out.write(f"{row.text.removesuffix('}').rstrip()}, {made.removeprefix('{')}\n")
     return total
 
 

@@ -286,6 +286,59 @@ def test_a_template_that_leaves_messages_out_is_refused():
         counted({"messages": [USER, ANSWER | {"content": "<think>Hm.</think>Because."}]}, thoughtless)
 
 
+FRONT = "<|system|>You are an assistant. I am here.<|end|>\n"
+PREAMBLE = (
+    f"{{% for m in messages %}}{{% if loop.first and m['role'] != 'system' %}}{{{{'{FRONT}'}}}}{{% endif %}}"
+    "{{'<|' + m['role'] + '|>' + (m['content'] | trim) + '<|end|>\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<|assistant|>'}}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "said", ["I", "am", "You", "assistant", "<|assistant|>", "<|end|>", "message", "Why?", "", " I\n"]
+)
+def test_answers_that_stand_elsewhere_too_are_found_at_their_own_place(said):
+    """In the text that a template puts in front (as SmolLM2's), in its marks, or in another message."""
+    own = {"role": "assistant", "content": said}
+    question = USER | {"content": f"{said} {said}x"}
+    for template, front in ((PREAMBLE, FRONT), (PREAMBLE.replace(FRONT, ""), "")):
+        tokenizer = templated(template)
+        for turns in ([own, USER, ANSWER], [own, own, USER, own], [question, own, USER, own], [own, question, own]):
+            expected, inside = (
+                front,
+                [False] * len(front),
+            )  # what the template writes, and which characters of it are answers
+            for turn in turns:
+                head, text = f"<|{turn['role']}|>", turn["content"].strip() + "<|end|>"
+                expected += head + text + "\n"
+                inside += [False] * len(head) + [turn["role"] == "assistant"] * len(text) + [False]
+            tokens, answers, weights = encoded(tokenizer, {"messages": turns})
+            assert decode(tokenizer, tokens) == expected
+            ends = [len(decode(tokenizer, tokens[: k + 1])) for k in range(len(tokens))]
+            assert answers.tolist() == [any(inside[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+            assert np.array_equal(weights, answers.astype(np.float32))
+
+
+def test_answers_that_cannot_be_placed_are_refused():
+    first = {"messages": [{"role": "assistant", "content": "I"}, USER, ANSWER]}
+    twice = "{{ 'It says ' + messages[0]['content'] }}" + PREAMBLE
+    counts = "{{ messages[0]['content'] | length }}" + PREAMBLE
+    for template in (twice, counts):
+        with pytest.raises(UserError, match=r"it cannot be told from the prompt \(instruction data row\)"):
+            counted(first, template)
+
+
+@pytest.mark.parametrize(("role", "what"), [("system", "the system message"), ("user", "part of a question")])
+def test_messages_left_out_are_missed_though_their_words_stand_elsewhere(role, what):
+    silent = PREAMBLE.replace("{{'<|' + m", f"{{% if m.role != '{role}' %}}{{{{'<|' + m").replace(
+        "'<|end|>\n'}}{% endfor", "'<|end|>\n'}}{% endif %}{% endfor"
+    )
+    row = {"messages": [{"role": "user", "content": "assistant"}, ANSWER]}
+    assert counted(row) == "Because.<|end|>"
+    with pytest.raises(UserError, match=f"leaves out {what} of instruction data row"):
+        counted(row | ({"system": "assistant"} if role == "system" else {}), silent)
+
+
 def test_todays_date_is_not_trained_on(tmp_path):
     row, tokenizer = {"messages": [USER, ANSWER]}, templated(DATED)
     with pytest.raises(UserError, match=r"writes today's date.*data\.chat_date"):

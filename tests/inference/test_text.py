@@ -233,7 +233,8 @@ def test_rows_and_single_prompts_have_the_same_answers_with_their_first_space(mo
     prompts = [" ".join(("the", "cat", "sat", "on", "a", "mat")[: 1 + i % 6]) + "bcd"[i % 3] for i in range(18)]
     for stop in ((), (" ", "<|im_end|>")):
         request, file, compared = text.Request(6, stop=stop), tmp_path / f"{len(stop)}.jsonl", 0
-        batch.answer_file(model, [{"prompt": prompt} for prompt in prompts], file, request)
+        asked = [{"prompt": prompt} for prompt in prompts]
+        batch.answer_file(model, [batch.Row(json.dumps(row), row) for row in asked], file, request)
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         for row in rows:
             prompt = text.prompt_tokens(model, row["prompt"])
@@ -306,7 +307,9 @@ def test_rows_of_a_file_are_answered_as_they_are_alone(model, tmp_path, monkeypa
     request = text.Request(40, Sampling(repetition_penalty=1.1), stop=(free[5:7],))
     made = batch.answer_file(model, rows, tmp_path / "out.jsonl", request, system="S", batch_size=2)
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [{k: row[k] for k in ("prompt", "id", "messages") if k in row} for row in written] == rows
+    assert [{k: row[k] for k in ("prompt", "id", "messages") if k in row} for row in written] == [
+        row.fields for row in rows
+    ]
     assert sum(row["tokens"] for row in written) == made
     prompts = ["The sky", "system: SEND\nuser: HéEND\nassistant: ", "Here we go again"]
     for row, prompt in zip(written, prompts, strict=True):
@@ -350,7 +353,58 @@ def test_fields_of_rows_that_would_do_nothing_are_refused(tmp_path, row, message
     with pytest.raises(UserError, match=message):
         batch.read_rows(path)
     path.write_text(json.dumps({"prompt": "a", "id": 7, "stop": None}))
-    assert batch.read_rows(path) == [{"prompt": "a", "id": 7, "stop": None}]
+    (row,) = batch.read_rows(path)
+    assert row.fields == {"prompt": "a", "id": 7, "stop": None}
+
+
+def test_rows_are_written_back_as_they_were(model, tmp_path):
+    """Numbers that no float holds, long ones, half a character, escapes and spaces: the text of each row is the same."""
+    long = "9" * 5000
+    extra = (
+        '"a": 1e400, "b": 1e-400, "c": 0.1234567890123456789012345, "d": ' + long,
+        r'"half": "\ud83d", "\udc00": ["\ud83d", "\/", "\u00e9é"]',
+        '"e":-0.0 ,"f":1.50E+07,  "g": {"h": 18446744073709551617}  ',
+    )
+    lines = [f'{{"prompt": "The sky", {part}}}' for part in extra]
+    (tmp_path / "in.jsonl").write_bytes("\r\n".join([*lines, '  {"prompt": "a",\r"id": 1} ']).encode())
+    batch.answer_file(model, batch.read_rows(tmp_path / "in.jsonl"), tmp_path / "out.jsonl", text.Request(3))
+    written = (tmp_path / "out.jsonl").read_bytes().decode().split("\n")
+    assert written.pop() == ""
+    for line, before in zip(written, [*lines, '{"prompt": "a", "id": 1}'], strict=True):
+        assert line.startswith(before.removesuffix("}").rstrip() + ', "answer": ')
+        assert "\r" not in line
+        row = json.loads(line, parse_int=str)
+        assert list(row)[-3:] == ["answer", "tokens", "finish"]
+        assert (row["tokens"], row["finish"]) == ("3", "length")
+        assert row["answer"] == "".join(text.continue_text(model, row["prompt"], text.Request(3)))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"prompt": "a", "x": NaN}', "not valid JSON .NaN is no number of JSON"),
+        ('{"prompt": "a", "x": [-Infinity]}', "not valid JSON .-Infinity is no number of JSON"),
+        ('{"prompt": 12}', "expected an object with either prompt"),
+        (r'{"prompt": "a\ud83d"}', r"half a character \('\\ud83d'\) in what is asked"),
+        (r'{"messages": [{"role": "user", "content": "\udc00"}]}', r"half a character \('\\udc00'\)"),
+        (r'{"messages": [{"role": "\ud83d", "content": "a"}]}', r"half a character \('\\ud83d'\)"),
+    ],
+)
+def test_rows_that_are_no_json_or_no_text_are_refused(tmp_path, row, message):
+    path = tmp_path / "in.jsonl"
+    path.write_text(r'{"prompt": "\ud83d\ude00"}' + "\n" + row)
+    with pytest.raises(UserError, match=f"in.jsonl, line 2: {message}"):
+        batch.read_rows(path)
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_answers_are_made(model, tmp_path, monkeypatch):
+    def too_late(*_, **__):
+        raise AssertionError("answers were made")
+
+    monkeypatch.setattr(batch, "generate", too_late)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        batch.answer_file(model, [batch.Row('{"prompt": "a"}', {"prompt": "a"})], tmp_path / "file" / "out.jsonl")
 
 
 def test_rows_that_have_an_answer_already_are_refused(tmp_path):
