@@ -72,11 +72,12 @@ def encode_conversation(
         closing = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoding = encode_offsets(tokenizer, text)
     bos = opening(tokenizer, add_bos, encoding.ids)
-    ends = np.asarray([end for _, end in encoding.offsets], np.int64)
+    begins, ends = np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
     answers, weights = np.zeros(len(ends), bool), np.zeros(len(ends), np.float32)
     counted = [turn.weight for turn in turns if turn.role == "assistant"]
-    for (start, end), weight in zip(spans, counted, strict=True):  # a token that reaches into an answer belongs to it
-        span = slice(np.searchsorted(ends, start, side="right"), np.searchsorted(ends, end, side="left") + 1)
+    for (start, end), weight in zip(spans, counted, strict=True):
+        # A token that reaches into an answer belongs to it; all tokens of a character have that character's place.
+        span = (ends > start) & (begins < end)
         answers[span], weights[span] = True, weight
     first, last = len(bos), len(closing)
     return Encoded(

@@ -65,7 +65,8 @@ def _rows(path: Path) -> Iterator[Row]:
             )
         except (ValueError, RecursionError) as problem:
             raise UserError(f"{where}: not valid JSON ({problem})") from None
-        if not isinstance(row, dict) or isinstance(row.get("prompt"), str) == ("messages" in row):
+        asks = isinstance(row, dict) and isinstance(row.get("prompt"), str) != ("messages" in row)
+        if not asks or row.get("messages") == []:
             raise UserError(f"{where}: expected an object with either prompt, a text, or messages, a list")
         taken = [name for name in _MADE if name in row]
         if taken:

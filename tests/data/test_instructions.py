@@ -88,6 +88,23 @@ def test_alpaca_prompt_without_a_template():
             encoded(tokenizer, PAIR | more)
 
 
+@pytest.mark.parametrize("said", ["smile 😀", "é", "日本語", "a😀b", "😀 smile"])
+def test_all_tokens_of_an_answers_characters_count(said):
+    """A character that the vocabulary lacks is several tokens, which share its place in the text."""
+    tokenizer = small.byte_level()
+    alone = encoded(tokenizer, {"instruction": "Say", "output": said})
+    assert decode(tokenizer, alone.tokens[alone.answers]) == said
+    plain = (
+        "{% for m in messages %}{{m['role'] + ': ' + m['content'] + '\\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{'assistant: '}}{% endif %}"
+    )
+    chat = templated(plain)
+    row = [USER, ANSWER | {"content": said}, USER, ANSWER | {"content": said + "!"}]
+    found = encoded(chat, {"messages": row})
+    text = decode(chat, found.tokens[found.answers])  # the space in front may be of the first word's token
+    assert text.replace(" ", "") == (said + said + "!").replace(" ", "")
+
+
 def test_weights_of_messages_and_rows():
     first, second = ({"role": "assistant", "content": text} for text in ("One.", "Two."))
     for off in ({"weight": 0}, {"weight": 0.0}, {"train": False}, {"training": False}, {"loss": False}):
