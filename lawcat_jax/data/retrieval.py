@@ -28,6 +28,8 @@ UUID_FRACTION = 1 / 3
 PAPER_QUESTION = "What is the special magic {t} mentioned in the provided text? "
 PAPER_LEAD = "The special magic {t} mentioned in the provided text is "
 
+_FILLER_SENTENCES = split_sentences(" ".join((NOISE, *wordings.FILLERS)))
+
 
 @dataclasses.dataclass(frozen=True)
 class _Frame:
@@ -187,7 +189,7 @@ class RetrievalGenerator:
         if self._wording == "composed":
             return self._composed_frame(rng)
         wording = wordings.WORDINGS[self._wording]
-        kind = ("digits", "word", "uuid")[rng.choice(3, p=(0.6, 0.15, 0.25))]
+        kind = _kind(rng)
         named = self._task == "niah"
         facts = {"what": _pick(rng, wording.whats[kind]), "name": _name(rng), "value": _value(rng, kind)}
         needle = _pick(rng, wording.named_needles if named else wording.needles).format(**facts)
@@ -201,7 +203,7 @@ class RetrievalGenerator:
     def _composed_frame(self, rng: np.random.Generator) -> _Frame:
         """Parts of the varied wording, put together anew: see :mod:`lawcat_jax.data.wordings`."""
         parts, named = wordings.VARIED, self._task == "niah"
-        kind = ("digits", "word", "uuid")[rng.choice(3, p=(0.6, 0.15, 0.25))]
+        kind = _kind(rng)
         what = _pick(rng, parts.whats[kind])
         if rng.random() < 0.5:
             what = f"{_pick(rng, wordings.WHAT_FIRST)} {_pick(rng, wordings.WHAT_SECOND[kind])}"
@@ -249,8 +251,7 @@ class RetrievalGenerator:
         else:
             noise = NOISE if self._wording == "paper" else _pick(rng, (NOISE, NOISE, *wordings.FILLERS))
             if self._wording == "composed" and rng.random() < 0.7:
-                pool = split_sentences(" ".join((NOISE, *wordings.FILLERS)))
-                noise = " ".join(rng.permutation(pool)[: int(rng.integers(2, 9))])
+                noise = " ".join(rng.permutation(_FILLER_SENTENCES)[: int(rng.integers(2, 9))])
             sentences = split_sentences(noise) * (characters // len(noise) + 1)
         lists = [sentence.split() for sentence in sentences]
         return list(itertools.chain.from_iterable(lists)), list(itertools.accumulate(map(len, lists)))
@@ -258,6 +259,11 @@ class RetrievalGenerator:
 
 def _pick(rng: np.random.Generator, options):
     return options[int(rng.integers(len(options)))]
+
+
+def _kind(rng: np.random.Generator) -> str:
+    """Of a value."""
+    return ("digits", "word", "uuid")[rng.choice(3, p=(0.6, 0.15, 0.25))]
 
 
 def _name(rng: np.random.Generator) -> str:
