@@ -13,8 +13,9 @@ work on neighbouring chunks at the same time; each reloads what it alone reads. 
 
 The closing factor 2^r of S' waits for the next chunk's, to be applied once.
 
-Packed documents: as in ``triton``. A chunk then takes two chains of products more, as rows of q^ S~ that belong to another document
-are cleared before A v is added, and rows of v that do not leave the chunk before k^T v.
+Packed documents: as in ``triton``. A chunk in which a document begins takes two chains of products more, as rows of q^ S~ that belong
+to another document are cleared before A v is added, and rows of v that do not leave the chunk before k^T v. All others run the code
+without documents: which one, each warpgroup reads a chunk ahead.
 """
 
 # Pallas for Mosaic GPU as of jax 0.11 and newer: pyright may see an older one, with other signatures and accumulators (the next line).
@@ -171,12 +172,21 @@ def _kernel(
     def chunk_rows(i):
         return pl.ds((first + i) * CHUNK, CHUNK)
 
-    def documents_of(i):
-        """(first row, of every row [C]; first row, of the last row) of chunk i's documents; loads that the wait for copies hides."""
+    def walk(chunk, carry):
+        """carry = chunk(i, carry, documents) for all chunks of the segment, with documents only where one begins in the chunk."""
         if numbers_ref is None:
-            return None, None
-        found = ChunkDocuments(numbers_ref, b, (first + i) * CHUNK)
-        return found.first(), found.last()
+            return lax.fori_loop(0, count, lambda i, carry: chunk(i, carry, None), carry)
+
+        def documents_of(i):
+            return ChunkDocuments(numbers_ref, b, (first + i) * CHUNK)
+
+        def step(i, carry):
+            begun, carry = carry
+            following = documents_of(jnp.minimum(i + 1, count - 1)).last()
+            within, none = (functools.partial(chunk, i, documents=x) for x in (documents_of(i), None))
+            return following, lax.cond(begun >= 0, within, none, carry)
+
+        return lax.fori_loop(0, count, step, (documents_of(0).last(), carry))[1]
 
     def slot_of(j, i, depth):
         return j * depth + lax.rem(i, jnp.int32(depth))
@@ -222,10 +232,10 @@ def _kernel(
         L = plgpu.layout_cast(jnp.zeros((WIDTH,), f32), row)
         left = indices(WIDTH, PARTS)[1] < PARTS // 2
 
-        def step(i, carry):
+        def chunk(i, carry, documents):
             z, L = carry
             slot, gate_slot = slot_of(j, i, ring.keys), slot_of(j, i, ring.gates)
-            begins, last = documents_of(i)
+            begins, last = (None, None) if documents is None else (documents.first(), documents.last())
             plgpu.barrier_wait(gates_loaded.at[gate_slot * preparing + p])
             g, k = g_s.at[gate_slot, p], k_s.at[slot, p]
             if bound is not None:
@@ -278,7 +288,7 @@ def _kernel(
 
             return z, L + 2.0 * r
 
-        z, L = lax.fori_loop(0, count, step, (z, L))
+        z, L = walk(chunk, (z, L))
         if outputs:
 
             @pl.when(segment == split.segments - 1)
@@ -318,10 +328,10 @@ def _kernel(
         rows, columns = indices(CHUNK, CHUNK)
         mask = rows >= columns
 
-        def step(i, carry):
+        def chunk(i, carry, documents):
             S, pending = carry
             slot, value_slot = slot_of(j, i, ring.keys), slot_of(j, i, ring.values)
-            begins, last = documents_of(i)
+            begins, last = (None, None) if documents is None else (documents.first(), documents.last())
             plgpu.barrier_wait(ready.at[slot])
 
             # References are formed where they are used: the index constants of one from outside have no place in the body
@@ -435,7 +445,7 @@ def _kernel(
                 plgpu.copy_smem_to_gmem(out_den_s.at[j], den_ref.at[b, h, rows])
             return S, rs
 
-        S, pending = lax.fori_loop(0, count, step, (S, pending))
+        S, pending = walk(chunk, (S, pending))
 
         def write(*index):
             for rows, x, p in zip(features, S, pending, strict=True):

@@ -13,7 +13,8 @@ delta = -dn.o and L the lower triangle of ones:
 q^ R is q dq with the very operands of dA k^ and dA^T q^: the terms of a token with itself, which dominate at strong gates and belong to
 no gate, cancel to float32. What is summed over tokens for the gates enters its product as two bfloat16 parts (2^-17).
 
-Packed documents: L for A and dA lies within documents, and rows and terms are left out as in ``triton_vjp``.
+Packed documents: L for A and dA lies within documents, and rows and terms are left out as in ``triton_vjp``. A program whose chunk lies
+within one document runs the code without.
 """
 
 # Pallas for Mosaic GPU as of jax 0.11 and newer: pyright may see an older one, with other signatures (the next line).
@@ -90,22 +91,20 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
     def read(ref: Any) -> jax.Array:
         return plgpu.load(ref, layout=tile).astype(f32)
 
-    packed = None if numbers_ref is None else ChunkDocuments(numbers_ref, b, i * CHUNK)
-
-    def masked(x: jax.Array) -> jax.Array:
+    def masked(x: jax.Array, packed: ChunkDocuments | None) -> jax.Array:
         row, column = indices(*x.shape)
         keep = row >= column
         if packed is not None:
             keep &= column >= over_columns(packed.first())
         return jnp.where(keep, x, 0.0).astype(bf16)
 
-    def entered(x: jax.Array) -> jax.Array:
+    def entered(x: jax.Array, packed: ChunkDocuments) -> jax.Array:
         """x in the rows that the state before the chunk reaches."""
-        return x if packed is None else jnp.where(over_columns(packed.first()) < 0, x, 0.0)
+        return jnp.where(over_columns(packed.first()) < 0, x, 0.0)
 
-    def leaving(x: jax.Array) -> jax.Array:
+    def leaving(x: jax.Array, packed: ChunkDocuments) -> jax.Array:
         """x in the rows that reach the state after the chunk."""
-        return x if packed is None else jnp.where(indices(*x.shape)[0] >= packed.last(), x, 0.0)
+        return jnp.where(indices(*x.shape)[0] >= packed.last(), x, 0.0)
 
     def vector(ref: Any, p: int) -> jax.Array:
         """A vector of the features, in every row."""
@@ -137,9 +136,7 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
         high[...] = rounded
         low[...] = (x - rounded.astype(f32)).astype(bf16)
 
-    def block(p: int) -> None:
-        if p == 0:
-            load()
+    def block(p: int, packed: ChunkDocuments | None) -> None:
         q, k, g, x_own, y_own = q_s.at[p], k_s.at[p], g_s.at[p], x_s.at[p], y_s.at[p]
         plgpu.barrier_wait(constants)
         plgpu.barrier_wait(tokens)
@@ -161,10 +158,10 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
 
         delta = plgpu.load(delta_ref.at[b, h, rows], layout=along, optimized=False) if normalize else None
         if p == 0:
-            A_s[...] = masked(product(*((q_s.at[c], transposed(k_s.at[c])) for c in range(blocks))))
+            A_s[...] = masked(product(*((q_s.at[c], transposed(k_s.at[c])) for c in range(blocks))), packed)
         if p == blocks - 1:
             dA = product(*((do_s.at[c], transposed(v_s.at[c])) for c in range(blocks)))
-            dA_s[...] = masked(dA + over_columns(delta) if normalize else dA)
+            dA_s[...] = masked(dA + over_columns(delta) if normalize else dA, packed)
         plgpu.commit_smem()
         plgpu.barrier_arrive(scored)
         plgpu.barrier_wait(scored)
@@ -172,16 +169,16 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
 
         inside = (transposed(A_s), dn)
         across = [(k_s.at[c], dS_s.at[c, p]) for c in range(blocks)]
-        dv = leaving(product(*across)) + product(inside) if documents else product(inside, *across)
+        dv = product(inside, *across) if packed is None else leaving(product(*across), packed) + product(inside)
         write(dv_ref, y_own, dv, p)
 
         inside = (dA_s, k)
         across = [(do_s.at[c], transposed(S_s.at[p, c])) for c in range(blocks)]
-        R = product(*across) if documents else product(inside, *across)
+        R = product(inside, *across) if packed is None else product(*across)
         if normalize:
             R += over_columns(delta) * vector(z_ref, p)
-        if documents:
-            R = entered(R) + product(inside)
+        if packed is not None:
+            R = entered(R, packed) + product(inside)
         # S~ is done with: its tiles take the sum over value columns of S~ dS~, here one of tiles.
         weights = sum(
             (read(S_s.at[p, c]) * read(dS_s.at[p, c]) for c in range(1, blocks)),
@@ -197,7 +194,7 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
         plgpu.commit_smem()
         total = product(*((ones, transposed(ref)) for ref in sums)) + vector(z_ref, p) * dz
         if packed is not None:
-            F, total = leaving(F), total * passing(packed.last())
+            F, total = leaving(F, packed), total * passing(packed.last())
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         write(dq_ref, y_own, jnp.exp2(x) * R, p)
@@ -217,8 +214,15 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
         write(dg_ref, y_own, dg, p)
         plgpu.wait_smem_to_gmem(0)
 
+    pl.when(wg == 0)(load)
     for p in range(blocks):
-        pl.when(wg == p)(functools.partial(block, p))
+        if documents:
+            packed = ChunkDocuments(numbers_ref, b, i * CHUNK)
+            begins = packed.last() >= 0
+            pl.when((wg == p) & begins)(functools.partial(block, p, packed))
+            pl.when((wg == p) & ~begins)(functools.partial(block, p, None))
+        else:
+            pl.when(wg == p)(functools.partial(block, p, None))
 
 
 def _launch(
