@@ -84,12 +84,16 @@ def test_slots_share_devices_and_hold_one_job_each(folder):
     outcome, _ = go(folder, jobs, slots)
     assert sorted(outcome.finished) == list("abcdef")
     begins = events(folder, "begin")
-    assert [e["CUDA_VISIBLE_DEVICES"] for e in begins[:4]].count("0") == 2
     assert {e["XLA_PYTHON_CLIENT_MEM_FRACTION"] for e in begins} == {"0.460"}
     assert {e["LAWCAT_JAX_COMPILATION_CACHE"] for e in begins} == {str(folder / "programs")}
-    marks = sorted([(e["time"], 1) for e in begins] + [(e["time"], -1) for e in events(folder, "end")])
-    running = [sum(change for _, change in marks[: i + 1]) for i in range(len(marks))]
-    assert max(running) == 4
+    device_of = {e["job"]: e["CUDA_VISIBLE_DEVICES"] for e in begins}
+    marks = [(e["time"], 1, e["job"]) for e in begins] + [(e["time"], -1, e["job"]) for e in events(folder, "end")]
+    running, most = {"0": 0, "5": 0}, 0
+    for _, change, job in sorted(marks):
+        running[device_of[job]] += change
+        assert max(running.values()) <= 2
+        most = max(most, sum(running.values()))
+    assert most > 2  # both devices, and one of them twice; four, where the machine starts processes fast enough
 
 
 def test_without_devices_the_environment_is_left_alone(folder, monkeypatch):
