@@ -13,9 +13,9 @@ work on neighbouring chunks at the same time; each reloads what it alone reads. 
 
 The closing factor 2^r of S' waits for the next chunk's, to be applied once.
 
-Packed documents: as in ``triton``. A chunk in which a document begins takes two chains of products more, as rows of q^ S~ that belong
-to another document are cleared before A v is added, and rows of v that do not leave the chunk before k^T v. All others run the code
-without documents: which one, each warpgroup reads a chunk ahead.
+Packed documents: as in ``triton``, on the operands: once the scores of a chunk in which a document begins are formed, the recurrent
+warpgroups clear the rows of q^ that the state before the chunk does not reach, and those of k^ that do not leave the chunk. The products
+are the same in every chunk, and wait for each other as they do without documents.
 """
 
 # Pallas for Mosaic GPU as of jax 0.11 and newer: pyright may see an older one, with other signatures and accumulators (the next line).
@@ -39,6 +39,7 @@ from kernels_pallas.common import EPS, LOG2E, fold_vmap, interpret_mode
 from kernels_pallas.gated_linear_attention import block_sizes, triton
 from kernels_pallas.gated_linear_attention.mosaic_gpu_tiles import (
     CHUNK,
+    ROWS,
     WIDTH,
     ChunkDocuments,
     bf16,
@@ -156,7 +157,7 @@ def _kernel(
     den_ref = next(refs) if flags["save_den"] else None
     c_s, k_s, g_s, v_s, r_s = (next(refs) for _ in range(5))
     q_s, S_s, z_s, past_s, out_den_s = (next(refs) for _ in range(5)) if outputs else (None,) * 5
-    constants, keys_loaded, gates_loaded, values_loaded, ready, free = refs
+    constants, keys_loaded, gates_loaded, values_loaded, ready, free, *masking = refs
 
     preparing, recurrent = shape[0] // WIDTH, shape[1] // WIDTH
     redistribute = outputs and heads * preparing == heads * recurrent == 2
@@ -172,21 +173,12 @@ def _kernel(
     def chunk_rows(i):
         return pl.ds((first + i) * CHUNK, CHUNK)
 
-    def walk(chunk, carry):
-        """carry = chunk(i, carry, documents) for all chunks of the segment, with documents only where one begins in the chunk."""
+    def documents_of(i):
+        """(first row, of every row [C]; first row, of the last row) of chunk i's documents; loads that the wait for copies hides."""
         if numbers_ref is None:
-            return lax.fori_loop(0, count, lambda i, carry: chunk(i, carry, None), carry)
-
-        def documents_of(i):
-            return ChunkDocuments(numbers_ref, b, (first + i) * CHUNK)
-
-        def step(i, carry):
-            begun, carry = carry
-            following = documents_of(jnp.minimum(i + 1, count - 1)).last()
-            within, none = (functools.partial(chunk, i, documents=x) for x in (documents_of(i), None))
-            return following, lax.cond(begun >= 0, within, none, carry)
-
-        return lax.fori_loop(0, count, step, (documents_of(0).last(), carry))[1]
+            return None, None
+        found = ChunkDocuments(numbers_ref, b, (first + i) * CHUNK)
+        return found.first(), found.last()
 
     def slot_of(j, i, depth):
         return j * depth + lax.rem(i, jnp.int32(depth))
@@ -232,10 +224,10 @@ def _kernel(
         L = plgpu.layout_cast(jnp.zeros((WIDTH,), f32), row)
         left = indices(WIDTH, PARTS)[1] < PARTS // 2
 
-        def chunk(i, carry, documents):
+        def step(i, carry):
             z, L = carry
             slot, gate_slot = slot_of(j, i, ring.keys), slot_of(j, i, ring.gates)
-            begins, last = (None, None) if documents is None else (documents.first(), documents.last())
+            begins, last = documents_of(i)
             plgpu.barrier_wait(gates_loaded.at[gate_slot * preparing + p])
             g, k = g_s.at[gate_slot, p], k_s.at[slot, p]
             if bound is not None:
@@ -260,22 +252,29 @@ def _kernel(
                     sums.append(((CHUNK, PARTS), (q, z_s.at[gate_slot, p])))
             plgpu.commit_smem()
             pl.when(i + ring.gates < count)(functools.partial(load_gates, i + ring.gates))
-            if len(sums) == 1:  # of what follows the recurrent warpgroups need nothing
+            if last is not None:
+                # Row c of M sums the rows to c less those after it, by halves. Of eight rows one is taken below.
+                c = jnp.maximum(last - 1, 0)
+                eight = M_s.at[pl.ds(pl.multiple_of(c // ROWS * ROWS, ROWS), ROWS)]
+                sums.append(((WIDTH, ROWS), (transposed(k), transposed(eight))))
+            # What the recurrent warpgroups need of the sums is the denominator's; and they may clear rows of k^.
+            waits = outputs and (normalize or last is not None)
+            if not waits:
                 plgpu.barrier_arrive(ready.at[slot])
-            added, *past = products(*sums)
+            added, *others = products(*sums)
             added = jnp.max(added, axis=1)
-            if past:
-                past = jnp.sum(past[0], axis=1) * (2 / PARTS)
+            if outputs and normalize:
+                past = jnp.sum(others[0], axis=1) * (2 / PARTS)
                 past_s[slot, p] = past if begins is None else jnp.where(begins < 0, past, 0.0)
+            if waits:
                 plgpu.barrier_arrive(ready.at[slot])
             if last is None:
                 z = decay * (z + 2.0 * added)
             else:
-                # Column c of M, with the half sum of all rows, sums those from c on. A product by itself: beside the others its
-                # result would not fit the registers.
-                (halves,) = products(((WIDTH, CHUNK), (transposed(k), M_s)))
-                from_last = indices(WIDTH, CHUNK)[1] == jnp.maximum(last, 0)
-                z = decay * (z * passing(last) + added + jnp.sum(jnp.where(from_last, halves, 0.0), axis=1))
+                row_c = indices(WIDTH, ROWS)[1] == c % ROWS
+                before = jnp.sum(jnp.where(row_c, others[-1], 0.0), axis=1)
+                # before + added: the rows to c. There are none, and c is no such row, where the last document begins with the chunk.
+                z = decay * (z * passing(last) + 2.0 * added - jnp.where(last > 0, 1.0, 0.0) * (before + added))
                 r += 0.5 * triton.FORGOTTEN * (1.0 - passing(last))  # for L; what the others read is stored
             plgpu.barrier_arrive(free.at[slot])
             if p == 0:
@@ -288,7 +287,7 @@ def _kernel(
 
             return z, L + 2.0 * r
 
-        z, L = walk(chunk, (z, L))
+        z, L = lax.fori_loop(0, count, step, (z, L))
         if outputs:
 
             @pl.when(segment == split.segments - 1)
@@ -328,10 +327,10 @@ def _kernel(
         rows, columns = indices(CHUNK, CHUNK)
         mask = rows >= columns
 
-        def chunk(i, carry, documents):
+        def step(i, carry):
             S, pending = carry
             slot, value_slot = slot_of(j, i, ring.keys), slot_of(j, i, ring.values)
-            begins, last = (None, None) if documents is None else (documents.first(), documents.last())
+            begins, last = documents_of(i)
             plgpu.barrier_wait(ready.at[slot])
 
             # References are formed where they are used: the index constants of one from outside have no place in the body
@@ -357,10 +356,28 @@ def _kernel(
                 rs = tuple(plgpu.load(r_s.at[slot, p], layout=row) for p in range(preparing))
                 return tuple(x * over_columns(jnp.exp2(p + r)) for x, p, r in zip(S, pending, rs, strict=True)), rs
 
+            def clear_rows():
+                """In a chunk in which a document begins, rows of q^ that the state before it does not reach, and of k^ that do not
+                leave it, when all recurrent warpgroups of the head have formed their scores."""
+                mine = range(w, preparing, recurrent)
+
+                def together():
+                    if recurrent > 1:
+                        plgpu.barrier_arrive(masking[0].at[j])
+                        plgpu.barrier_wait(masking[0].at[j])
+
+                @pl.when(last >= 0)
+                def _():
+                    together()
+                    for p in mine:
+                        q = q_s.at[slot, p]
+                        x = plgpu.load(q, layout=tile).astype(f32)
+                        q[...] = jnp.where(over_columns(begins) < 0, x, 0.0).astype(bf16)
+                        keep_rows(k_s.at[slot, p], last, CHUNK)
+                    plgpu.commit_smem()
+                    together()
+
             def add_chunk(S):
-                if last is not None:
-                    keep_rows(v(), last, CHUNK)
-                    S = tuple(x * passing(last) for x in S)
                 if interpret_mode():  # which has no accumulators with a start
                     return tuple(x + products(((WIDTH, WIDTH), (k, v())))[0] for x, k in zip(S, ks(), strict=True))
 
@@ -373,6 +390,9 @@ def _kernel(
             if not outputs:
                 S, rs = scale()
                 await_values()
+                if last is not None:
+                    keep_rows(v(), last, CHUNK)
+                    S = tuple(x * passing(last) for x in S)
                 S = add_chunk(S)
                 plgpu.barrier_arrive(free.at[slot])
                 pl.when(i + ring.values < count)(functools.partial(load_values, i + ring.values))
@@ -408,12 +428,10 @@ def _kernel(
                 inverse = 1.0 / den
             plgpu.commit_smem()
             await_values()
-            if begins is not None:
-                (before,) = products(((CHUNK, WIDTH), *zip(qs(), own(), strict=True)))
-                (o,) = products(((CHUNK, WIDTH), (A, v())))
-                o += jnp.where(over_columns(begins) < 0, before, 0.0)
-                S = add_chunk(S)
-            elif interpret_mode():
+            if last is not None:
+                clear_rows()
+                S = tuple(x * passing(last) for x in S)
+            if interpret_mode():
                 (o,) = products(((CHUNK, WIDTH), (A, v()), *zip(qs(), own(), strict=True)))
                 S = add_chunk(S)
             else:
@@ -445,7 +463,7 @@ def _kernel(
                 plgpu.copy_smem_to_gmem(out_den_s.at[j], den_ref.at[b, h, rows])
             return S, rs
 
-        S, pending = walk(chunk, (S, pending))
+        S, pending = lax.fori_loop(0, count, step, (S, pending))
 
         def write(*index):
             for rows, x, p in zip(features, S, pending, strict=True):
@@ -496,6 +514,8 @@ def _launch(
     scratch += [plgpu.Barrier(), plgpu.Barrier(num_arrivals=copies, num_barriers=slots)]
     scratch += [plgpu.Barrier(num_barriers=n) for n in (gate_slots * preparing, value_slots * recurrent)]
     scratch += [plgpu.Barrier(num_arrivals=n, num_barriers=slots) for n in (preparing, preparing + recurrent)]
+    if rows.numbers is not None and outputs and recurrent > 1:
+        scratch += [plgpu.Barrier(num_arrivals=recurrent, num_barriers=heads)]
 
     inputs = [_constants(), *((q,) if outputs else ()), k, v, log_g]
     inputs += [*rows.inputs(), *(given or ())]

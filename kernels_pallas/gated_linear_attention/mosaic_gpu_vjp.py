@@ -13,8 +13,7 @@ delta = -dn.o and L the lower triangle of ones:
 q^ R is q dq with the very operands of dA k^ and dA^T q^: the terms of a token with itself, which dominate at strong gates and belong to
 no gate, cancel to float32. What is summed over tokens for the gates enters its product as two bfloat16 parts (2^-17).
 
-Packed documents: L for A and dA lies within documents, and rows and terms are left out as in ``triton_vjp``. A program whose chunk lies
-within one document runs the code without.
+Packed documents: L for A and dA lies within documents, and rows and terms are left out as in ``triton_vjp``.
 """
 
 # Pallas for Mosaic GPU as of jax 0.11 and newer: pyright may see an older one, with other signatures (the next line).
@@ -81,30 +80,33 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
     h, i, b, wg = (lax.axis_index(name) for name in ("head", "chunk", "batch", "warpgroup"))
     rows = pl.ds(i * CHUNK, CHUNK)
     lower, ones = c_s.at[0], c_s.at[1]
+    shape = (CHUNK, WIDTH)
 
     def columns(p: int) -> Any:
         return pl.ds(WIDTH * p, WIDTH)
 
     def product(*pairs: Any) -> jax.Array:
-        return products(((CHUNK, WIDTH), *pairs))[0]
+        return products((shape, *pairs))[0]
 
     def read(ref: Any) -> jax.Array:
         return plgpu.load(ref, layout=tile).astype(f32)
 
-    def masked(x: jax.Array, packed: ChunkDocuments | None) -> jax.Array:
+    packed = None if numbers_ref is None else ChunkDocuments(numbers_ref, b, i * CHUNK)
+
+    def masked(x: jax.Array) -> jax.Array:
         row, column = indices(*x.shape)
         keep = row >= column
         if packed is not None:
             keep &= column >= over_columns(packed.first())
         return jnp.where(keep, x, 0.0).astype(bf16)
 
-    def entered(x: jax.Array, packed: ChunkDocuments) -> jax.Array:
+    def entered(x: jax.Array) -> jax.Array:
         """x in the rows that the state before the chunk reaches."""
-        return jnp.where(over_columns(packed.first()) < 0, x, 0.0)
+        return x if packed is None else jnp.where(over_columns(packed.first()) < 0, x, 0.0)
 
-    def leaving(x: jax.Array, packed: ChunkDocuments) -> jax.Array:
+    def leaving(x: jax.Array) -> jax.Array:
         """x in the rows that reach the state after the chunk."""
-        return jnp.where(indices(*x.shape)[0] >= packed.last(), x, 0.0)
+        return x if packed is None else jnp.where(indices(*x.shape)[0] >= packed.last(), x, 0.0)
 
     def vector(ref: Any, p: int) -> jax.Array:
         """A vector of the features, in every row."""
@@ -136,7 +138,9 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
         high[...] = rounded
         low[...] = (x - rounded.astype(f32)).astype(bf16)
 
-    def block(p: int, packed: ChunkDocuments | None) -> None:
+    def block(p: int) -> None:
+        if p == 0:
+            load()
         q, k, g, x_own, y_own = q_s.at[p], k_s.at[p], g_s.at[p], x_s.at[p], y_s.at[p]
         plgpu.barrier_wait(constants)
         plgpu.barrier_wait(tokens)
@@ -144,7 +148,8 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
             x_own[...] = jnp.maximum(plgpu.load(g, layout=tile), jnp.asarray(bound, bf16))
             plgpu.commit_smem()
             g = x_own
-        x = (product((lower, g)) - 0.5 * product((ones, g))) * LOG2E
+        x, sums = products((shape, (lower, g)), (shape, (ones, g)))
+        x = (x - 0.5 * sums) * LOG2E
         q[...] = (read(q) * jnp.exp2(x)).astype(bf16)
         k[...] = (read(k) * jnp.exp2(-x)).astype(bf16)
         plgpu.barrier_wait(values)
@@ -157,51 +162,56 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
         plgpu.barrier_wait(formed)
 
         delta = plgpu.load(delta_ref.at[b, h, rows], layout=along, optimized=False) if normalize else None
+        scores = []
         if p == 0:
-            A_s[...] = masked(product(*((q_s.at[c], transposed(k_s.at[c])) for c in range(blocks))), packed)
+            pairs = ((q_s.at[c], transposed(k_s.at[c])) for c in range(blocks))
+            scores.append((A_s, None, (shape, *pairs)))
         if p == blocks - 1:
-            dA = product(*((do_s.at[c], transposed(v_s.at[c])) for c in range(blocks)))
-            dA_s[...] = masked(dA + over_columns(delta) if normalize else dA, packed)
+            pairs = ((do_s.at[c], transposed(v_s.at[c])) for c in range(blocks))
+            scores.append((dA_s, delta, (shape, *pairs)))
+        formed_scores = products(*(pairs for _, _, pairs in scores)) if scores else ()
+        for (ref, added, _), score in zip(scores, formed_scores, strict=True):
+            ref[...] = masked(score if added is None else score + over_columns(added))
         plgpu.commit_smem()
         plgpu.barrier_arrive(scored)
         plgpu.barrier_wait(scored)
         plgpu.barrier_wait(states)
 
-        inside = (transposed(A_s), dn)
-        across = [(k_s.at[c], dS_s.at[c, p]) for c in range(blocks)]
-        dv = product(inside, *across) if packed is None else leaving(product(*across), packed) + product(inside)
+        # Each sum as what comes from within the chunk, and what by the states: apart where not all rows have the latter.
+        dv = ((transposed(A_s), dn),), tuple((k_s.at[c], dS_s.at[c, p]) for c in range(blocks))
+        R = ((dA_s, k),), tuple((do_s.at[c], transposed(S_s.at[p, c])) for c in range(blocks))
+        if documents:
+            dv, dv_states, R, R_states = products(*((shape, *pairs) for pairs in (*dv, *R)))
+            dv += leaving(dv_states)
+        else:
+            dv, R = products(*((shape, *inside, *states) for inside, states in (dv, R)))
+            R_states = 0.0
+        if normalize:
+            R_states += over_columns(delta) * vector(z_ref, p)
+        R += entered(R_states) if documents or normalize else R_states
         write(dv_ref, y_own, dv, p)
 
-        inside = (dA_s, k)
-        across = [(do_s.at[c], transposed(S_s.at[p, c])) for c in range(blocks)]
-        R = product(inside, *across) if packed is None else product(*across)
-        if normalize:
-            R += over_columns(delta) * vector(z_ref, p)
-        if packed is not None:
-            R = entered(R, packed) + product(inside)
-        # S~ is done with: its tiles take the sum over value columns of S~ dS~, here one of tiles.
+        # S~ is done with, and with one block dn: their tiles take the sum over value columns of S~ dS~, here one of tiles.
         weights = sum(
             (read(S_s.at[p, c]) * read(dS_s.at[p, c]) for c in range(1, blocks)),
             read(S_s.at[p, 0]) * read(dS_s.at[p, 0]),
         )
-        sums = (S_s.at[p, 0], S_s.at[p, 1] if blocks > 1 else x_own)
-        split(*sums, weights)
-        E = product((transposed(dA_s), q))
+        stays = 1.0 if packed is None else passing(packed.last())
+        weighted = (S_s.at[p, 0], S_s.at[p, 1] if blocks > 1 else dn)
+        split(*weighted, weights * stays)
+        E, F = products(
+            (shape, (transposed(dA_s), q)), (shape, *((v_s.at[c], transposed(dS_s.at[p, c])) for c in range(blocks)))
+        )
         w = read(q) * R - read(k) * E
-        F = product(*((v_s.at[c], transposed(dS_s.at[p, c])) for c in range(blocks)))
-        dz = vector(dz_ref, p)
-        F += dz
-        plgpu.commit_smem()
-        total = product(*((ones, transposed(ref)) for ref in sums)) + vector(z_ref, p) * dz
-        if packed is not None:
-            F, total = leaving(F, packed), total * passing(packed.last())
-
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         write(dq_ref, y_own, jnp.exp2(x) * R, p)
         # q^ and the operand of the exponents are done with: their tiles take what is summed over tokens.
         split(q, x_own, w)
         plgpu.commit_smem()
-        dg = total + product((transposed(lower), q), (transposed(lower), x_own))
+        dz = vector(dz_ref, p)
+        F = leaving(F + dz)
+        dg = product(*((ones, transposed(ref)) for ref in weighted), (transposed(lower), q), (transposed(lower), x_own))
+        dg += vector(z_ref, p) * dz * stays
         u = read(k) * F
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         write(dk_ref, y_own, jnp.exp2(-x) * (E + F), p)
@@ -214,15 +224,8 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
         write(dg_ref, y_own, dg, p)
         plgpu.wait_smem_to_gmem(0)
 
-    pl.when(wg == 0)(load)
     for p in range(blocks):
-        if documents:
-            packed = ChunkDocuments(numbers_ref, b, i * CHUNK)
-            begins = packed.last() >= 0
-            pl.when((wg == p) & begins)(functools.partial(block, p, packed))
-            pl.when((wg == p) & ~begins)(functools.partial(block, p, None))
-        else:
-            pl.when(wg == p)(functools.partial(block, p, None))
+        pl.when(wg == p)(functools.partial(block, p))
 
 
 def _launch(
