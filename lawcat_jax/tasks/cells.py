@@ -6,11 +6,11 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lawcat_jax import __version__
-from lawcat_jax.config import EvalConfig
 from lawcat_jax.data.source_files import digests, files_here
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import read_json, write_json
@@ -32,7 +32,8 @@ def file_stamp(source: str) -> list[list[str]]:
 
 
 class Cells:
-    """One small file for each finished (task, settings, model, length), in ``unfinished/`` of the output folder.
+    """One small file for each finished (task, what it reads, model, length), in ``unfinished/`` of the output folder. What a task
+    reads is its ``identity``, as it was when the evaluation began.
 
     Args:
       output: the folder of the reports.
@@ -47,9 +48,9 @@ class Cells:
         self._used: set[Path] = set()
         self.outdated = 0
 
-    def load(self, task: Task, settings: EvalConfig, model: Model, length: int) -> dict[int, Any] | None:
+    def load(self, task: Task, identity: Mapping[str, Any], model: Model, length: int) -> dict[int, Any] | None:
         """The result of a cell that was finished before by this version, else None; a damaged file counts as none."""
-        path = self._path(task, settings, model, length)
+        path = self._path(task, identity, model, length)
         if path is None or not path.is_file():
             return None
         self._used.add(path)
@@ -63,13 +64,15 @@ class Cells:
         except (UserError, KeyError, TypeError, ValueError, AttributeError):
             return None
 
-    def save(self, task: Task, settings: EvalConfig, model: Model, length: int, results: dict[int, Any]) -> None:
+    def save(
+        self, task: Task, identity: Mapping[str, Any], model: Model, length: int, results: dict[int, Any]
+    ) -> None:
         """Keep a finished cell.
 
         Raises:
           UserError: the output folder cannot be written.
         """
-        path = self._path(task, settings, model, length)
+        path = self._path(task, identity, model, length)
         if path is not None:
             self._used.add(path)
             rows = {str(x): dataclasses.asdict(result) for x, result in results.items()}
@@ -85,9 +88,9 @@ class Cells:
         with contextlib.suppress(OSError):  # not empty, or never made
             self._folder.rmdir()
 
-    def _path(self, task: Task, settings: EvalConfig, model: Model, length: int) -> Path | None:
+    def _path(self, task: Task, identity: Mapping[str, Any], model: Model, length: int) -> Path | None:
         if not self._enabled or not model.fingerprint:
             return None
-        facts = [__version__, task.name, task.identity(settings), model.fingerprint, length]
+        facts = [__version__, task.name, identity, model.fingerprint, length]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
         return self._folder / f"{task.stem}_{length}_{digest[:16]}.json"

@@ -55,8 +55,8 @@ def run_evaluation(
       All results; in a process that does not write, without those that the first process took from an earlier run.
 
     Raises:
-      UserError: an unknown task, lengths that do not fit, a missing text, two models of one label, or an output that
-        cannot be written.
+      UserError: an unknown task, lengths that do not fit, a missing text, one that changes while it is measured, two models of
+        one label, or an output that cannot be written.
     """
     output = Path(output)
     if output.exists() and not output.is_dir():
@@ -65,6 +65,7 @@ def run_evaluation(
     cells = Cells(output, enabled=write)
     measured: dict[str, list[Measured]] = {task.name: [] for task in tasks}
     models = iter(models)
+    identities: dict[str, dict[str, Any]] = {}  # as the first model found them: all of a table read the same
     checked: Tokenizer = None
     vocabularies: set[int] = set()
     while (model := next(models, None)) is not None:
@@ -76,7 +77,8 @@ def run_evaluation(
         if write and not any(measured.values()):
             _make(output)  # a place that cannot be written shows before the first length is measured
         for task in tasks:
-            results = measure(task, model, settings, cells=cells, show=write)
+            identity = identities.setdefault(task.name, task.identity(settings))
+            results = measure(task, model, settings, identity=identity, cells=cells, show=write)
             measured[task.name].append(Measured(model.label, model.name, model.role, results, model.fingerprint))
         vocabularies.add(len(model.tokenizer))
         del model  # its weights make room for the next one's
@@ -120,19 +122,30 @@ def check_settings(settings: EvalConfig, tokenizer: Tokenizer) -> None:
 
 
 def measure(
-    task: Task, model: Model, settings: EvalConfig, *, cells: Cells | None = None, show: bool = False
+    task: Task,
+    model: Model,
+    settings: EvalConfig,
+    *,
+    identity: dict[str, Any] | None = None,
+    cells: Cells | None = None,
+    show: bool = False,
 ) -> dict[int, Any]:
     """One task on one model: length -> result.
 
     Args:
       task, model, settings: what is measured; the settings should have been checked (``task.check``).
+      identity: what the task reads (``task.identity``) when the whole evaluation began; None: as it is now.
       cells: where finished lengths are kept and found.
       show: print progress to stderr.
+
+    Raises:
+      UserError: a result that is no number, or files that changed since the evaluation began.
     """
+    identity = task.identity(settings) if identity is None else identity
     lengths, results, missing = task.lengths(settings), {}, []
     outdated = cells.outdated if cells is not None else 0
     for length in lengths:
-        found = cells.load(task, settings, model, length) if cells is not None else None
+        found = cells.load(task, identity, model, length) if cells is not None else None
         if distributed.agree(found is not None):  # all processes take part in a computation, or none
             results.update(found or {})
         else:
@@ -161,10 +174,20 @@ def measure(
             now, prepared = prepared, prepare(following)  # the next length's inputs are made during this one
             rows = task.measure(model, length, settings, progress, now)
             _refuse_not_finite(task, model, rows)
+            _refuse_changed(task, settings, identity)
             if cells is not None:
-                cells.save(task, settings, model, length, rows)
+                cells.save(task, identity, model, length, rows)
             results.update(rows)
     return dict(sorted(results.items()))
+
+
+def _refuse_changed(task: Task, settings: EvalConfig, identity: dict[str, Any]) -> None:
+    """What was read before and after a file changed is no one table, and is kept as neither."""
+    if task.identity(settings) != identity:
+        raise UserError(
+            f"{task.name}: files that it reads changed while it was measured; run it again when they are written (lengths that were "
+            "finished before are kept where the files are as they were)"
+        )
 
 
 def _refuse_not_finite(task: Task, model: Model, rows: Mapping[int, Any]) -> None:

@@ -351,3 +351,30 @@ def test_a_text_of_other_words_is_another_cell(tmp_path):
     assert before != after == file_stamp(str(tmp_path))
     assert [name for name, _ in after] == ["a.txt"]
     assert file_stamp("hf:nobody/nothing") == []
+
+
+@pytest.mark.parametrize("finished", [0, 1])
+def test_a_text_that_changes_while_it_is_measured_ends_in_no_number(finished, tmp_path):
+    """Neither in a table nor in a cell that a later run would take for the new text's."""
+    text, tokenizer = tmp_path / "a.txt", small.byte_level()
+    settings = EvalConfig(tasks=("perplexity",), text=str(text), lengths=(64, 128), samples=2, batch_size=2)
+
+    def run(folder, change_at=None):
+        calls = 0
+
+        def nll(batch):  # depends on what is read
+            nonlocal calls
+            if calls == change_at:
+                text.write_text("Grass is green, as it ever was. " * 110)
+            calls += 1
+            return float(batch["tokens"].sum()), float(batch["loss_weights"].sum())
+
+        subject = [model(tokenizer, nll=nll)]
+        return run_evaluation(settings, subject, output=tmp_path / folder, echo=lambda text: None)
+
+    text.write_text("The sky is blue. " * 200)
+    old = run("old")
+    with pytest.raises(UserError, match="perplexity: files that it reads changed while it was measured"):
+        run("changing", change_at=finished)
+    assert len(list((tmp_path / "changing").rglob("*.json"))) == finished  # cells of the old text
+    assert run("changing") == run("new") != old
