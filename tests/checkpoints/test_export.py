@@ -160,6 +160,35 @@ def test_cache(exported, kind):
     assert state == ({"k", "v", "places"} if kind == "hybrid" else set())
 
 
+def test_a_cache_that_is_asked_for_while_training_is_given(exported):
+    """As in transformers; and gradients go through it, as over pieces of a long text."""
+    _, model, _ = exported("lawcat")
+    ids = torch.as_tensor(tokens(2, 60))
+    name = "cache" if "cache" in model(ids[:, :2]) else "past_key_values"
+    weight = next(p for path, p in model.named_parameters() if "gate" in path and "mlp" not in path)
+
+    def loss_and_gradient(pieces):
+        model.zero_grad()
+        cache, found = None, []
+        for piece in pieces:
+            out = model(piece, use_cache=True, **{name: cache})
+            cache = getattr(out, name)
+            found.append(out.logits)
+        loss = torch.cat(found, dim=1).square().mean()
+        loss.backward()
+        return loss.item(), weight.grad.clone()
+
+    model.train()
+    try:
+        assert getattr(model(ids[:, :2]), name, None) is None  # who does not ask does not pay
+        whole, pieces = loss_and_gradient([ids]), loss_and_gradient([ids[:, :25], ids[:, 25:]])
+    finally:
+        model.zero_grad()
+        model.eval()
+    assert pieces[0] == pytest.approx(whole[0], rel=1e-5)
+    torch.testing.assert_close(pieces[1], whole[1], rtol=1e-3, atol=1e-7)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_save_and_back(exported, kind, tmp_path):
     bundle, model, source = exported(kind)

@@ -724,8 +724,9 @@ class LawcatModel(LawcatPreTrainedModel):
 
     def _cache(self, cache, use_cache):
         if cache is None:
-            wanted = getattr(self.config, "use_cache", True) if use_cache is None else use_cache
-            return LawcatCache(self.config) if wanted and not self.training else None
+            # Training that does not ask for states is not to pay for them.
+            wanted = not self.training and getattr(self.config, "use_cache", True) if use_cache is None else use_cache
+            return LawcatCache(self.config) if wanted else None
         if isinstance(cache, LawcatCache):
             return cache
         if cache.get_seq_length():
