@@ -135,6 +135,8 @@ def evaluate_checkpoints(
 
 
 _FLAGS = {
+    "lengths": "--lengths",
+    "samples": "--samples",
     "passkey_form": "--form",
     "seed": "--seed",
     "text": "--text",
@@ -155,9 +157,10 @@ def _refuse_unread(settings: EvalConfig, given: Mapping[str, Any]) -> None:
     read |= {"seed"} if "sample_seed" in read else set()
     unread = [flag for field, flag in _FLAGS.items() if given.get(field) is not None and field not in read]
     if unread:
+        limit = "; --lm_eval_limit limits a task's documents" if "--samples" in unread else ""
         form = f" with --form={settings.passkey_form}" if any(task.name == "passkey" for task in tasks) else ""
         raise UserError(
-            f"{', '.join(unread)}: not read by --tasks={','.join(task.name for task in tasks)}{form}; leave it out"
+            f"{', '.join(unread)}: not read by --tasks={','.join(task.name for task in tasks)}{form}; leave it out{limit}"
         )
 
 

@@ -94,6 +94,10 @@ class LmEval(Task):
             raise UserError("lm_eval_chat: this tokenizer has no chat template")
         self._load(settings)
 
+    def reads(self, settings: EvalConfig) -> set[str]:
+        """The harness' documents have the lengths that they have, and ``lm_eval_limit`` says how many are read."""
+        return super().reads(settings) - {"lengths"}
+
     def lengths(self, settings: EvalConfig) -> list[int]:
         return [0]  # all of it is one cell
 

@@ -162,10 +162,10 @@ class Task(abc.ABC):
         return {name: getattr(settings, name) for name in self.settings}
 
     def reads(self, settings: EvalConfig) -> set[str]:
-        """The fields of ``EvalConfig``, ``lengths`` and ``batch_size`` apart, that have an effect on it where the others are
-        as in ``settings``."""
+        """The fields of ``EvalConfig``, ``batch_size`` apart, that have an effect on it where the others are as in
+        ``settings``."""
         del settings
-        return {*self.settings, "prefill_chunk"}
+        return {*self.settings, "lengths", "prefill_chunk"}
 
     def lengths(self, settings: EvalConfig) -> list[int]:
         """Lengths in tokens that are measured one after the other, each a cell of the table that is kept when done."""

@@ -223,6 +223,12 @@ def test_settings_of_an_evaluation():
         ({"tasks": ("perplexity",), "text": "t", "position_block": 8}, {}, "^--position_block: not read by"),
         ({"text_key": "body"}, {}, "^--text_key: not read by"),
         ({"tasks": ("babilong_qa1",), "babi": "y", "haystack": "x", "lengths": (0,)}, {}, "^--haystack: not read by"),
+        (
+            {"tasks": (), "lm_eval": ("piqa",), "lengths": None, "samples": 5},
+            {},
+            "^--samples: not read by --tasks=lm_eval:piqa; leave it out; --lm_eval_limit limits",
+        ),
+        ({"tasks": (), "lm_eval": ("piqa",)}, {}, "^--lengths: not read by --tasks=lm_eval:piqa; leave it out$"),
         ({"teacher": True}, {}, "^--teacher evaluates the teacher of a student .* no --checkpoint is a student$"),
         ({}, {"revision": "main"}, "^--revision goes with a hub repository, and no --checkpoint is one$"),
         ({}, {"base": "asset:tiny_llama"}, "^--base goes with a student's small file"),
@@ -243,7 +249,7 @@ def test_flags_that_a_task_reads_are_taken():
 
     every = set().union(*(task.reads(EvalConfig(passkey_form="train")) for task in tasks().values()))
     assert every >= {"text", "text_key", "haystack", "babi", "seed", "sample_seed", "position_block", "prefill_chunk"}
-    assert all(set(task.settings) >= task.reads(EvalConfig()) - {"prefill_chunk"} for task in tasks().values())
+    assert all(set(task.settings) >= task.reads(EvalConfig()) - {"lengths", "prefill_chunk"} for task in tasks().values())
     assert "text_key" in tasks()["niah_single_2"].identity(EvalConfig())  # another field of the rows is another hay
 
 
