@@ -60,18 +60,23 @@ def load_tokens(
     line. Where the cache cannot be written the array is held in memory.
 
     Raises:
-      UserError: see :func:`documents`; also when the source has no tokens, or one beyond the model's embedding.
+      UserError: see :func:`documents`; also when the source has no tokens, or one beyond the model's embedding, and when its files
+        change while they are read.
     """
     facts: list[Any] = [_VERSION, source if is_remote(source) else "", text_key, max_tokens, fingerprint(tokenizer)]
-    files = files_here(source)
-    facts += [[file.suffix, digest] for file, digest in zip(files, digests(files), strict=True)]
+    stamps = _stamps(source)
+    facts += stamps
     largest_id = max(tokenizer.get_vocab().values(), default=0)  # a vocabulary may have gaps, so its size says less
     dtype = np.dtype(np.uint16 if largest_id < 1 << 16 else np.int32)
     name = hashlib.sha256(repr(facts).encode()).hexdigest()[:32] + f".{dtype.name}.tokens"
     cached = token_cache.directory() / name
 
     def chunks() -> Iterator[np.ndarray]:
-        return _limited(token_chunks(source, tokenizer, text_key), max_tokens)
+        yield from _limited(token_chunks(source, tokenizer, text_key), max_tokens)
+        if _stamps(source) != stamps:  # the cache would give these tokens to whoever reads the files as they were
+            raise UserError(
+                f"text source {source!r}: its files changed while they were read; run it again when they are written"
+            )
 
     try:
         try:
@@ -95,6 +100,12 @@ def load_tokens(
         largest = int(tokens.max())
     check_ids(tokenizer, largest, f"text source {source!r}")
     return tokens
+
+
+def _stamps(source: str) -> list[list[str]]:
+    """[suffix, digest] of each file on this machine of a source."""
+    files = files_here(source)
+    return [[file.suffix, digest] for file, digest in zip(files, digests(files), strict=True)]
 
 
 def _limited(chunks: Iterator[np.ndarray], limit: int | None) -> Iterator[np.ndarray]:

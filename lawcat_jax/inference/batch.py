@@ -37,8 +37,9 @@ def read_rows(path: str | Path) -> list[Row]:
     """The rows of a JSONL file: objects with ``prompt``, a text, or ``messages``, a conversation of role and content.
 
     Raises:
-      UserError: naming the line that is neither, that has a key twice, that asks with half a character, or that has a field
-        which the answers would replace, or that would be taken for a setting; or a file that cannot be read or has none.
+      UserError: naming the line that is neither, that ends with an answer, that has a key twice, that asks with half a
+        character, or that has a field which the answers would replace, or that would be taken for a setting; or a file that
+        cannot be read or has none.
     """
     rows = list(_rows(Path(path)))
     if not rows:
@@ -86,6 +87,10 @@ def _rows(path: Path) -> Iterator[Row]:
             for turn in turns
         ):
             raise UserError(f"{where}: messages is a list of objects with role and content, both text")
+        if turns and turns[-1]["role"] == "assistant":
+            raise UserError(
+                f"{where}: the last message is the assistant's, and there is nothing to answer; end with the user's"
+            )
         odd = [name for turn in turns for name, value in turn.items() if name not in ("role", "content") and value]
         if odd:
             raise UserError(

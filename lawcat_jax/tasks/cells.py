@@ -64,9 +64,7 @@ class Cells:
         except (UserError, KeyError, TypeError, ValueError, AttributeError):
             return None
 
-    def save(
-        self, task: Task, identity: Mapping[str, Any], model: Model, length: int, results: dict[int, Any]
-    ) -> None:
+    def save(self, task: Task, identity: Mapping[str, Any], model: Model, length: int, results: dict[int, Any]) -> None:
         """Keep a finished cell.
 
         Raises:

@@ -401,6 +401,8 @@ def test_several_documents_in_a_row_are_refused(exported):
     ids = torch.as_tensor(tokens(1, 20))
     with pytest.raises(ValueError, match="several documents in one row"):
         model(ids, position_ids=torch.tensor([[*range(12), *range(8)]]))
+    with pytest.raises(ValueError, match="cu_seq_lens mean several documents in one row"):
+        model(ids, cu_seq_lens_q=torch.tensor([0, 12, 20]))
     mask = torch.tensor([[0] * 5 + [1] * 15])
     padded = torch.tensor([[1] * 5 + [*range(15)]])  # as generate writes them for padding on the left
     np.testing.assert_allclose(

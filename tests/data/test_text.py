@@ -82,6 +82,26 @@ def test_a_file_of_other_contents_is_another_source(tmp_path, cache):
     assert first.tolist() != second.tolist()
 
 
+def test_a_file_that_changes_while_it_is_read_leaves_no_cache(tmp_path, monkeypatch, cache):
+    """Its name would be the old text's, and what it holds the new one's."""
+    tokenizer, file = small.byte_level(), tmp_path / "a.txt"
+    file.write_text("The sky is blue.")
+    chunks = text.token_chunks
+
+    def changing(*args):
+        file.write_text("The sky is grey.")
+        yield from chunks(*args)
+
+    monkeypatch.setattr(text, "token_chunks", changing)
+    with pytest.raises(UserError, match=r"a\.txt': its files changed while they were read"):
+        text.load_tokens(str(file), tokenizer)
+    assert not cache.exists() or not list(cache.iterdir())
+    monkeypatch.undo()
+    monkeypatch.setenv("LAWCAT_CACHE", str(tmp_path / "cache"))
+    file.write_text("The sky is blue.")
+    assert decode(tokenizer, text.load_tokens(str(file), tokenizer)[:-1].tolist()) == "The sky is blue."
+
+
 def test_digests_of_files(tmp_path, monkeypatch):
     for name in ("a", "b", ".hidden"):
         (tmp_path / name).write_text(name)

@@ -386,6 +386,10 @@ def test_rows_are_written_back_as_they_were(model, tmp_path):
         ('{"prompt": "a", "x": [-Infinity]}', "not valid JSON .-Infinity is no number of JSON"),
         ('{"prompt": 12}', "expected an object with either prompt"),
         ('{"messages": []}', "expected an object with either prompt"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+            "the last message is the assistant's",
+        ),
         (r'{"prompt": "a\ud83d"}', r"half a character \('\\ud83d'\) in what is asked"),
         (r'{"messages": [{"role": "user", "content": "\udc00"}]}', r"half a character \('\\udc00'\)"),
         (r'{"messages": [{"role": "\ud83d", "content": "a"}]}', r"half a character \('\\ud83d'\)"),

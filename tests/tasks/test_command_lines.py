@@ -249,7 +249,9 @@ def test_flags_that_a_task_reads_are_taken():
 
     every = set().union(*(task.reads(EvalConfig(passkey_form="train")) for task in tasks().values()))
     assert every >= {"text", "text_key", "haystack", "babi", "seed", "sample_seed", "position_block", "prefill_chunk"}
-    assert all(set(task.settings) >= task.reads(EvalConfig()) - {"lengths", "prefill_chunk"} for task in tasks().values())
+    assert all(
+        set(task.settings) >= task.reads(EvalConfig()) - {"lengths", "prefill_chunk"} for task in tasks().values()
+    )
     assert "text_key" in tasks()["niah_single_2"].identity(EvalConfig())  # another field of the rows is another hay
 
 

@@ -655,6 +655,12 @@ def vocab_size(config):
     return getattr(config, "vocab_size", None) or config.lawcat["model"]["vocab_size"]
 
 
+_SEVERAL_DOCUMENTS = (
+    "mean several documents in one row, whose states would run into each other here: give each document a row of its own, with an "
+    "attention_mask for the padding"
+)
+
+
 class LawcatModel(LawcatPreTrainedModel):
     """The decoder without its output head."""
 
@@ -689,6 +695,8 @@ class LawcatModel(LawcatPreTrainedModel):
         mean several documents in a row, which this code does not keep apart."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, and not both")
+        if any(name.startswith("cu_seq_lens") and value is not None for name, value in kwargs.items()):
+            raise ValueError(f"cu_seq_lens {_SEVERAL_DOCUMENTS}")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values if cache is None else cache, use_cache)
         batch, length = x.shape[:2]
@@ -700,10 +708,7 @@ class LawcatModel(LawcatPreTrainedModel):
         else:
             position_ids = position_ids.expand(batch, -1)
             if attention_mask is None and (position_ids.diff(dim=1) != 1).any():
-                raise ValueError(
-                    "position_ids that begin again mean several documents in one row, whose states would run into each "
-                    "other here: give each document a row of its own, with an attention_mask for the padding"
-                )
+                raise ValueError(f"position_ids that begin again {_SEVERAL_DOCUMENTS}")
             position_ids = position_ids if order is None else position_ids.gather(1, order)
         if order is not None:
             x = x.gather(1, order[..., None].expand_as(x))
@@ -804,6 +809,7 @@ class LawcatForCausalLM(LawcatPreTrainedModel, GenerationMixin):
             cache=cache,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            **{name: value for name, value in kwargs.items() if name.startswith("cu_seq_lens")},
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept]).float()
