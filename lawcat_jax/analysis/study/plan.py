@@ -13,6 +13,7 @@ from typing import Any, Literal
 from lawcat_jax.analysis.study.table import SEED, Evaluation, GetConfig, Row, Study
 from lawcat_jax.checkpoints.gguf.read import PACKAGE, is_gguf
 from lawcat_jax.config import Config, to_dict
+from lawcat_jax.config.data import is_counted
 from lawcat_jax.config.tree import nearest
 from lawcat_jax.errors import UserError
 from lawcat_jax.tasks.registry import task_named
@@ -166,6 +167,12 @@ def _configs(study: Study, get_config: GetConfig) -> dict[str, Config]:
             config.validate()
             if config.seed != seed:
                 raise UserError(f"{name}: get_config gives the seed {config.seed}")
+            for stage_name, stage in config.stages():
+                if stage.steps == 0 and is_counted(stage.data):
+                    raise UserError(
+                        f"{name}: {stage_name}.steps is 0, and how many steps a pass over its text has shows only when it is read; rows "
+                        "are compared by their steps, so state them"
+                    )
             if config.pretrain.enabled:
                 raise UserError(f"{name}: a row of a study trains a student; config.pretrain.enabled must be False")
             found[name] = config

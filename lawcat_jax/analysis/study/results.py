@@ -13,7 +13,6 @@ from typing import Any
 from lawcat_jax.analysis.study.ledger import FINISHED
 from lawcat_jax.analysis.study.plan import Plan, Run, evaluation_folder, steps
 from lawcat_jax.analysis.study.table import Cells, Claim, Evaluation
-from lawcat_jax.data.haystack import source_name
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import read_json
 from lawcat_jax.tasks.registry import task_named
@@ -80,11 +79,8 @@ def _key(task: str, wording: str) -> str:
 
 def _measure(measures: Measures, evaluation: Evaluation, task: str) -> dict[str, Any]:
     """The table that a task of an evaluation belongs to."""
-    settings, kind = evaluation.settings(), task_named(task)
-    wording = kind.wording(settings)
-    if settings.text:  # where a text lies on this machine is nobody else's business
-        wording = wording.replace(settings.text, source_name(settings.text))
-    new = {"task": task, "wording": wording, "title": f"{kind.heading}, {wording}", "rows": {}}
+    wording = evaluation.wording(task)
+    new = {"task": task, "wording": wording, "title": f"{task_named(task).heading}, {wording}", "rows": {}}
     return measures.setdefault(_key(task, wording), new)
 
 
@@ -130,9 +126,15 @@ def _judged(claim: Claim, measures: Measures) -> dict[str, Any]:
     """A claim with the numbers of both sides and a verdict: see :func:`verdict`."""
     value: dict[str, Any] = {"text": claim.text, "source": claim.source, "a": claim.a, "b": claim.b}
     value |= {"expected": claim.expected, "cells": [_in_words(cells) for cells in claim.cells]}
-    a, b = (_answers(claim.cells, name, measures) for name in (claim.a, claim.b))
-    if a is None or b is None:
+    tables = [_table(cells, (claim.a, claim.b), measures) for cells in claim.cells]
+    if None in tables:
         return value | {"verdict": NOT_RUN}
+    a, b = (
+        _answers(
+            [(table["rows"][row]["pooled"], cells) for table, cells in zip(tables, claim.cells, strict=True) if table]
+        )
+        for row in (claim.a, claim.b)
+    )
     low, high = newcombe_interval(*a, *b)
     value |= {"hits_a": a[0], "n_a": a[1], "hits_b": b[0], "n_b": b[1]}
     value |= {"difference": round(a[0] / a[1] - b[0] / b[1], 4), "interval": [round(low, 4), round(high, 4)]}
@@ -147,17 +149,25 @@ def verdict(low: float, high: float, expected: str) -> str:
     return CONFIRMED if (low > 0) == (expected == "above") else CONTRADICTED
 
 
-def _answers(cells: Iterable[Cells], row: str, measures: Measures) -> tuple[float, int] | None:
-    """(right answers, samples) of a row in all cells together; None where one is missing."""
+def _table(cells: Cells, rows: tuple[str, str], measures: Measures) -> dict[str, Any] | None:
+    """The first table of the task in which both rows have all these cells: rows of different tables, such as of two
+    haystacks, say nothing about each other."""
+    wanted = _wording(cells)
+    for measure in measures.values():
+        if measure["task"] != cells.task or wanted not in (None, measure["wording"]):
+            continue
+        pooled = [measure["rows"].get(row, {}).get("pooled", {}) for row in rows]
+        if all(str(length) in found for found in pooled for length in cells.lengths):
+            return measure
+    return None
+
+
+def _answers(found: Iterable[tuple[Mapping[str, Any], Cells]]) -> tuple[float, int]:
+    """(right answers, samples) of a row in all cells together."""
     hits, count = 0.0, 0
-    for group in cells:
-        found = [m for m in measures.values() if m["task"] == group.task and row in m["rows"]]
-        wanted = _wording(group)
-        measure = next((m for m in found if wanted in (None, m["wording"])), None)
-        for length in group.lengths:
-            cell = measure and measure["rows"][row]["pooled"].get(str(length))
-            if not cell:
-                return None
+    for pooled, cells in found:
+        for length in cells.lengths:
+            cell = pooled[str(length)]
             hits, count = hits + cell["accuracy"] * cell["n"], count + cell["n"]
     return round(hits, 6), count
 

@@ -96,12 +96,25 @@ def report_study(options: Options, page: str | None) -> int:
 
 
 def write_results(plan: Plan, output: Path) -> dict[str, Any]:
-    """Write ``results.json``, ``results.md`` and the pictures from what is finished; returns the results.
+    """Write ``results.json``, ``results.md`` and the pictures from what is finished; returns the results. What finished with
+    other settings than the study's file has now, and what was measured on it, is left out, and said in one line.
 
     Raises:
       UserError: a report cannot be read, or a file not be written.
     """
-    results = collect(plan, Ledger(output).jobs, output)
+    ledger = Ledger(output)
+    changed: set[str] = set()
+    for job in plan.jobs:  # what a job waits for stands before it
+        if job.name in ledger.jobs and (ledger.changed(job) or changed.intersection(job.after)):
+            changed.add(job.name)
+    if changed:
+        names = [job.name for job in plan.jobs if job.name in changed and ledger.status(job) == FINISHED]
+        print(
+            f"left out, as the study's file has other settings than they finished with, or than what they measure did: "
+            f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}",
+            flush=True,
+        )
+    results = collect(plan, {name: job for name, job in ledger.jobs.items() if name not in changed}, output)
     _write_json(output / RESULTS, results)
     report.write(results, output)
     return results

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +14,9 @@ from typing import Literal
 
 from lawcat_jax.config import Config, ConfigError, EvalConfig, PasskeyForm, TaskName
 from lawcat_jax.config.tree import choice_problems, nearest
+from lawcat_jax.data.haystack import source_name
 from lawcat_jax.errors import UserError
+from lawcat_jax.tasks.registry import task_named
 
 Group = Literal["headline", "reference", "ablation", "baseline", "teacher"]
 """What a row is there for: the result itself, the method with the steps of what is compared with it, one change to it,
@@ -73,6 +76,18 @@ class Evaluation:
         known = {field.name for field in dataclasses.fields(EvalConfig)}
         values = {name: value for name, value in dataclasses.asdict(self).items() if name in known}
         return EvalConfig(**values)
+
+    def wording(self, task: str) -> str:
+        """What the table of one of its tasks is called beside the task. A text goes by its name: where it lies on this machine is
+        nobody else's business."""
+        settings = self.settings()
+        wording = task_named(task).wording(settings)
+        return wording.replace(settings.text, source_name(settings.text)) if settings.text else wording
+
+    def reads(self, task: str) -> dict[str, object]:
+        """What decides the numbers of one of its tasks, beside samples and lengths."""
+        names = task_named(task).reads(self.settings()) - {"samples", "lengths", "prefill_chunk"}
+        return {name: getattr(self, name) for name in sorted(names) if hasattr(self, name)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +157,8 @@ class Study:
             found += [
                 f"evaluation {evaluation.name!r}: no row {name!r}" for name in evaluation.rows if name not in names
             ]
+        if not found:  # what follows asks tasks about settings that are right
+            found += self._mixed()
         for claim in self.claims:
             found += choice_problems(claim, f"claim {claim.text!r}")
             for name in (claim.a, claim.b):
@@ -150,7 +167,43 @@ class Study:
                     if name in names
                     else [f"claim {claim.text!r}: no row {name!r}"]
                 )
-        return found
+        return found or list(self._apart())
+
+    def _mixed(self) -> Iterable[str]:
+        """Evaluations whose numbers would stand in one table without being comparable, or of which one would replace the other."""
+        for (one, other), task in (
+            (pair, task)
+            for pair in itertools.combinations(self.evaluations, 2)
+            for task in pair[0].tasks
+            if task in pair[1].tasks and pair[0].wording(task) == pair[1].wording(task)
+        ):
+            told = f"evaluations {one.name!r} and {other.name!r} measure {task}, {one.wording(task)},"
+            if differ := [name for name, value in one.reads(task).items() if value != other.reads(task).get(name)]:
+                yield f"{told} with another {differ[0]}: they would stand in one table; name the sources differently, or leave one out"
+            twice = sorted(set(one.lengths) & set(other.lengths))
+            rows = [row.name for row in self.rows if twice and one.applies(row) and other.applies(row)]
+            if rows:
+                yield f"{told} of row {rows[0]!r} at {twice} tokens: only one of the numbers would stay; leave one out"
+
+    def _apart(self) -> Iterable[str]:
+        """Claims whose rows have their cells in no table together."""
+        for claim in self.claims:
+            for cells in claim.cells:
+                tables = [self._tables(self.row(name), cells) for name in (claim.a, claim.b)]
+                if not tables[0] & tables[1]:
+                    yield (
+                        f"claim {claim.text!r}: rows {claim.a!r} and {claim.b!r} are measured by {cells.task} in different "
+                        f"tables ({'; '.join(sorted(tables[0] | tables[1]))}), which say nothing about each other"
+                    )
+
+    def _tables(self, row: Row, cells: Cells) -> set[str]:
+        """Wordings of the tables that have all of these cells of a row."""
+        lengths: dict[str, set[int]] = {}
+        for each in self.evaluations:
+            form = cells.task != "passkey" or each.passkey_form == cells.passkey_form
+            if form and each.applies(row) and cells.task in each.tasks:
+                lengths.setdefault(each.wording(cells.task), set()).update(each.lengths)
+        return {wording for wording, measured in lengths.items() if measured >= set(cells.lengths)}
 
     def _never_judged(self, claim: Claim, row: Row) -> Iterable[str]:
         """Cells of a claim that no evaluation of the row measures, or that have no right answers."""

@@ -13,7 +13,7 @@ from lawcat_jax import models
 from lawcat_jax.analysis.study import Cells, Claim, Evaluation, Row
 from lawcat_jax.analysis.study.plan import make_plan, run_facts
 from lawcat_jax.analysis.study.table import load_study
-from lawcat_jax.config import Config
+from lawcat_jax.config import Config, DataConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.training.identity import differences
 
@@ -119,6 +119,20 @@ def test_students_of_two_teachers_are_no_study():
         plan(configs=configs)
 
 
+def niah(name: str, haystack: str, *rows: str, samples: int = 50) -> Evaluation:
+    return Evaluation(name, ("niah_single_2",), (128,), samples=samples, haystack=haystack, rows=rows)
+
+
+def test_steps_that_only_a_text_tells_are_refused():
+    def configs(variant: str) -> Config:
+        config = get_config(variant)
+        config.stage2.steps, config.stage2.data = 0, DataConfig(kind="text", source="books")
+        return config
+
+    with pytest.raises(UserError, match="lawcat_seed0: stage2.steps is 0, .* so state them"):
+        plan(configs=configs)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -152,6 +166,29 @@ def test_students_of_two_teachers_are_no_study():
         ({"evaluations": (Evaluation("e", ("passkey",), (), rows=("lawcat",)),)}, "name at least one length"),
         ({"evaluations": (Evaluation("e", ("passkey",), (8,), rows=("nobody",)),)}, "evaluation 'e': no row 'nobody'"),
         ({"evaluations": (Evaluation("e", ("perplexity",), (8,)),)}, "name a text"),
+        (
+            {"evaluations": (niah("a", "/x/pg/books", "lawcat"), niah("b", "/y/pg/books", "long"))},
+            "'a' and 'b' measure niah_single_2, haystack pg/books, with another haystack: they would stand in one table",
+        ),
+        (
+            {
+                "evaluations": tuple(
+                    Evaluation(x, ("perplexity",), (8,), text=f"/{x}/a.txt", rows=("long",)) for x in "ab"
+                )
+            },
+            "'a' and 'b' measure perplexity, text a, with another text",
+        ),
+        (
+            {"evaluations": (niah("a", "books", "lawcat", "long"), niah("b", "books", "long", samples=9))},
+            "of row 'long' at [128] tokens: only one of the numbers would stay",
+        ),
+        (
+            {
+                "evaluations": (niah("a", "books", "lawcat"), niah("b", "essays", "long")),
+                "claims": (Claim("x", "y", "lawcat", "long", (Cells("niah_single_2", (128,)),)),),
+            },
+            "'lawcat' and 'long' are measured by niah_single_2 in different tables (haystack books; haystack essays)",
+        ),
     ],
 )
 def test_problems_of_a_table(changes, message):

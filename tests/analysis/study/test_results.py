@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lawcat_jax.analysis.study import Cells, Claim, report
+from lawcat_jax.analysis.study import Cells, Claim, Evaluation, report
 from lawcat_jax.analysis.study.ledger import Ledger
 from lawcat_jax.analysis.study.plan import evaluation_folder, make_plan
 from lawcat_jax.analysis.study.results import collect, verdict
@@ -116,6 +116,49 @@ def test_a_claim_without_one_of_its_cells_is_not_run(tmp_path):
     measured(tmp_path, plan)
     found = collect(plan, Ledger(tmp_path).jobs, tmp_path)["claims"]
     assert [claim["verdict"] for claim in found] == ["not run", "not run", "not run", "contradicted"]
+
+
+def test_a_claim_compares_rows_of_one_table(tmp_path):
+    """One row is measured on easy text too, where the other is not."""
+    evaluations = [
+        Evaluation(name, ("niah_single_2",), (128,), haystack=name, rows=rows)
+        for name, rows in (("easy", ("lawcat",)), ("hard", ("lawcat", "no_conv")))
+    ]
+    claim = Claim("a", "b", "lawcat", "no_conv", (Cells("niah_single_2", (128,)),))
+    study = dataclasses.replace(STUDY, evaluations=tuple(evaluations), claims=(claim,))
+    assert study.problems() == []
+    plan, ledger = make(tmp_path, study), Ledger(tmp_path)
+    for name, run, share in (("easy", "lawcat", 0.9), ("hard", "lawcat", 0.2), ("hard", "no_conv", 0.8)):
+        settings = next(each.settings() for each in evaluations if each.name == name)
+        folder = evaluation_folder(tmp_path, f"{run}_seed0", name)
+        write(folder, "niah_single_2", settings, {128: Accuracy(share, 50, 128.0)})
+        ledger.begin(plan.job(f"{run}_seed0.{name}"))
+        ledger.end(plan.job(f"{run}_seed0.{name}"), "finished", 1.0)
+    (judged,) = collect(plan, ledger.jobs, tmp_path)["claims"]
+    assert (judged["hits_a"], judged["hits_b"], judged["verdict"]) == (10.0, 40.0, "contradicted")
+
+
+def test_what_finished_with_other_settings_is_left_out(tmp_path, capsys):
+    """Its numbers under the new settings' headings would be numbers of something else."""
+    measured(tmp_path, make(tmp_path))
+    (passkey, text) = STUDY.evaluations
+    other = dataclasses.replace(
+        STUDY, evaluations=(dataclasses.replace(passkey, passkey_form="train"), text), claims=()
+    )
+    results = write_results(make(tmp_path, other), tmp_path)
+    assert "left out, as the study's file has other settings" in capsys.readouterr().out
+    assert {row for m in results["measures"].values() for row in m["rows"]} == {"teacher"}
+
+    def trained_otherwise(variant: str):
+        config = get_config(variant)
+        config.stage2.learning_rate *= 2 if variant == "no_conv_seed0" else 1
+        return config
+
+    plan = make_plan(STUDY, trained_otherwise, config="study.py", output=tmp_path)
+    results = write_results(plan, tmp_path)
+    assert "no_conv_seed0, no_conv_seed0.passkey" in capsys.readouterr().out
+    assert {row for m in results["measures"].values() for row in m["rows"]} == {"teacher", "lawcat", "long"}
+    assert {cost["run"] for cost in results["costs"]} == {"lawcat_seed0", "long_seed0", "long_seed1"}
 
 
 def test_costs_name_run_code_and_time(done):
