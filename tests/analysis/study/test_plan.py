@@ -129,7 +129,7 @@ def test_steps_that_only_a_text_tells_are_refused():
         config.stage2.steps, config.stage2.data = 0, DataConfig(kind="text", source="books")
         return config
 
-    with pytest.raises(UserError, match="lawcat_seed0: stage2.steps is 0, .* so state them"):
+    with pytest.raises(UserError, match=r"lawcat_seed0: stage2\.steps is 0, .* so state them"):
         plan(configs=configs)
 
 
