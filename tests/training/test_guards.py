@@ -20,7 +20,7 @@ from lawcat_jax import models
 from lawcat_jax.config import AttentionConfig, Config, ConfigError, LogConfig, ModelConfig, StageConfig
 from lawcat_jax.errors import UserError
 from lawcat_jax.models import flops
-from lawcat_jax.training import checkpoint, loop
+from lawcat_jax.training import checkpoint, loop, optim
 from lawcat_jax.training.loop import TrainingError
 from lawcat_jax.training.metrics import MetricsWriter
 from lawcat_jax.training.utilization import peak_flops, utilization
@@ -139,6 +139,26 @@ def test_formula_agrees_with_xla_on_the_student():
     assert found == pytest.approx(flops.model_flops("decode", config, model, 8), rel=0.08)
 
 
+def test_gradients_of_matrices_that_train_count():
+    def operations(*trainable):
+        config = Config()
+        config.stage2.trainable = trainable
+        return flops.model_flops("stage2", config, MODEL, 48)
+
+    lora = operations("^lora/")
+    hidden, keys = MODEL.hidden_size, MODEL.num_kv_heads * MODEL.head_dim
+    assert operations("^lora/", "^layers/attention/v_proj") - lora == 2 * hidden * keys
+    everything = 2 * (flops.layer_weights(MODEL) + hidden * MODEL.vocab_size)
+    assert operations(".*") - lora == everything
+    _, shapes = models.abstract(MODEL)
+    patterns = ("mlp/down", "q_proj", "embed|lm_head")
+    trained, _ = optim.split(shapes, patterns, "here")
+    matrices = {path: value.size for path, value in optim.flatten(trained).items()}
+    if not MODEL.tie_embeddings:  # an embedding that is looked up is no product
+        matrices.pop("embed/embedding", None)
+    assert flops.trained_weights(MODEL, patterns) == sum(matrices.values())
+
+
 def test_utilization():
     assert peak_flops("NVIDIA H200") == 989e12
     assert [peak_flops(kind) for kind in ("TPU v5 lite", "TPU v5p", "TPU v5", "TPU v6 lite")] == [
@@ -147,7 +167,29 @@ def test_utilization():
         459e12,
         918e12,
     ]
-    assert peak_flops("cpu") is None
+    kinds = (
+        "L4",
+        "L40",
+        "L40S",
+        "H100 80GB HBM3",
+        "H100 PCIe",
+        "H100 NVL",
+        "H200 NVL",
+        "A100-SXM4-80GB",
+        "GH200 480GB",
+    )
+    assert [peak_flops(f"NVIDIA {kind}") for kind in kinds] == [
+        121e12,
+        181e12,
+        362e12,
+        989e12,
+        756e12,
+        835.5e12,
+        835.5e12,
+        312e12,
+        989e12,
+    ]
+    assert [peak_flops(kind) for kind in ("cpu", "NVIDIA L400", "NVIDIA H100 80GB HBM3 MIG 1g.10gb")] == [None] * 3
     assert utilization("stage1", Config(), MODEL, jax.devices("cpu"))(1e6) is None
 
     class Device:
