@@ -343,7 +343,10 @@ def _open_adapter(adapter: str, revision: str | None, base: str | None) -> Opene
         print(f"{adapter} was trained on {named}, and is merged into {source}", file=sys.stderr, flush=True)
     opened = open_checkpoint(source, revision)
     if opened.attention is not None:
-        raise UserError(f"{source} is a student; an adapter is merged into the model that it was trained on")
+        raise UserError(
+            f"{source} is a student, and an adapter is merged into a softmax model; for one that was trained on an exported "
+            "student, PEFT's merge_and_unload and save_pretrained give a directory that convert reads"
+        )
     extra = {**opened.extra, "source": source, "adapter": adapter}
     return dataclasses.replace(opened, extra=extra, reader=_MergedReader(directory, opened))
 

@@ -207,8 +207,9 @@ def stored_count(directory: str | Path) -> int:
     Raises:
       UserError: no such folder, of another format, or damaged.
     """
+    meta = _read_meta(Path(directory))  # a UserError is a ValueError
     try:
-        return int(_read_meta(Path(directory))["k"])
+        return int(meta["k"])
     except (KeyError, TypeError, ValueError) as problem:
         raise _damaged(directory, problem) from None
 

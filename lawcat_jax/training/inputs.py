@@ -270,6 +270,14 @@ def rows_of_a_pass(config: Config, tokenizer: Callable[[], Tokenizer]) -> dict[s
     return rows
 
 
+def sources_read(data: DataConfig) -> list[str]:
+    """The sources that a stream opens, sorted."""
+    if data.kind == "text" and data.passkey_fraction == 1:
+        return []
+    fields = ("source", "validation_source", "hay_source", "babi_source")
+    return sorted({getattr(part, field) for part in (data, *data.mixture) for field in fields} - {""})
+
+
 def data_read(config: Config, tokenizer: Tokenizer) -> dict[str, dict[str, list[list[Any]]]]:
     """Stage -> source -> what tells it from a changed one, for every source that the stages read: [name, size in bytes, digest]
     of each file on this machine, [split, size, digest] of what is read of a hub. The digest of a text file with carriage returns
@@ -278,13 +286,9 @@ def data_read(config: Config, tokenizer: Tokenizer) -> dict[str, dict[str, list[
     Raises:
       UserError: a source that is not there, or cannot be read.
     """
-    fields = ("source", "validation_source", "hay_source", "babi_source")
     found = {}
     for name, stage in config.stages():
-        only_passkeys = stage.data.kind == "text" and stage.data.passkey_fraction == 1  # its source is not opened
-        parts = () if only_passkeys else (stage.data, *stage.data.mixture)
-        sources = {getattr(part, field) for part in parts for field in fields} - {""}
-        local = {source: files for source in sorted(sources) if (files := files_here(source))}
+        local = {source: files for source in sources_read(stage.data) if (files := files_here(source))}
         found[name] = {
             source: [
                 [file.name, file.stat().st_size, digest + (RETURNS_KEPT if keeps_returns(file) else "")]

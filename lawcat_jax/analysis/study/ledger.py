@@ -13,6 +13,7 @@ from lawcat_jax.analysis.study.plan import Job
 from lawcat_jax.config import Config, ModelConfig, to_dict
 from lawcat_jax.errors import UserError
 from lawcat_jax.files import read_json, write_json
+from lawcat_jax.tasks.cells import file_stamp
 from lawcat_jax.training.identity import differences
 from lawcat_jax.training.metrics import git_revision
 
@@ -23,7 +24,8 @@ _PACKAGES = ("jax", "flax")
 class Ledger:
     """The file of that name in a study's folder. An entry, by the job's name, has:
 
-    ``kind``, ``row``, ``seed``, ``command``; ``facts`` (what it computes); ``status``; ``commit`` ("unknown" outside of a
+    ``kind``, ``row``, ``seed``, ``command``; ``facts`` (what it computes); ``files`` (names and digests of those of the texts that
+    it reads); ``status``; ``commit`` ("unknown" outside of a
     repository) and ``versions`` it last began with; ``devices``, ``steps`` and ``tokens`` (of training); ``started``
     (first time, UTC), ``finished``, ``starts``, and ``minutes`` of all starts together.
 
@@ -58,15 +60,21 @@ class Ledger:
         return found
 
     def changed(self, job: Job) -> list[str]:
-        """What is different now from what a begun job computes, one entry a field."""
+        """What is different now from what a begun job computes, one entry a field or text. A text that is not here, as where
+        results alone were brought, is taken to be the same."""
         old = self.jobs.get(job.name, {}).get("facts")
         if not isinstance(old, dict):
             return []
+        files = [
+            f"the files of {source}"
+            for source, before in self.jobs[job.name].get("files", {}).items()
+            if (now := _stamp(source)) is not None and now != before
+        ]
         defaults: dict[str, Any] = {}
         if job.does in ("train", "stage1"):
             defaults = json.loads(json.dumps(to_dict(Config())))
             defaults["teacher"]["architecture"] = json.loads(json.dumps(to_dict(ModelConfig())))
-        return differences(old, dict(job.facts), defaults, "config" if defaults else job.does)
+        return [*differences(old, dict(job.facts), defaults, "config" if defaults else job.does), *files]
 
     def begin(self, job: Job) -> None:
         """Note that a job starts, or starts again."""
@@ -87,6 +95,7 @@ class Ledger:
             "starts": old.get("starts", 0) + 1,
             "minutes": old.get("minutes", 0.0),
             "facts": job.facts,
+            "files": {source: stamp for source in job.sources if (stamp := _stamp(source)) is not None},
         }
         self._write()
 
@@ -105,6 +114,13 @@ class Ledger:
 
     def _write(self) -> None:
         write_json(self._path, {"jobs": self.jobs})
+
+
+def _stamp(source: str) -> list[list[str]] | None:
+    try:
+        return file_stamp(source)
+    except UserError:  # the job's own command says what is wrong with it
+        return None
 
 
 def _now() -> str:

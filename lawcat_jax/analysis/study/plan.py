@@ -18,6 +18,7 @@ from lawcat_jax.config.tree import nearest
 from lawcat_jax.errors import UserError
 from lawcat_jax.tasks.registry import task_named
 from lawcat_jax.training.identity import HARMLESS, HARMLESS_OF_DATA
+from lawcat_jax.training.inputs import sources_read
 
 Does = Literal["convert", "stage1", "train", "evaluate"]
 """What a job does: make the teacher's directory, train a stage 1 that several runs share, train a run, measure a model."""
@@ -33,7 +34,8 @@ class Job:
     ``name`` is unique and names the log. ``row`` and ``seed`` say whose it is ("" and None where several rows share it).
     ``module`` runs with ``arguments`` when the jobs ``after`` are finished. ``facts`` are JSON values that say what it
     computes: a job that finished with other facts was another one. It is finished when the command ended well and all
-    ``products`` are there; a run has a ``workdir`` and, for the costs, its steps and tokens, padding included.
+    ``products`` are there; a run has a ``workdir`` and, for the costs, its steps and tokens, padding included. ``sources`` are the
+    texts that it reads: where their files are others now, it finished with other data.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Job:
     workdir: Path | None = None
     steps: int = 0
     tokens: int = 0
+    sources: tuple[str, ...] = ()
 
     @property
     def command(self) -> list[str]:
@@ -267,12 +270,14 @@ def _training(
                 stage1, "stage1", workdir, [*common, *start, "--config.stage2.enabled=False"], after, [reads["stage1"]]
             )
         )
-        jobs[0] = dataclasses.replace(jobs[0], facts=_stage1_facts(own))
+        jobs[0] = dataclasses.replace(jobs[0], facts=_stage1_facts(own), sources=tuple(sources_read(own.stage1.data)))
         start = [f"--config.teacher.source={workdir / 'student'}", "--config.stage1.enabled=False"]
         after = (stage1,)
         reads.pop("stage1")
     job = _train(run.name, "train", output / "runs" / run.name, [*common, *start], after, list(reads.values()))
-    return [*jobs, dataclasses.replace(job, facts=run_facts(own), row=run.row.name, seed=run.seed)]
+    sources = {source for name, stage in own.stages() if name in reads for source in sources_read(stage.data)}
+    own_facts = {"facts": run_facts(own), "sources": tuple(sorted(sources))}
+    return [*jobs, dataclasses.replace(job, **own_facts, row=run.row.name, seed=run.seed)]
 
 
 def _train(
@@ -308,6 +313,7 @@ def _evaluation(run: Run, evaluation: Evaluation, after: tuple[str, ...], output
     ]
     settings = evaluation.settings()
     read = {name for task in evaluation.tasks for name in task_named(task).reads(settings)}
+    sources = {getattr(evaluation, name) for name in ("text", "haystack", "babi") if name in read} - {""}
     for name in ("passkey_form", "position_block", "text", "haystack", "babi"):
         if name in read and (value := getattr(evaluation, name)):
             arguments.append(f"--{'form' if name == 'passkey_form' else name}={value}")
@@ -324,4 +330,5 @@ def _evaluation(run: Run, evaluation: Evaluation, after: tuple[str, ...], output
         after,
         row=run.row.name,
         seed=run.seed,
+        sources=tuple(sorted(sources)),
     )

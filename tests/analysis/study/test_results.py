@@ -161,6 +161,25 @@ def test_what_finished_with_other_settings_is_left_out(tmp_path, capsys):
     assert {cost["run"] for cost in results["costs"]} == {"lawcat_seed0", "long_seed0", "long_seed1"}
 
 
+def test_results_of_a_text_that_has_changed_are_left_out(tmp_path, capsys):
+    text = tmp_path / "book.txt"
+    text.write_text("It was a dark night. " * 50)
+    evaluation = dataclasses.replace(STUDY.evaluations[1], text=str(text), rows=("teacher",))
+    study = dataclasses.replace(STUDY, evaluations=(STUDY.evaluations[0], evaluation))
+    plan = make(tmp_path / "out", study)
+    measured(tmp_path / "out", plan)
+    assert plan.job("teacher.text").sources == (str(text),)
+    assert "perplexity: text book" in write_results(plan, tmp_path / "out")["measures"]
+    capsys.readouterr()
+    for there in (False, True):  # elsewhere, without the text, nothing is known to have changed
+        text.write_text("Quite another book. " * 50) if there else text.unlink()
+        found = write_results(plan, tmp_path / "out")["measures"]["perplexity: text book"]["rows"]
+        assert set(found) == (set() if there else {"teacher"})
+        assert ("left out" in capsys.readouterr().out) == there
+    ledger = Ledger(tmp_path / "out")
+    assert ledger.changed(plan.job("teacher.text")) == [f"the files of {text}"]
+
+
 def test_costs_name_run_code_and_time(done):
     _, _, results = done
     costs = {cost["run"]: cost for cost in results["costs"]}
