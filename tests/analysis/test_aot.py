@@ -73,6 +73,7 @@ def test_mistakes_that_libtpu_finds():
     assert wrong_mesh in error("--config=configs/tiny.py", "--topology=v5e:2x2", "--config.mesh.fsdp=3")
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_small_model_on_four_chips():
     sizes = ["--config.mesh.tensor=2", "--config.stage1.seq_length=128"]

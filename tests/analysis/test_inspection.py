@@ -51,6 +51,7 @@ def alone(attention: AttentionConfig, params: dict, layer: int) -> tuple:
     return graphdef, {**params, **cut}
 
 
+@pytest.mark.slow
 def test_replacement_costs_are_those_of_hybrids_built_for_them():
     attention = dataclasses.replace(LAWCAT, softmax_layers=(1,))
     graphdef, params = build(TINY, attention, LORA)

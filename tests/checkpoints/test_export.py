@@ -227,6 +227,7 @@ def test_the_way_back_is_verified(exported, tmp_path):
     convert(str(tmp_path / "out"), str(tmp_path / "back"), verify=True)
 
 
+@pytest.mark.slow
 def test_verify_says_what_a_report_of_a_mismatch_needs(tmp_path, monkeypatch):
     attention = AttentionConfig(gate_rank=4, window_size=3, window_kind="terraced")
     source = students.save(tmp_path / "student", attention)

@@ -165,6 +165,7 @@ def test_every_family_is_tried():
     assert list(families.table()) == list(FAMILIES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("qwen3_head_dim", marks=pytest.mark.slow), "olmo2"])
 def test_mixers_get_q_and_k_after_their_norms_and_before_the_rotation(tmp_path, name):
     """The first layer's q and k, as transformers' own norm gives them."""

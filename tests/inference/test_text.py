@@ -227,6 +227,7 @@ def test_answers_follow_the_tokens_of_the_whole_conversation(model, name):
         assert not any(word in answer for word in stop for answer in shown)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["metaspace_first", "prepending"])
 def test_rows_and_single_prompts_have_the_same_answers_with_their_first_space(model, name, tmp_path):
     model = dataclasses.replace(model, tokenizer=CHATS[name](), eos_ids=())

@@ -41,6 +41,7 @@ class TestReferenceRequired(RequiredCases):
     dtypes = TestReference.dtypes
 
 
+@pytest.mark.slow
 def test_groups_of_chunks_equal_one_pass(monkeypatch):
     case = make_case(length=300, heads=2, K=16, V=32)
     want = expected(case)
@@ -52,6 +53,7 @@ def test_groups_of_chunks_equal_one_pass(monkeypatch):
     assert_close(got, want, FLOAT32)
 
 
+@pytest.mark.slow
 def test_a_wider_bound_changes_nothing():
     """Bounds -1.25 and -3 take one reference and blocks of 16 rows for the same function."""
     case = make_case(length=130, heads=2, K=16, V=16)

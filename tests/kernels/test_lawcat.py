@@ -90,6 +90,7 @@ def test_reference_and_scan_have_the_same_gradients():
         assert oracle.error(a, b) < 2e-5, path
 
 
+@pytest.mark.slow
 def test_any_split_equals_the_whole():
     inputs = make_inputs(length=9)
     start = {name: inputs.pop(name) for name in ("initial_state", "conv_state")}
@@ -126,6 +127,7 @@ def test_padding_is_neutral(length):
             assert oracle.error(a[row], b[0]) < 2e-6
 
 
+@pytest.mark.slow
 def test_padding_may_keep_its_output():
     inputs = make_inputs(length=12, scale=3.0)
     lengths = jnp.asarray([7, 12])
@@ -321,6 +323,7 @@ def test_identity_initialisation():
     assert oracle.error(q, want) < 1e-6
 
 
+@pytest.mark.slow
 def test_the_bound_is_the_papers_gate_above_minus_twenty():
     inputs = make_inputs(length=33)
     inputs["gate_logits"] = jnp.clip(inputs["gate_logits"], -19.99, None)

@@ -59,7 +59,7 @@ class TestTpuRequired(_Interpreted, RequiredCases):
         # Two heads a tile, values and gates shared, ragged last chunk, initial state.
         ("gla", {"length": 150, "heads": 4, "value_heads": 2, "gate_heads": 1, "K": 64, "V": 64, "batch": 2}),
         # One head a tile; not shared; at the bound.
-        ("bound", {"length": 300, "heads": 2, "K": 128, "V": 128, "state": False}),
+        pytest.param("bound", {"length": 300, "heads": 2, "K": 128, "V": 128, "state": False}, marks=pytest.mark.slow),
         # No bound: binary levels down to single rows.
         ("unbounded", {"length": 70, "heads": 2, "value_heads": 1, "K": 64, "V": 64, "normalize": False}),
     ],
@@ -82,6 +82,7 @@ def test_float32_gradients(regime, sizes):
     _check(make_case(REGIME[regime], **sizes), GlaBackend.dtypes["float32"])
 
 
+@pytest.mark.slow
 def test_uninitialised_memory_and_blocks_beyond_the_end_do_not_matter(monkeypatch):
     monkeypatch.setattr(tpu, "INTERPRET", pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True))
     _check(make_case(length=130, heads=2, value_heads=1, K=64, V=64, dtype=jnp.bfloat16))

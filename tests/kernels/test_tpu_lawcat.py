@@ -121,6 +121,7 @@ def test_padding_is_masked():
     assert all(oracle.error(x, want[name]) < 1e-5 for name, x in got.items())
 
 
+@pytest.mark.slow
 def test_uninitialised_memory_and_rows_beyond_the_end_do_not_matter(monkeypatch):
     monkeypatch.setattr(gla_tpu, "INTERPRET", pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True))
     for length in (140, 1):
@@ -189,6 +190,7 @@ def _split(inputs, cuts):
     return jnp.concatenate(outputs, axis=1), state["initial_state"], state["conv_state"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cuts", "dtype"),
     [

@@ -112,7 +112,7 @@ def test_float32():
     base.assert_close(run(case), cases.expected(case), cases.FLOAT32)
 
 
-@pytest.mark.parametrize("segments", [4, 16])
+@pytest.mark.parametrize("segments", [4, pytest.param(16, marks=pytest.mark.slow)])
 def test_segments(monkeypatch, segments):
     """Both ways to combine segments: inside the program (few) and by a launch of its own (many)."""
     monkeypatch.setattr(chunking, "MIN_SEGMENT", 16)
@@ -231,8 +231,8 @@ def lawcat_inputs(*, length, batch=1, heads=2, kv_heads=1, width=64, state=True,
 @pytest.mark.parametrize(
     ("options", "segments"),
     [
-        ({"length": 45, "width": 32}, 1),
-        ({"length": 32, "width": 128, "state": False}, 1),
+        pytest.param({"length": 45, "width": 32}, 1, marks=pytest.mark.slow),
+        pytest.param({"length": 32, "width": 128, "state": False}, 1, marks=pytest.mark.slow),
         ({"length": 61, "width": 32}, 4),
     ],
 )

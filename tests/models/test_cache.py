@@ -121,6 +121,7 @@ def test_student_cache_does_not_grow_with_the_length():
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.slow
 def test_mixers_do_not_depend_on_the_base():
     fresh = models.init_params(TINY, LAWCAT, seed=3)
     base = {"embed": {"embedding": jnp.zeros((1, 1))}, "lora": {}}

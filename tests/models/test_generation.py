@@ -41,7 +41,7 @@ def prompts():
     return [generator.integers(0, CONFIG.vocab_size, length).tolist() for length in (21, 1, 33, 18, 40)]
 
 
-@pytest.mark.parametrize("as_teacher", [False, True])
+@pytest.mark.parametrize("as_teacher", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_greedy_batches_equal_full_recomputation(model, as_teacher):
     graphdef, params = model
     options = dict(max_new_tokens=NEW, as_teacher=as_teacher)

@@ -55,6 +55,7 @@ def test_softmax_attention_over_split_tokens(window):
     np.testing.assert_allclose(split(q, k, v), attend(q, k, v), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_packed_logits_over_split_tokens():
     """Of a softmax and a linear layer: positions, attention, convolutions and state begin anew in each document."""
     attention = AttentionConfig(gate_rank=4, softmax_layers=(1,))

@@ -116,6 +116,7 @@ def test_adapters_merge_and_leave_the_teacher_alone():
         models.merge_lora(merged, lora, HYBRID)
 
 
+@pytest.mark.slow
 def test_remat_dropout_and_hidden_states():
     lora = LoraConfig(rank=2, dropout=0.5)
     graphdef, params = build(dataclasses.replace(TINY, num_layers=2), LAWCAT, lora)

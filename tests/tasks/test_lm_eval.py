@@ -221,6 +221,7 @@ def test_teachers_equal_the_harness_own_backend(teacher, folder, name, options):
     assert_same(requests_of(ours, name, folder, **options), requests_of(theirs, name, folder, **options))
 
 
+@pytest.mark.slow
 def test_stop_strings_end_answers_where_the_harness_own_backend_ends_them(teacher, folder):
     """Special tokens, what stands across them, and strings that its window of the last tokens misses too; answers made alone."""
     from lm_eval.api.instance import Instance

@@ -129,7 +129,8 @@ def test_frozen_head_on_a_mesh():
 
 
 @pytest.mark.parametrize(
-    ("tied", "kl_weight"), [pytest.param(True, 0.0, marks=pytest.mark.slow), (False, 0.0), (True, 0.5)]
+    ("tied", "kl_weight"),
+    [pytest.param(True, 0.0, marks=pytest.mark.slow), pytest.param(False, 0.0, marks=pytest.mark.slow), (True, 0.5)],
 )
 def test_the_loss_does_not_depend_on_the_path(tied, kl_weight, monkeypatch):
     model = dataclasses.replace(MODEL, tie_embeddings=tied)

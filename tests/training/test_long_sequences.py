@@ -122,6 +122,7 @@ def error(found: np.ndarray, expected: np.ndarray) -> float:
 at_length = pytest.param("llama1b", marks=[pytest.mark.slow, pytest.mark.gpu])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["small", at_length])
 @pytest.mark.parametrize("parts", [4, 8])
 def test_logits_of_a_prompt(name, parts):

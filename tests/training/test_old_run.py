@@ -70,6 +70,7 @@ def losses(metrics: Path) -> list[dict]:
     return [row for row in rows if len(row) > 1]
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_the_same_numbers(folder, monkeypatch):
     make, one = sharding.make_mesh, MeshConfig(data=1, fsdp=1)
     monkeypatch.setattr(sharding, "make_mesh", lambda *_, **__: make(one, sharding.jax.devices()[:1]))

@@ -466,6 +466,7 @@ def test_runs_of_earlier_versions_keep_their_steps(straight, teacher, tmp_path):
     assert Manifest.open(tmp_path, config).counts_rows
 
 
+@pytest.mark.slow
 def test_pretraining_writes_a_hugging_face_teacher(teacher, tmp_path):
     config = make_config(teacher, tmp_path, eval=EvalConfig(enabled=False))
     architecture = model_json.read(teacher).model

@@ -184,6 +184,7 @@ def test_names_of_devices_and_slices():
             prediction.topology_of(name, devices)
 
 
+@pytest.mark.slow
 def test_prefill_is_measured_on_some_of_the_devices(tmp_path):
     (job,) = jobs("data=1", ("prefill",))
     path, results = tmp_path / "request.json", tmp_path / "results.json"

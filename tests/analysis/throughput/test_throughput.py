@@ -20,6 +20,7 @@ from tests.analysis.throughput.small import MODEL, get_config
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_the_command_measures_both_sides(tmp_path):
     pytest.importorskip("torch")
     environment = os.environ | {

@@ -88,7 +88,7 @@ def run(decoder, stage: str, **changes) -> float:
     return float(torch_peer.loss_and_gradients(decoder, stage, settings, torch_peer.host_batch(BATCH)))
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("stage", ["stage1", pytest.param("stage2", marks=pytest.mark.slow)])
 def test_losses_and_gradients_are_those_of_the_trainer(stage):
     params, loss, gradients = ours(stage)
     decoder = peer(stage, params)
