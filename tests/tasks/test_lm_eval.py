@@ -272,6 +272,7 @@ def test_exported_students_agree_in_the_harness_own_backend(folder, kind, tmp_pa
         assert_same(requests_of(ours, name, folder), requests_of(theirs, name, folder))
 
 
+@pytest.mark.slow
 def test_a_students_rolling_likelihood_is_one_pass(folder, tmp_path):
     """Texts longer than any chunk: the state is carried, and nothing is cut to the positions of the teacher."""
     import jax

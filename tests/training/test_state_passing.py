@@ -83,7 +83,7 @@ def test_two_pieces_are_one_sequence(model):
         np.testing.assert_allclose(a[:, :1], b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("crossing", [0, 1])
+@pytest.mark.parametrize("crossing", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_how_far_the_gradient_reaches(model, crossing):
     """Held against plain autodiff of both pieces in one, with the boundary cut or not."""
     graphdef, params = model
