@@ -189,6 +189,36 @@ def test_a_cache_that_is_asked_for_while_training_is_given(exported):
     torch.testing.assert_close(pieces[1], whole[1], rtol=1e-3, atol=1e-7)
 
 
+def test_masks_of_a_text_that_is_read_in_pieces(exported):
+    """Of the piece, of all so far, or of all there will be: the same, as in transformers."""
+    _, model, _ = exported("lawcat")
+    ids, mask = torch.as_tensor(tokens(2, 60)), torch.ones(2, 60, dtype=torch.long)
+    mask[1, :22] = 0
+    alone = logits(model, ids[1:, 22:])[0]
+    name = "cache" if "cache" in model(ids[:, :2]) else "past_key_values"
+    for of in (lambda a, b: mask[:, a:b], lambda a, b: mask[:, :b], lambda a, b: mask):
+        cache, parts = None, []
+        with torch.no_grad():
+            for a, b in ((0, 15), (15, 30), (30, 31), (31, 60)):
+                out = model(ids[:, a:b], attention_mask=of(a, b), use_cache=True, **{name: cache})
+                cache = getattr(out, name)
+                parts.append(out.logits[1].numpy())
+        np.testing.assert_allclose(np.concatenate(parts)[22:], alone, atol=1e-4)
+    for wrong in (mask[:, :40], mask[:1], torch.cat([mask, mask])):
+        with pytest.raises(ValueError, match=r"attention_mask should be \[2, 60\], of the tokens"):
+            model(ids, attention_mask=wrong)
+
+
+def test_a_cache_of_another_model_is_not_left_empty(exported):
+    _, model, _ = exported("lawcat")
+    ids = torch.as_tensor(tokens(1, 20))
+    with pytest.raises(ValueError, match="in a LawcatCache, not in a DynamicCache: give none to the first call"):
+        model(ids, past_key_values=transformers.DynamicCache())
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    found = model.generate(ids, past_key_values=transformers.DynamicCache(), **options)
+    assert torch.equal(found, model.generate(ids, **options))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_save_and_back(exported, kind, tmp_path):
     bundle, model, source = exported(kind)

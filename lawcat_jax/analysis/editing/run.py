@@ -175,7 +175,7 @@ def _listed(layers: Sequence[int]) -> str:
 def _described(facts: dict[str, Any], softmax_layers: Sequence[int]) -> list[str]:
     lines = []
     if softmax_layers:
-        lines.append(f"softmax attention again in layer {_listed(sorted(softmax_layers))}")
+        lines.append(f"softmax attention again in layer {_listed(sorted(set(softmax_layers)))}")
     if "ranks" in facts:
         lines += [
             f"gate ranks by linearised layer: {_listed(facts['ranks'])}",

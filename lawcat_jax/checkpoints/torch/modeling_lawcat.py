@@ -690,7 +690,7 @@ class LawcatModel(LawcatPreTrainedModel):
         output_hidden_states=None,
         **kwargs,
     ):
-        """``attention_mask`` [B, past + T] or [B, T]: 0 is padding, wherever it stands. ``position_ids``, where they
+        """``attention_mask`` [B, past + T or more] or [B, T]: 0 is padding, wherever it stands. ``position_ids``, where they
         are given, count for the rotary embedding; without a mask they must count up by one, since elsewhere they
         mean several documents in a row, which this code does not keep apart."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -702,7 +702,8 @@ class LawcatModel(LawcatPreTrainedModel):
         batch, length = x.shape[:2]
         start = None if cache is None else cache.layers[0].state.get("count")
         start = torch.zeros(batch, dtype=torch.long, device=x.device) if start is None else start.to(x.device)
-        order, lengths = self._packed(attention_mask, batch, length)
+        past = 0 if cache is None else cache.get_seq_length()
+        order, lengths = self._packed(attention_mask, batch, length, past)
         if position_ids is None:
             position_ids = start[:, None] + torch.arange(length, device=x.device)
         else:
@@ -732,19 +733,28 @@ class LawcatModel(LawcatPreTrainedModel):
             # Training that does not ask for states is not to pay for them.
             wanted = not self.training and getattr(self.config, "use_cache", True) if use_cache is None else use_cache
             return LawcatCache(self.config) if wanted else None
-        if isinstance(cache, LawcatCache):
-            return cache
-        if cache.get_seq_length():
-            raise ValueError(f"this model keeps its state in a LawcatCache, not in a {type(cache).__name__}")
-        return LawcatCache(self.config)
+        if not isinstance(cache, LawcatCache):  # which would stay empty in the hands of who gave it
+            raise ValueError(
+                f"this model keeps its state in a LawcatCache, not in a {type(cache).__name__}: give none to the first call, and to "
+                "the next one that which the call before returned"
+            )
+        return cache
 
-    def _packed(self, mask, batch, length):
-        """(order that moves valid tokens to the front [B, T], or None; how many are valid [B], or None for all)."""
+    def _packed(self, mask, batch, length, past):
+        """(order that moves valid tokens to the front [B, T], or None; how many are valid [B], or None for all). ``past``
+        columns were read before."""
         if mask is None:
             return None, None
         if mask.ndim != 2:
             raise ValueError(f"attention_mask should be [batch, tokens], not {list(mask.shape)}")
-        mask = mask[:, -length:].bool().expand(batch, -1)
+        rows, width = mask.shape
+        if rows != batch or (width != length and width < past + length):
+            raise ValueError(
+                f"attention_mask should be [{batch}, {length}], of the tokens that are given, or [{batch}, {past + length}], with "
+                f"those before them, not {list(mask.shape)}"
+            )
+        # One of a longer text than is read so far: its first columns are this far, as transformers takes them.
+        mask = (mask if width == length else mask[:, past : past + length]).bool()
         if length == 1:
             return None, mask.sum(1)
         if mask.all():
@@ -777,7 +787,11 @@ class LawcatForCausalLM(LawcatPreTrainedModel, GenerationMixin):
         self.lm_head = value
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """Start ``generate`` from an empty state of this model's own kind."""
+        """Start ``generate`` from an empty state of this model's own kind, also where an empty cache of another is given."""
+        for name in (CACHE, "past_key_values"):
+            given = model_kwargs.get(name)
+            if given is not None and not isinstance(given, LawcatCache) and not given.get_seq_length():
+                del model_kwargs[name]
         if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
             model_kwargs[CACHE] = LawcatCache(self.config)
 
