@@ -21,7 +21,7 @@ are the same in every chunk, and wait for each other as they do without document
 # Pallas for Mosaic GPU as of jax 0.11 and newer: pyright may see an older one, with other signatures and accumulators (the next line).
 # And a variant of a kernel has None for the references that it does without, which a flag beside them tells (the line after it).
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportOperatorIssue=false
-# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportOptionalOperand=false
 
 from __future__ import annotations
 
