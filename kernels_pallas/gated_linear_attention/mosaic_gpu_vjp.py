@@ -169,8 +169,7 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
         if p == blocks - 1:
             pairs = ((do_s.at[c], transposed(v_s.at[c])) for c in range(blocks))
             scores.append((dA_s, delta, (shape, *pairs)))
-        formed_scores = products(*(pairs for _, _, pairs in scores)) if scores else ()
-        for (ref, added, _), score in zip(scores, formed_scores, strict=True):
+        for (ref, added, _), score in zip(scores, products(*(pairs for _, _, pairs in scores)), strict=True):
             ref[...] = masked(score if added is None else score + over_columns(added))
         plgpu.commit_smem()
         plgpu.barrier_arrive(scored)
@@ -188,7 +187,7 @@ def _kernel(*refs, blocks: int, groups: tuple[int, int], normalize: bool, bound:
             R_states = 0.0
         if normalize:
             R_states += over_columns(delta) * vector(z_ref, p)
-        R += entered(R_states) if documents or normalize else R_states
+        R += entered(R_states)
         write(dv_ref, y_own, dv, p)
 
         # S~ is done with, and with one block dn: their tiles take the sum over value columns of S~ dS~, here one of tiles.

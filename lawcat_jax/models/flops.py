@@ -31,9 +31,8 @@ def trained_weights(model: ModelConfig, patterns: Sequence[str]) -> int:
         return any(re.search(pattern, path) for pattern in patterns)
 
     layers = sum(weights for path, weights in _matrices(model).items() if trains(path))
-    head = model.hidden_size * model.vocab_size
-    head *= trains("embed/embedding" if model.tie_embeddings else "lm_head/kernel")
-    return model.num_layers * layers + head
+    head = trains("embed/embedding" if model.tie_embeddings else "lm_head/kernel")
+    return model.num_layers * layers + (model.hidden_size * model.vocab_size if head else 0)
 
 
 def softmax_attention(model: ModelConfig, length: int) -> float:

@@ -65,7 +65,7 @@ def run_evaluation(
     cells = Cells(output, enabled=write)
     measured: dict[str, list[Measured]] = {task.name: [] for task in tasks}
     models = iter(models)
-    identities: dict[str, dict[str, Any]] = {}  # as the first model found them: all of a table read the same
+    identities: dict[str, dict[str, Any]] = {}  # as the first model found them: all models of a table read the same
     checked: Tokenizer = None
     vocabularies: set[int] = set()
     while (model := next(models, None)) is not None:
@@ -77,8 +77,9 @@ def run_evaluation(
         if write and not any(measured.values()):
             _make(output)  # a place that cannot be written shows before the first length is measured
         for task in tasks:
-            identity = identities.setdefault(task.name, task.identity(settings))
-            results = measure(task, model, settings, identity=identity, cells=cells, show=write)
+            if task.name not in identities:
+                identities[task.name] = task.identity(settings)
+            results = measure(task, model, settings, identity=identities[task.name], cells=cells, show=write)
             measured[task.name].append(Measured(model.label, model.name, model.role, results, model.fingerprint))
         vocabularies.add(len(model.tokenizer))
         del model  # its weights make room for the next one's

@@ -42,9 +42,7 @@ def peak_flops(device_kind: str) -> float | None:
     """Peak bf16 operations per second of one device; None when unknown (a CPU, a card of another name, a part of one)."""
     if "MIG" in device_kind:
         return None
-    words = re.compile("|".join(rf"({re.escape(name)})(?![0-9A-Za-z])" for name, _ in _PEAKS))
-    found = words.match(device_kind)
-    return None if found is None or found.lastindex is None else _PEAKS[found.lastindex - 1][1]
+    return next((peak for name, peak in _PEAKS if re.match(rf"{re.escape(name)}(?![0-9A-Za-z])", device_kind)), None)
 
 
 def utilization(

@@ -199,24 +199,23 @@ class Study:
     def _tables(self, row: Row, cells: Cells) -> set[str]:
         """Wordings of the tables that have all of these cells of a row."""
         lengths: dict[str, set[int]] = {}
+        for each in self._measuring(row, cells):
+            lengths.setdefault(each.wording(cells.task), set()).update(each.lengths)
+        return {wording for wording, measured in lengths.items() if measured >= set(cells.lengths)}
+
+    def _measuring(self, row: Row, cells: Cells) -> Iterable[Evaluation]:
+        """The evaluations that measure the task of these cells, in their form, of a row."""
         for each in self.evaluations:
             form = cells.task != "passkey" or each.passkey_form == cells.passkey_form
             if form and each.applies(row) and cells.task in each.tasks:
-                lengths.setdefault(each.wording(cells.task), set()).update(each.lengths)
-        return {wording for wording, measured in lengths.items() if measured >= set(cells.lengths)}
+                yield each
 
     def _never_judged(self, claim: Claim, row: Row) -> Iterable[str]:
         """Cells of a claim that no evaluation of the row measures, or that have no right answers."""
         for cells in claim.cells:
             if cells.task.startswith("perplexity"):
                 yield f"claim {claim.text!r}: {cells.task} has no right answers to count"
-            measured = {
-                length
-                for each in self.evaluations
-                if each.applies(row) and cells.task in each.tasks
-                if cells.task != "passkey" or each.passkey_form == cells.passkey_form
-                for length in each.lengths
-            }
+            measured = {length for each in self._measuring(row, cells) for length in each.lengths}
             if missing := sorted(set(cells.lengths) - measured):
                 yield f"claim {claim.text!r}: row {row.name!r} is not measured by {cells.task} at {missing} tokens"
 
